@@ -1,0 +1,88 @@
+"""What a Llama or Mistral *is*, as frozen values. Read `rope.py` and `llama.py` next.
+
+Every field changes the compiled program, so the whole config is static under `jax.jit`. Translating a
+Hugging Face `config.json` into these values is the converter's job (`convert/rules.py`).
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeConfig:
+    """Rotary position embedding and its long-context scaling.
+
+    Fields that a `kind` does not use keep their defaults. Units: `*_position_embeddings` are tokens.
+
+    Source: RoFormer (arXiv 2104.09864); YaRN (arXiv 2309.00071) for `dynamic` and `yarn`;
+    the Llama 3.1 release for `llama3`.
+    """
+
+    kind: RopeKind = "default"
+    theta: float = 10000.0
+    factor: float = 1.0
+    original_max_position_embeddings: int = 0  # 0: the model's max_position_embeddings
+    low_freq_factor: float = 1.0  # llama3
+    high_freq_factor: float = 4.0  # llama3
+    beta_fast: float = 32.0  # yarn
+    beta_slow: float = 1.0  # yarn
+    attention_factor: float | None = None  # yarn; None: derived from factor and the mscales
+    mscale: float | None = None  # yarn
+    mscale_all_dim: float | None = None  # yarn
+    truncate: bool = True  # yarn: round the correction range to whole dimensions
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Architecture of a Llama-like decoder: RMSNorm, RoPE, grouped-query attention, SwiGLU MLP.
+
+    `num_heads` query heads share `num_kv_heads` KV heads (equal: MHA; 1: MQA). `sliding_window` is in
+    tokens, the current one included; `None` attends to everything.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rms_norm_eps: float = 1e-5
+    rope: RopeConfig = field(default_factory=RopeConfig)
+    attention_bias: bool = False  # on q, k, v and o
+    mlp_bias: bool = False  # on gate, up and down
+    tie_word_embeddings: bool = False
+    sliding_window: int | None = None
+    eos_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Refuse impossible shapes.
+
+        Raises:
+            ValueError: a size is not positive, or `num_kv_heads` does not divide `num_heads`, or
+                `head_dim` is odd (RoPE rotates pairs of channels).
+        """
+        sizes = {
+            name: getattr(self, name)
+            for name in (
+                "vocab_size",
+                "hidden_size",
+                "intermediate_size",
+                "num_layers",
+                "num_heads",
+                "num_kv_heads",
+                "head_dim",
+                "max_position_embeddings",
+            )
+        }
+        if bad := {name: size for name, size in sizes.items() if size <= 0}:
+            raise ValueError(f"model sizes must be positive, got {bad}")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"{self.num_kv_heads=} must divide {self.num_heads=}")
+        if self.head_dim % 2:
+            raise ValueError(f"{self.head_dim=} must be even: RoPE rotates pairs of channels")
+        if self.sliding_window is not None and self.sliding_window <= 0:
+            raise ValueError(f"{self.sliding_window=} must be positive, or None for no window")

@@ -1,0 +1,45 @@
+"""`@pytree`: frozen dataclasses that JAX can map over. Read `quantization.py` next.
+
+`jax.tree_util.register_dataclass` rebuilds nodes through `__init__`. Under a runtime type checker that
+fails, because JAX also fills nodes with things that are not arrays (axis specs, shape structs, sentinels).
+Here unflattening writes the fields directly, so only a user's construction is checked.
+"""
+
+import dataclasses
+from typing import Any, TypeVar, dataclass_transform
+
+import jax
+
+T = TypeVar("T")
+
+
+def static(**kwargs: Any) -> Any:
+    """Declare a field that is part of the tree's structure: hashable, and a change recompiles."""
+    return dataclasses.field(metadata={"static": True}, **kwargs)
+
+
+@dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field, static))
+def pytree(cls: type[T]) -> type[T]:
+    """Make `cls` a frozen dataclass and register it as a pytree; `static()` fields are its metadata."""
+    cls = dataclasses.dataclass(frozen=True)(cls)
+    fields: tuple[dataclasses.Field[Any], ...] = dataclasses.fields(cls)  # pyright: ignore
+    data = tuple(field.name for field in fields if not field.metadata.get("static"))
+    meta = tuple(field.name for field in fields if field.metadata.get("static"))
+
+    def flatten_with_keys(node: Any) -> tuple[list[tuple[Any, Any]], tuple[Any, ...]]:
+        children = [(jax.tree_util.GetAttrKey(name), getattr(node, name)) for name in data]
+        return children, tuple(getattr(node, name) for name in meta)
+
+    def flatten(node: Any) -> tuple[list[Any], tuple[Any, ...]]:
+        return [getattr(node, name) for name in data], tuple(getattr(node, name) for name in meta)
+
+    def unflatten(metadata: tuple[Any, ...], children: Any) -> T:
+        node = object.__new__(cls)
+        for name, value in (*zip(meta, metadata, strict=True), *zip(data, children, strict=True)):
+            object.__setattr__(node, name, value)
+        return node
+
+    jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
+    return cls
+
+
