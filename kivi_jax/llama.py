@@ -51,9 +51,7 @@ class Llama(nnx.Module):
     def __init__(self, config: ModelConfig, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs):
         """Create randomly initialized parameters of `dtype`; converters overwrite them."""
         self.config = config
-        self.embed = nnx.Embed(
-            config.vocab_size, config.hidden_size, param_dtype=dtype, rngs=rngs
-        )
+        self.embed = nnx.Embed(config.vocab_size, config.hidden_size, param_dtype=dtype, rngs=rngs)
         self.layers = nnx.List[Layer](
             Layer(config, dtype=dtype, rngs=rngs) for _ in range(config.num_layers)
         )
