@@ -1,0 +1,1 @@
+"""KIVI and SCOPE key/value caches for Llama and Mistral in JAX."""

@@ -52,9 +52,7 @@ class Llama(nnx.Module):
         """Create randomly initialized parameters of `dtype`; converters overwrite them."""
         self.config = config
         self.embed = nnx.Embed(config.vocab_size, config.hidden_size, param_dtype=dtype, rngs=rngs)
-        self.layers = nnx.List[Layer](
-            Layer(config, dtype=dtype, rngs=rngs) for _ in range(config.num_layers)
-        )
+        self.layers = nnx.List[Layer](Layer(config, dtype=dtype, rngs=rngs) for _ in range(config.num_layers))
         self.norm = _norm(config, dtype, rngs)
         if not config.tie_word_embeddings:
             self.lm_head = _linear(False, dtype, rngs)(config.hidden_size, config.vocab_size)
@@ -67,6 +65,4 @@ def _linear(use_bias: bool, dtype: DTypeLike, rngs: nnx.Rngs):
 
 
 def _norm(config: ModelConfig, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.RMSNorm:
-    return nnx.RMSNorm(
-        config.hidden_size, epsilon=config.rms_norm_eps, param_dtype=dtype, rngs=rngs
-    )
+    return nnx.RMSNorm(config.hidden_size, epsilon=config.rms_norm_eps, param_dtype=dtype, rngs=rngs)

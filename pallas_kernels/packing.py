@@ -38,9 +38,7 @@ def words_per_token(channels: int, bits: int) -> int:
         raise ValueError(f"{bits=} must be 1, 2, 4 or 8")
     planes = 8 // bits
     if channels % planes:
-        raise ValueError(
-            f"{channels=} must be a multiple of {planes}, the codes a byte holds at {bits=}"
-        )
+        raise ValueError(f"{channels=} must be a multiple of {planes}, the codes a byte holds at {bits=}")
     return channels // planes
 
 

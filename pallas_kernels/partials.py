@@ -51,9 +51,7 @@ def merge(*partials: AttentionPartial) -> AttentionPartial:
     weights = [jnp.exp(partial.max - top) for partial in partials]
     pairs = list(zip(partials, weights, strict=True))
     return AttentionPartial(
-        out=sum(
-            (p.out * w[..., None] for p, w in pairs[1:]), pairs[0][0].out * pairs[0][1][..., None]
-        ),
+        out=sum((p.out * w[..., None] for p, w in pairs[1:]), pairs[0][0].out * pairs[0][1][..., None]),
         max=top,
         denom=sum((p.denom * w for p, w in pairs[1:]), pairs[0][0].denom * pairs[0][1]),
     )
@@ -81,16 +79,12 @@ def attend(
     kv_heads = key.shape[1]
     grouped = query.reshape(batch, kv_heads, heads // kv_heads, dim)
     # Operands keep the cache's dtype (no converted copy of it); products accumulate in float32.
-    score = jnp.einsum(
-        "bkgh,bksh->bkgs", grouped.astype(key.dtype), key, preferred_element_type=jnp.float32
-    )
+    score = jnp.einsum("bkgh,bksh->bkgs", grouped.astype(key.dtype), key, preferred_element_type=jnp.float32)
     seen = visible[:, :, None, :]
     score = jnp.where(seen, score * scale, NO_SCORE)
     top = score.max(-1)
     weight = jnp.where(seen, jnp.exp(score - top[..., None]), 0)
-    out = jnp.einsum(
-        "bkgs,bksh->bkgh", weight.astype(value.dtype), value, preferred_element_type=jnp.float32
-    )
+    out = jnp.einsum("bkgs,bksh->bkgh", weight.astype(value.dtype), value, preferred_element_type=jnp.float32)
     return AttentionPartial(
         out.reshape(batch, heads, dim),
         top.reshape(batch, heads),

@@ -58,9 +58,7 @@ class QuantizedTensor:
         return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
 
 
-def check_groups(
-    tokens: int, channels: int, *, bits: int, group_size: int, group_axis: GroupAxis
-) -> None:
+def check_groups(tokens: int, channels: int, *, bits: int, group_size: int, group_axis: GroupAxis) -> None:
     """Refuse shapes that do not divide into groups, bytes and pages.
 
     Raises:
@@ -78,9 +76,7 @@ def check_groups(
         if channels % group_size:
             raise ValueError(f"{group_size=} must divide the number of channels, {channels}")
         if tokens % PAGE:
-            raise ValueError(
-                f"the number of tokens, {tokens}, must be a multiple of {PAGE} (one page)"
-            )
+            raise ValueError(f"the number of tokens, {tokens}, must be a multiple of {PAGE} (one page)")
 
 
 def quantize(
@@ -104,9 +100,7 @@ def quantize(
         words = pack(codes.reshape(x.shape), bits)
         scale, zero = scale.squeeze(-2), zero.squeeze(-2)
     else:
-        words, scale, zero = (
-            to_pages(part) for part in _quantize_tokens(x, bits, group_size, scale_dtype)
-        )
+        words, scale, zero = (to_pages(part) for part in _quantize_tokens(x, bits, group_size, scale_dtype))
     return QuantizedTensor(words, scale, zero, bits, group_size, group_axis)
 
 

@@ -68,9 +68,7 @@ def _check(query: Array, key: QuantizedTensor, value: QuantizedTensor) -> None:
     if key.shape != value.shape or len(key.shape) != 4:
         raise ValueError(f"keys {key.shape} and values {value.shape} must both be [B, K, S, H]")
     if (key.shape[0], key.shape[3]) != (batch, dim) or heads % key.shape[1]:
-        raise ValueError(
-            f"query {query.shape} [B, N, H] does not fit a cache {key.shape} [B, K, S, H]"
-        )
+        raise ValueError(f"query {query.shape} [B, N, H] does not fit a cache {key.shape} [B, K, S, H]")
 
 
 def _platform() -> str:
