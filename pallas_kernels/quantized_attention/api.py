@@ -49,7 +49,7 @@ def quantized_attention(
     _check(query, key, value)
     if scale is None:
         scale = query.shape[-1] ** -0.5
-    order = (implementation,) if implementation else (*_PREFERENCE.get(_platform(), ()), "xla")
+    order = (implementation,) if implementation else (*_PREFERENCE.get(jax.default_backend(), ()), "xla")
     for name in order[:-1]:
         try:
             return _load(name)(query, key, value, start=start, end=end, scale=scale)
@@ -69,11 +69,6 @@ def _check(query: Array, key: QuantizedTensor, value: QuantizedTensor) -> None:
         raise ValueError(f"keys {key.shape} and values {value.shape} must both be [B, K, S, H]")
     if (key.shape[0], key.shape[3]) != (batch, dim) or heads % key.shape[1]:
         raise ValueError(f"query {query.shape} [B, N, H] does not fit a cache {key.shape} [B, K, S, H]")
-
-
-def _platform() -> str:
-    device = jax.config.jax_default_device
-    return getattr(device, "platform", None) or jax.default_backend()
 
 
 def _load(name: str) -> Attend:
