@@ -13,7 +13,7 @@ the batch, so a row's quantization groups and its output do not depend on its ne
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol, Self
+from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +35,8 @@ from pallas_kernels.quantization import (
 from pallas_kernels.quantized_attention import quantized_attention
 from pallas_kernels.ring import fill, newest_token
 
+S = TypeVar("S", bound="Segment")
+
 
 class Step(NamedTuple):
     """What one decode step offers a segment: the new token of each row."""
@@ -52,6 +54,7 @@ class Tokens(NamedTuple):
     position: Int[Array, "B S"]
 
 
+@runtime_checkable
 class Segment(Protocol):
     """Some tokens of every row of one layer."""
 
@@ -59,12 +62,12 @@ class Segment(Protocol):
         """Attention of the next token's query over the tokens held that it may see."""
         ...
 
-    def append(self, step: Step) -> Self:
+    def append(self: S, step: Step) -> S:
         """Take the step's token as the newest one."""
         ...
 
     @classmethod
-    def settle(cls, segments: Sequence[Self], active: Bool[Array, "B"]) -> tuple[Self, ...]:
+    def settle(cls: type[S], segments: Sequence[S], active: Bool[Array, "B"]) -> tuple[S, ...]:
         """After a step, do for one segment per layer what is due; `active` rows have just appended."""
         ...
 
@@ -91,7 +94,7 @@ class DenseTokens:
         *,
         capacity: int,
         window: int | None,
-    ) -> Self:
+    ) -> "DenseTokens":
         """Hold a right-padded prompt, with room for `capacity` tokens a row."""
         slots = capacity if window is None else min(capacity, window)
         return cls(fill(key, lengths, slots), fill(value, lengths, slots), lengths, window)
@@ -100,9 +103,9 @@ class DenseTokens:
         """See `Segment`."""
         return _attend_ring(query, self.keys, self.values, self.lengths, self.window)
 
-    def append(self, step: Step) -> Self:
+    def append(self, step: Step) -> "DenseTokens":
         """See `Segment`."""
-        return type(self)(
+        return DenseTokens(
             _set_slot(self.keys, self.lengths, step.key, step.active),
             _set_slot(self.values, self.lengths, step.value, step.active),
             self.lengths + step.active.astype(jnp.int32),
@@ -110,7 +113,7 @@ class DenseTokens:
         )
 
     @classmethod
-    def settle(cls, segments: Sequence[Self], active: Bool[Array, "B"]) -> tuple[Self, ...]:
+    def settle(cls, segments: Sequence["DenseTokens"], active: Bool[Array, "B"]) -> tuple["DenseTokens", ...]:
         """Nothing is ever due."""
         del active
         return tuple(segments)
@@ -159,7 +162,7 @@ class KiviTokens:
         value_group_size: int,
         residual_length: int,
         scale_dtype: str,
-    ) -> Self:
+    ) -> "KiviTokens":
         """Pack a right-padded prompt as if its tokens had arrived one by one.
 
         Raises:
@@ -214,13 +217,13 @@ class KiviTokens:
         ring = _attend_ring(query, self.key_ring, self.value_ring, self.lengths, self.window)
         return partials.merge(packed, ring)
 
-    def append(self, step: Step) -> Self:
+    def append(self, step: Step) -> "KiviTokens":
         """See `Segment`: the token joins the rings; the value it displaces is packed."""
         slots = self.values.shape[2]
         leaving = self.lengths - self.residual_length
         row, ring_slot = jnp.arange(leaving.shape[0]), self.lengths % self.residual_length
         packed_slot = jnp.where(step.active & (leaving >= 0), leaving % slots, slots)  # slots: nowhere
-        return type(self)(
+        return KiviTokens(
             self.keys,
             set_token(self.values, packed_slot, self.value_ring[row, :, ring_slot]),
             _set_slot(self.key_ring, self.lengths, step.key, step.active),
@@ -230,7 +233,7 @@ class KiviTokens:
         )
 
     @classmethod
-    def settle(cls, segments: Sequence[Self], active: Bool[Array, "B"]) -> tuple[Self, ...]:
+    def settle(cls, segments: Sequence["KiviTokens"], active: Bool[Array, "B"]) -> tuple["KiviTokens", ...]:
         """Pack the key ring of rows whose block has just become full.
 
         One conditional serves all layers: on a GPU each would cost a synchronization. It computes only
@@ -239,7 +242,7 @@ class KiviTokens:
         lengths, residual = segments[0].lengths, segments[0].residual_length
         due = active & (lengths % residual == 0)
 
-        def pack_ring(segment: Self) -> QuantizedTensor:
+        def pack_ring(segment: "KiviTokens") -> QuantizedTensor:
             store = segment.keys
             return quantize(
                 segment.key_ring,
@@ -258,10 +261,10 @@ class KiviTokens:
         blocks = jax.lax.cond(due.any(), pack_rings, nothing)
         return tuple(segment._take_block(block, due) for segment, block in zip(segments, blocks, strict=True))
 
-    def _take_block(self, block: QuantizedTensor, due: Bool[Array, "B"]) -> Self:
+    def _take_block(self, block: QuantizedTensor, due: Bool[Array, "B"]) -> "KiviTokens":
         slot = (self.lengths - self.residual_length) % self.keys.shape[2]
         seen = dequantize(block, self.key_ring.dtype)
-        return type(self)(
+        return KiviTokens(
             set_block(self.keys, slot, block, due),
             self.values,
             jnp.where(due[:, None, None, None], seen, self.key_ring),

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 from kivi_jax.config import ModelConfig, RopeConfig
 
 
-def rope_frequencies(config: ModelConfig, lengths: Int[Array, "B"]) -> tuple[Float[Array, "#B H/2"], float]:
+def rope_frequencies(config: ModelConfig, lengths: Int[Array, "B"]) -> tuple[Float[Array, "#B pairs"], float]:
     """Radians per token of every channel pair, and the factor on rotated vectors.
 
     `lengths` are the tokens of each row so far; only `dynamic` scaling looks at them. It is the one kind
@@ -41,7 +41,7 @@ def rope_frequencies(config: ModelConfig, lengths: Int[Array, "B"]) -> tuple[Flo
 def apply_rope(
     x: Float[Array, "B T N H"],
     positions: Int[Array, "#B T"],
-    frequencies: Float[Array, "#B H/2"],
+    frequencies: Float[Array, "#B pairs"],
     scaling: float,
 ) -> Float[Array, "B T N H"]:
     """Rotate every head of every token to its position. Computed in float32, returned in x's dtype."""
@@ -54,7 +54,7 @@ def apply_rope(
 
 def _dynamic(
     rope: RopeConfig, dim: int, max_positions: int, lengths: Int[Array, "B"]
-) -> Float[Array, "B H/2"]:
+) -> Float[Array, "B pairs"]:
     """NTK-aware scaling: a row longer than the trained context gets a larger theta."""
     length = jnp.maximum(lengths, max_positions).astype(jnp.float32)[:, None]
     stretch = rope.factor * length / max_positions - (rope.factor - 1)

@@ -4,13 +4,14 @@ Every row draws from its own PRNG key, so what a row samples does not depend on 
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 
+@runtime_checkable
 class Sampler(Protocol):
     """Chooses each row's next token. Hashable: a different sampler compiles anew."""
 

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from kivi_jax.llama import Llama
 from kivi_jax.sampling import Greedy, Sampler
 
 
+@runtime_checkable
 class Tokenizer(Protocol):
     """What is used of a Hugging Face tokenizer."""
 
