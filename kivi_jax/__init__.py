@@ -15,6 +15,7 @@ from kivi_jax.config import RopeConfig as RopeConfig
 from kivi_jax.generation import Generation as Generation
 from kivi_jax.generation import generate as generate
 from kivi_jax.llama import Llama as Llama
+from kivi_jax.loading import load as load
 from kivi_jax.sampling import Greedy as Greedy
 from kivi_jax.sampling import Sample as Sample
 from kivi_jax.text import complete as complete

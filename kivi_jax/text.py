@@ -43,7 +43,7 @@ def pad_prompts(prompts: Sequence[Sequence[int]]) -> tuple[Int[np.ndarray, "B P"
     if not lengths.all():
         raise ValueError(f"prompt {int(lengths.argmin())} has no tokens: pass at least one")
     longest = int(lengths.max())
-    step = max(32, 1 << (longest.bit_length() - 4))
+    step = max(32, 1 << max(longest.bit_length() - 4, 0))
     tokens = np.zeros((len(prompts), -(-longest // step) * step), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = prompt
