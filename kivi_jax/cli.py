@@ -110,14 +110,10 @@ def _cost(model: "Llama", prompt_tokens: int, moments: Sequence[float], held: "K
     parts.append(f"first after {moments[1] - moments[0]:.2f} s (compiling and reading the prompt)")
     if new > 2:  # the second token compiled the decoding step
         parts.append(f"then {(new - 2) / (moments[-1] - moments[2]):.1f} tokens/s")
-    dtype = next(
-        leaf.dtype for leaf in jax.tree.leaves(held.layers) if leaf.ndim == 4 and leaf.dtype != "uint8"
-    )
+    dtype = model.embed.embedding[...].dtype
     size = cache_bytes(held)["total"]
-    whole = plan_cache(config, full(), batch=1, context=held.capacity, dtype=dtype)["total"]
-    parts.append(
-        f"cache {format_bytes(size)}, {whole / size:.2f}x smaller than the full {format_bytes(whole)}"
-    )
+    whole = plan_cache(model.config, full(), batch=1, context=held.capacity, dtype=dtype)["total"]
+    parts.append(f"cache {format_bytes(size)}, {whole / size:.2f}x under the full {format_bytes(whole)}")
     return " · ".join(parts)
 
 
@@ -145,11 +141,11 @@ def inspect(
     width = {"float32": 4}.get(dtype.value, 2)
     table = Table(
         title=f"{context:,} tokens x {batch} rows, {dtype.value}; weights {format_bytes(weights * width)}",
-        caption=f"largest batch: rows of {context:,} tokens that fit into {memory} beside the weights",
+        caption=f"max batch: rows of {context:,} tokens that fit into {memory} beside the weights",
     )
-    for column in ("cache", "bytes/token", "cache in all", "smaller", "packed", "scales", "full precision"):
+    for column in ("cache", "bytes/token", "total", "smaller", "packed", "scales", "full prec."):
         table.add_column(column, justify="left" if column == "cache" else "right")
-    table.add_column("largest batch", justify="right")
+    table.add_column("max batch", justify="right")
     whole = None
     for name in cache or ["full", "kivi4", "kivi2"]:
         strategy = parse_cache(name)

@@ -105,7 +105,6 @@ def _transformers(config: ModelConfig, context: int, batch: int) -> tuple[Callab
         num_key_value_heads=config.num_kv_heads,
         head_dim=config.head_dim,
         max_position_embeddings=config.max_position_embeddings,
-        rope_theta=config.rope.theta,
     )
     model = AutoModelForCausalLM.from_config(shape).eval().requires_grad_(False)
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, (batch, context))
