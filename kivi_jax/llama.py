@@ -22,8 +22,9 @@ from kivi_jax.attention import causal_attention
 from kivi_jax.buffers import Segment, Step, attend_token
 from kivi_jax.cache import CacheStrategy, KVCache
 from kivi_jax.config import ModelConfig
+from kivi_jax.ordering import after
 from kivi_jax.rope import apply_rope, rope_frequencies
-from pallas_kernels.partials import AttentionPartial, merge, normalize
+from pallas_kernels.partials import merge, normalize
 
 Rotate = Callable[[Float[Array, "B T N H"]], Float[Array, "B T N H"]]
 
@@ -183,19 +184,24 @@ def _prefill(
     x = model.embed(tokens)
     layers: list[tuple[Segment, ...]] = []
     for layer in model.layers:
-        x, key, value = _prefill_layer(layer, x, lengths, model.config, block)
+        # A layer starts when the one before is packed: else many layers' keys and values are kept.
+        blocks = after(layers[-1:], jnp.int32(tokens.shape[1] // block))
+        x, key, value = _prefill_layer(layer, x, lengths, blocks, model.config, block)
         segments = strategy.hold_prompt(
             key, value, lengths, capacity=capacity, window=model.config.sliding_window
         )
-        # Without the barrier the compiler may run layers ahead and keep many layers' keys and values.
-        x, segments = jax.lax.optimization_barrier((x, segments))
         layers.append(segments)
     last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)
     return model._logits(last[:, 0]), KVCache(tuple(layers), lengths, strategy, capacity)
 
 
 def _prefill_layer(
-    layer: Layer, x: Float[Array, "B P D"], lengths: Int[Array, "B"], config: ModelConfig, block: int
+    layer: Layer,
+    x: Float[Array, "B P D"],
+    lengths: Int[Array, "B"],
+    blocks: Int[Array, ""],
+    config: ModelConfig,
+    block: int,
 ) -> tuple[Array, Array, Array]:
     """The residual stream after one layer, and its keys and values [B, K, P, H], block by block.
 
@@ -219,7 +225,7 @@ def _prefill_layer(
         here = layer.finish(here, attended)
         return jax.lax.dynamic_update_slice_in_dim(x, here, first, axis=1), keys, values
 
-    return jax.lax.fori_loop(0, padded // block, advance, (x, store, store))
+    return jax.lax.fori_loop(0, blocks, advance, (x, store, store))
 
 
 @functools.partial(jax.jit, donate_argnames=("cache",))
@@ -234,22 +240,15 @@ def _decode(
         held = (segment.attend(query) for segment in segments)
         attended = merge(*held, attend_token(query, key, value))
         x = layer.finish(x, normalize(attended)[:, None])
-        layers.append(caches.append(segments, Step(key, value, _after(attended, active))))
+        # Appending overwrites what attending reads: without the order, each layer's cache is copied.
+        count = after(attended.out, active.astype(jnp.int32))
+        layers.append(caches.append(segments, Step(key, value, count > 0)))
     return model._logits(x[:, 0]), KVCache(
         caches.settle(layers, active),
         cache.lengths + active.astype(jnp.int32),
         cache.strategy,
         cache.capacity,
     )
-
-
-def _after(attended: AttentionPartial, active: Bool[Array, "B"]) -> Bool[Array, "B"]:
-    """`active`, made to depend on `attended`: its sums are always finite, which the compiler cannot know.
-
-    Appending overwrites buffers in place. Unless it has to wait for the attention that reads them, the
-    compiler copies every layer's whole cache; an optimization barrier is not enough (jax 0.10.2, CPU).
-    """
-    return active & jnp.isfinite(attended.out[:, 0, 0])
 
 
 def _rotation(config: ModelConfig, lengths: Int[Array, "B"], positions: Int[Array, "#B T"]) -> Rotate:
