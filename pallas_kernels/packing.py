@@ -66,12 +66,12 @@ def unpack(words: UInt8[Array, "*B W"], bits: int) -> UInt8[Array, "*B H"]:
     return jnp.concatenate([plane(words, j, bits) for j in range(8 // bits)], axis=-1)
 
 
-def to_pages(x: Shaped[Array, "*B S C"]) -> Shaped[Array, "*B pages C page"]:
+def to_pages(x: Shaped[Array, "*B S C"]) -> Shaped[Array, "*B pages C 32"]:
     """Reorder token-major rows into pages with tokens minor; `S` is a multiple of 32."""
     return x.reshape(*x.shape[:-2], -1, PAGE, x.shape[-1]).swapaxes(-1, -2)
 
 
-def from_pages(x: Shaped[Array, "*B pages C page"]) -> Shaped[Array, "*B S C"]:
+def from_pages(x: Shaped[Array, "*B pages C 32"]) -> Shaped[Array, "*B S C"]:
     """The inverse of `to_pages`."""
     *lead, pages, channels, _ = x.shape
     return x.swapaxes(-1, -2).reshape(*lead, pages * PAGE, channels)
