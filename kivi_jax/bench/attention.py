@@ -50,7 +50,7 @@ def contenders(case: Case, implementations: Sequence[Implementation]) -> dict[st
     chosen: dict[str, tuple[Any, tuple]] = {}
     for name in implementations:
 
-        def attend(query, key, value, start, end, name=name):
+        def attend(query, key, value, start, end, name: Implementation = name):
             part = quantized_attention(query, key, value, start=start, end=end, implementation=name)
             return normalize(part)
 
