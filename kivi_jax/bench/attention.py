@@ -12,12 +12,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 from rich.console import Console
 from rich.table import Table
 
 from pallas_kernels.partials import attend as attend_dense
 from pallas_kernels.partials import normalize
+from pallas_kernels.quantization import QuantizedTensor
 from pallas_kernels.quantized_attention import quantized_attention
 from pallas_kernels.quantized_attention.api import Implementation
 from pallas_kernels.quantized_attention.cases import BENCHMARK, Case
@@ -41,6 +42,20 @@ def partial_attention(
     return normalize(attend_dense(query, key, value, visible, scale=query.shape[-1] ** -0.5))
 
 
+def packed_attention(
+    query: Float[Array, "B N H"],
+    key: QuantizedTensor,
+    value: QuantizedTensor,
+    start: Int[Array, "B"],
+    end: Int[Array, "B"],
+    *,
+    implementation: Implementation,
+) -> Float[Array, "B N H"]:
+    """`quantized_attention` by one implementation."""
+    part = quantized_attention(query, key, value, start=start, end=end, implementation=implementation)
+    return normalize(part)
+
+
 def contenders(case: Case, implementations: Sequence[Implementation]) -> dict[str, tuple[Any, tuple]]:
     """Name -> (jitted function, its arguments)."""
     query, key, value = case.dense()
@@ -49,11 +64,7 @@ def contenders(case: Case, implementations: Sequence[Implementation]) -> dict[st
     start, end = case.token_ranges()
     chosen: dict[str, tuple[Any, tuple]] = {}
     for name in implementations:
-
-        def attend(query, key, value, start, end, name: Implementation = name):
-            part = quantized_attention(query, key, value, start=start, end=end, implementation=name)
-            return normalize(part)
-
+        attend = functools.partial(packed_attention, implementation=name)
         chosen[name] = (jax.jit(attend), (query, *packed, start, end))
     for dtype, arrays in (("float32", (query, key, value)), ("bfloat16", half)):
         chosen[f"{dtype} softmax"] = (jax.jit(softmax_attention), arrays)
