@@ -1,0 +1,77 @@
+"""How the shipped model was made, as values. Read `initialize.py` next."""
+
+from dataclasses import dataclass
+
+from kivi_jax.config import ModelConfig, RopeConfig
+from kivi_jax.demo import tokenizer
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Steps of training on rows of up to `tokens` tokens."""
+
+    steps: int
+    rows: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides the weights, but for the order in which a machine adds floats.
+
+    The rate of Muon (matrices) and that of Adam (embeddings, norms) rise over `warmup` steps, stay, and
+    fall linearly to zero over the last `decay` steps.
+    """
+
+    stages: tuple[Stage, ...] = (
+        Stage(steps=400, rows=16, tokens=128),
+        Stage(steps=250, rows=8, tokens=256),
+        Stage(steps=200, rows=8, tokens=512),
+        Stage(steps=120, rows=4, tokens=1024),
+        Stage(steps=60, rows=4, tokens=2048),
+    )
+    muon_rate: float = 0.02
+    adam_rate: float = 0.002
+    warmup: int = 50
+    decay: int = 450
+    clip: float = 1.0  # global norm of the gradient
+    seed: int = 0
+
+    @property
+    def steps(self) -> int:
+        """Training steps in all."""
+        return sum(stage.steps for stage in self.stages)
+
+    def stage(self, step: int) -> Stage:
+        """The stage that `step` belongs to.
+
+        Raises:
+            ValueError: there is no such step.
+        """
+        for stage in self.stages:
+            if step < stage.steps:
+                return stage
+            step -= stage.steps
+        raise ValueError(f"a step must be below {self.steps}")
+
+
+def model_config() -> ModelConfig:
+    """The architecture: 1.6 million parameters, two query heads per KV head.
+
+    theta is large so that half of the channel pairs turn less than once in 2048 tokens: those can compare
+    contents at any distance.
+    """
+    vocab = tokenizer.build().get_vocab()
+    return ModelConfig(
+        vocab_size=len(vocab),
+        hidden_size=192,
+        intermediate_size=384,
+        num_layers=4,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=64,
+        max_position_embeddings=4096,
+        rope=RopeConfig(theta=1e6),
+        tie_word_embeddings=True,
+        eos_ids=(vocab[tokenizer.END],),
+    )
