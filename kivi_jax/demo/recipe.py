@@ -25,15 +25,15 @@ class Recipe:
 
     stages: tuple[Stage, ...] = (
         Stage(steps=400, rows=16, tokens=128),
-        Stage(steps=250, rows=8, tokens=256),
-        Stage(steps=200, rows=8, tokens=512),
-        Stage(steps=120, rows=4, tokens=1024),
-        Stage(steps=60, rows=4, tokens=2048),
+        Stage(steps=200, rows=8, tokens=256),
+        Stage(steps=150, rows=8, tokens=512),
+        Stage(steps=100, rows=4, tokens=1024),
+        Stage(steps=40, rows=4, tokens=2048),
     )
     muon_rate: float = 0.02
     adam_rate: float = 0.002
     warmup: int = 50
-    decay: int = 450
+    decay: int = 350
     clip: float = 1.0  # global norm of the gradient
     seed: int = 0
 
