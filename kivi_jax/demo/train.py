@@ -4,7 +4,7 @@ The rows of a batch are split over the devices; to use two CPU cores well, make 
 
     XLA_FLAGS='--xla_force_host_platform_device_count=2 --xla_cpu_multi_thread_eigen=false'
 
-Writes checkpoints and `curve.json` as it goes, then the Hugging Face directory `model` and `curve.png`.
+Writes checkpoints and `curve.json` as it goes, then the Hugging Face directory `model` with a plot of the curve.
 """
 
 import functools
@@ -205,7 +205,7 @@ def main(
     """Train the demo model by the shipped recipe."""
     model, curve = train(Recipe(seed=seed), out)
     export(model, out / "model")
-    _plot(curve, out / "curve.png")
+    _plot(curve, out / "model" / "curve.png")
 
 
 if __name__ == "__main__":
