@@ -26,9 +26,16 @@ app = typer.Typer(
 app.command()(convert)
 app.add_typer(bench, name="bench")
 
-ModelArgument = Annotated[str, typer.Argument(help="A checkpoint's directory, or a Hugging Face hub name.")]
+ModelArgument = Annotated[
+    str,
+    typer.Argument(help="A checkpoint's directory, a hub name, or random: a small model made on the spot."),
+]
 CacheOption = Annotated[
-    str, typer.Option(help="full, kivi4, kivi2; fields after colons: kivi2:group_size=64:residual_length=64.")
+    str,
+    typer.Option(
+        help="full, kivi4, kivi2, scope, kivi2+scope; fields after colons: kivi2:group_size=64, "
+        "kivi2+scope:window=512:recent=256:prompt=snapkv:prompt_budget=2048."
+    ),
 ]
 DtypeOption = Annotated[Dtype | None, typer.Option(help="By default float32 on a CPU, else bfloat16.")]
 
@@ -55,6 +62,7 @@ def generate(
 
     from kivi_jax.loading import load
     from kivi_jax.names import parse_cache
+    from kivi_jax.random_model import random_model
     from kivi_jax.sampling import Greedy, Sample
     from kivi_jax.text import decode_stream, stream_tokens
 
@@ -71,7 +79,10 @@ def generate(
         )
     errors = Console(stderr=True)
     with errors.status("loading"):
-        llama, tokenizer = load(model, dtype=None if dtype is None else dtype.value)
+        if model == "random":
+            llama, tokenizer = random_model()
+        else:
+            llama, tokenizer = load(model, dtype=None if dtype is None else dtype.value)
     if tokenizer is None:
         raise ValueError(f"{model} has no tokenizer files: copy the tokenizer's files there")
     ids = tokenizer(sys.stdin.read() if prompt == "-" else prompt)["input_ids"]
@@ -120,7 +131,10 @@ def _cost(model: "Llama", prompt_tokens: int, moments: Sequence[float], held: "K
 @app.command()
 def inspect(
     model: ModelArgument,
-    context: Annotated[int, typer.Option(help="Tokens a row holds.")] = 32768,
+    context: Annotated[int, typer.Option(help="Tokens a row holds, prompt and output together.")] = 32768,
+    prompt: Annotated[
+        int | None, typer.Option(help="Of those, tokens of the prompt; by default all.")
+    ] = None,
     batch: Annotated[int, typer.Option(help="Rows.")] = 1,
     memory: Annotated[
         str, typer.Option(help="For the largest batch, weights included: 24GiB, 80GB.")
@@ -143,7 +157,7 @@ def inspect(
         title=f"{context:,} tokens x {batch} rows, {dtype.value}; weights {format_bytes(weights * width)}",
         caption=f"max batch: rows of {context:,} tokens that fit into {memory} beside the weights",
     )
-    for column in ("cache", "bytes/token", "total", "smaller", "packed", "scales", "full prec."):
+    for column in ("cache", "bytes/token", "total", "smaller", "packed", "scales", "full prec.", "pool"):
         table.add_column(column, justify="left" if column == "cache" else "right")
     table.add_column("max batch", justify="right")
     whole = None
@@ -153,7 +167,7 @@ def inspect(
         whole = whole or plan_cache(
             config, parse_cache("full"), batch=batch, context=context, dtype=dtype.value
         )
-        rows = largest_batch(config, strategy, context=context, dtype=dtype.value, memory_bytes=memory_bytes)
+        rows = largest_batch(config, strategy, memory_bytes=memory_bytes, **size)
         table.add_row(
             name,
             f"{parts['total'] / (context * batch):,.0f}",
@@ -162,6 +176,7 @@ def inspect(
             format_bytes(parts["packed"]),
             format_bytes(parts["scales"]),
             format_bytes(parts["rings"] + parts["dense"]),
+            format_bytes(parts["pool"]),
             f"{rows:,}",
         )
     Console().print(table)
