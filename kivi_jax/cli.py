@@ -28,7 +28,7 @@ app.add_typer(bench, name="bench")
 
 ModelArgument = Annotated[
     str,
-    typer.Argument(help="A checkpoint's directory, a hub name, or random: a small model made on the spot."),
+    typer.Argument(help="A checkpoint's directory, a hub name, or random: a small model of no use."),
 ]
 CacheOption = Annotated[
     str,
@@ -124,7 +124,7 @@ def _cost(model: "Llama", prompt_tokens: int, moments: Sequence[float], held: "K
     dtype = model.embed.embedding[...].dtype
     size = cache_bytes(held)["total"]
     whole = plan_cache(model.config, full(), batch=1, context=held.capacity, dtype=dtype)["total"]
-    parts.append(f"cache {format_bytes(size)}, {whole / size:.2f}x under the full {format_bytes(whole)}")
+    parts.append(f"cache {format_bytes(size)}, full cache {format_bytes(whole)} ({whole / size:.2f}x)")
     return " · ".join(parts)
 
 
@@ -132,9 +132,7 @@ def _cost(model: "Llama", prompt_tokens: int, moments: Sequence[float], held: "K
 def inspect(
     model: ModelArgument,
     context: Annotated[int, typer.Option(help="Tokens a row holds, prompt and output together.")] = 32768,
-    prompt: Annotated[
-        int | None, typer.Option(help="Of those, tokens of the prompt; by default all.")
-    ] = None,
+    prompt: Annotated[int | None, typer.Option(help="Of those, the prompt's; by default all.")] = None,
     batch: Annotated[int, typer.Option(help="Rows.")] = 1,
     memory: Annotated[
         str, typer.Option(help="For the largest batch, weights included: 24GiB, 80GB.")
@@ -150,7 +148,7 @@ def inspect(
     from kivi_jax.names import parse_cache
     from kivi_jax.plan import largest_batch, parameter_count, plan_cache
 
-    config, memory_bytes = read_any_config(model), parse_bytes(memory)
+    config = read_any_config(model)
     weights = parameter_count(config)
     width = {"float32": 4}.get(dtype.value, 2)
     table = Table(
@@ -160,14 +158,21 @@ def inspect(
     for column in ("cache", "bytes/token", "total", "smaller", "packed", "scales", "full prec.", "pool"):
         table.add_column(column, justify="left" if column == "cache" else "right")
     table.add_column("max batch", justify="right")
-    whole = None
+    size = functools.partial(
+        plan_cache, config, batch=batch, context=context, dtype=dtype.value, prompt_tokens=prompt
+    )
+    whole = size(parse_cache("full"))
     for name in cache or ["full", "kivi4", "kivi2"]:
         strategy = parse_cache(name)
-        parts = plan_cache(config, strategy, batch=batch, context=context, dtype=dtype.value)
-        whole = whole or plan_cache(
-            config, parse_cache("full"), batch=batch, context=context, dtype=dtype.value
+        parts = size(strategy)
+        rows = largest_batch(
+            config,
+            strategy,
+            context=context,
+            dtype=dtype.value,
+            memory_bytes=parse_bytes(memory),
+            prompt_tokens=prompt,
         )
-        rows = largest_batch(config, strategy, memory_bytes=memory_bytes, **size)
         table.add_row(
             name,
             f"{parts['total'] / (context * batch):,.0f}",
