@@ -1,5 +1,6 @@
 """`kivi-jax`: the command line. Each command imports what it needs when it runs, to start fast."""
 
+import functools
 import sys
 import time
 from collections.abc import Iterator, Sequence
