@@ -5,7 +5,8 @@
 
 A name is followed by fields, separated by colons (no commas or brackets, so that a name survives shells
 and comma-separated lists). Fields of KIVI are those of `kivi()`. With `scope`, `decode=` and `prompt=` name
-selectors; `prompt_NAME` is a field of the prompt selector and any other name one of the decode selector.
+selectors; `prompt_NAME` is a field of the prompt selector, `pool_NAME` (pool_bits=4) one of the pool's
+packing, and any other name one of the decode selector.
 """
 
 import dataclasses
@@ -13,7 +14,7 @@ import inspect
 from typing import Any
 
 from kivi_jax import selection
-from kivi_jax.cache import CacheStrategy, full, kivi, scope
+from kivi_jax.cache import CacheStrategy, PoolQuantization, full, kivi, scope
 
 KIVI_BITS = {"kivi1": 1, "kivi2": 2, "kivi4": 4, "kivi8": 8}
 NAMES = ("full", *KIVI_BITS, "scope", *(f"{name}+scope" for name in KIVI_BITS))
@@ -33,7 +34,7 @@ PROMPT = {
     "pyramidinfer": selection.PyramidInfer,
     "streamingllm": selection.StreamingLLM,
 }
-_KIVI_FIELDS = set(inspect.signature(kivi).parameters) - {"bits", "prompt", "decode"}
+_KIVI_FIELDS = set(inspect.signature(kivi).parameters) - {"bits", "prompt", "decode", "pool"}
 
 
 def parse_cache(text: str) -> CacheStrategy:
@@ -52,6 +53,8 @@ def parse_cache(text: str) -> CacheStrategy:
     if "scope" in (base, plus):
         prompt = {key.removeprefix("prompt_"): options.pop(key) for key in list(options) if "prompt_" in key}
         selectors["prompt"] = _selector(PROMPT, options.pop("prompt", "keepall"), prompt, text)
+        pool = {key.removeprefix("pool_"): options.pop(key) for key in list(options) if "pool_" in key}
+        selectors["pool"] = _selector({"pool": PoolQuantization}, "pool", pool, text) if pool else None
         selectors["decode"] = _selector(DECODE, options.pop("decode", "slide"), options, text)
         options = {}
     if options:

@@ -31,6 +31,7 @@ SELECTING = {
         8,
         prompt=kj.PyramidInfer(budget=14, window=4),
         decode=kj.Discontinuous(window=8, recent=3, max_new_tokens=24),
+        pool=kj.PoolQuantization(bits=4, group_size=8),
     ),
 }
 
