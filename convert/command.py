@@ -64,4 +64,4 @@ def convert(
             )
             if not found.passed:
                 raise CheckpointError("the converted model does not compute what its source does")
-    console.print(f"wrote {destination}")
+    console.print(f"wrote {destination}", markup=False, highlight=False, soft_wrap=True)

@@ -131,7 +131,10 @@ def _tensor_files(directory: FilePath) -> dict[str, tuple[FilePath, tuple[int, .
 def _weight_files(directory: FilePath) -> list[FilePath]:
     index = directory / "model.safetensors.index.json"
     if index.exists():
-        files = sorted({directory / name for name in _read_json(index).get("weight_map", {}).values()})
+        shards = _read_json(index).get("weight_map")
+        if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
+            raise CheckpointError(f"{index} must map tensors to files under weight_map")
+        files = sorted({directory / name for name in shards.values()})
         if missing := [file.name for file in files if not file.exists()]:
             raise CheckpointError(f"{directory} lacks shards that its index names: {', '.join(missing)}")
         return files

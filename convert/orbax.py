@@ -71,7 +71,7 @@ def load(directory: FilePath, *, dtype: DTypeLike | None = None) -> Llama:
             restored = checkpointer.restore(
                 directory.absolute() / "parameters", {"/".join(path): leaf for path, leaf in wanted.items()}
             )
-    except (ValueError, FileNotFoundError, KeyError, OSError) as error:
+    except Exception as error:  # orbax and tensorstore raise plain Exception, too
         reason = str(error).splitlines()[0]
         raise CheckpointError(
             f"{directory}/parameters cannot be restored ({reason}): convert again"
@@ -95,7 +95,7 @@ def read_manifest(directory: FilePath) -> tuple[ModelConfig, str]:
         fields = dict(manifest["config"])
         rope = RopeConfig(**fields.pop("rope"))
         eos_ids = tuple(fields.pop("eos_ids"))
-        return ModelConfig(**fields, rope=rope, eos_ids=eos_ids), manifest["dtype"]
+        return ModelConfig(**fields, rope=rope, eos_ids=eos_ids), jnp.dtype(manifest["dtype"]).name
     except CheckpointError:
         raise
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -119,12 +119,13 @@ def replacing(destination: FilePath, *, overwrite: bool) -> Iterator[FilePath]:
     if destination.is_dir() and any(destination.iterdir()) and not overwrite:
         raise CheckpointError(f"{destination} is not empty: choose another directory, or pass --overwrite")
     destination.parent.mkdir(parents=True, exist_ok=True)
-    partial = FilePath(tempfile.mkdtemp(prefix=f".{destination.name}-", dir=destination.parent))
+    outer = FilePath(tempfile.mkdtemp(prefix=f".{destination.name}-", dir=destination.parent))
+    partial = outer / "partial"  # inside, since a temporary directory is readable by its owner only
+    partial.mkdir()
     try:
         yield partial
         if destination.exists():
             shutil.rmtree(destination)
         partial.rename(destination)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    finally:
+        shutil.rmtree(outer, ignore_errors=True)

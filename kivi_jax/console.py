@@ -12,7 +12,7 @@ def run(app: typer.Typer) -> None:
     """Run a command line; a user's mistake becomes one line on stderr and exit code 2."""
     try:
         app()
-    except (ValueError, NotImplementedError) as error:
+    except (ValueError, NotImplementedError, OSError) as error:
         if os.environ.get("KIVI_JAX_TRACEBACK"):  # for reporting a bug
             raise
         message = escape(" ".join(str(error).split()))  # a path may look like rich's markup: model[/a]
