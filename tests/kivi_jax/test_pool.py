@@ -217,8 +217,8 @@ def test_a_packed_pool_holds_what_it_was_given(bits, error):
         assert positions.max() == [39, 19][b]
         # Keys are held rotated: scores with a rotated query are what they were.
         turned = held_keys[b, k, slots] @ hadamard(dim)
-        for got, given in ((turned, keys), (held_values[b, k, slots], values)):
-            expected = given[positions[slots], b, k]
+        for got, true in ((turned, keys), (held_values[b, k, slots], values)):
+            expected = true[positions[slots], b, k]
             assert np.linalg.norm(got - expected) < error * np.linalg.norm(expected)
 
 
