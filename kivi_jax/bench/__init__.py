@@ -1,0 +1,1 @@
+"""Measurements that anyone can repeat: each command prints what the documentation quotes."""

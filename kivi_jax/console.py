@@ -1,0 +1,45 @@
+"""What every command shares: how errors end, and how bytes and tables look."""
+
+import os
+import sys
+
+import typer
+from rich.console import Console
+
+
+def run(app: typer.Typer) -> None:
+    """Run a command line; a user's mistake becomes one line on stderr and exit code 2."""
+    try:
+        app()
+    except (ValueError, NotImplementedError) as error:
+        if os.environ.get("KIVI_JAX_TRACEBACK"):  # for reporting a bug
+            raise
+        Console(stderr=True, soft_wrap=True).print(
+            f"[bold red]error:[/] {' '.join(str(error).split())}", highlight=False
+        )
+        sys.exit(2)
+
+
+def format_bytes(count: float) -> str:
+    """Bytes in binary units, three digits: 1.23 GiB."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(count) < 1024:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.3g} {unit}"
+        count /= 1024
+    return f"{count:.4g} TiB"
+
+
+def parse_bytes(text: str) -> int:
+    """The bytes that "24GiB", "500 MB" or "1e9" mean.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    units = {"": 1, "b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12}
+    units |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+    number = text.strip().lower().rstrip("bkmgti ")
+    unit = text.strip().lower()[len(number) :].strip()
+    try:
+        return int(float(number) * units[unit])
+    except (KeyError, ValueError):
+        raise ValueError(f"cannot read {text!r} as a memory size: write for example 24GiB or 80GB") from None

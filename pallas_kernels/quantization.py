@@ -1,0 +1,233 @@
+"""Asymmetric grouped quantization, and the tensors it makes. Read `partials.py` next.
+
+A group of numbers is stored as codes with one scale and one zero:
+
+    zero = min(group)        scale = (max(group) - zero) / (2**bits - 1)
+    code = round_half_even(clip((x - zero) / scale, 0, 2**bits - 1))        x' = code * scale + zero
+
+Everything is computed in float32 and quantized against the *stored* zero and scale. Where these are kept
+in 16 bits, the zero is rounded down and the scale up, so that the codes still span the group and
+|x - x'| <= scale / 2 holds with the stored scale. A constant group has scale 0 and x' = zero: no 0/0.
+
+Source: KIVI (arXiv 2402.02750) section 3.1; the rounding rule is ours.
+"""
+
+import math
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int, Shaped, UInt8
+
+from pallas_kernels.packing import PAGE, from_pages, pack, to_pages, unpack, words_per_token
+from pallas_kernels.pytree import pytree, static
+
+GroupAxis = Literal["token", "channel"]
+
+
+@pytree
+class QuantizedTensor:
+    """An array [*B, S, H] (S tokens of H channels) stored as packed codes.
+
+    `group_axis="token"`: a group is `group_size` consecutive tokens of one channel (KIVI's keys).
+    `group_axis="channel"`: a group is `group_size` consecutive channels of one token (KIVI's values).
+    `packing.py` draws the order of the words. The array denoted is `code * scale + zero`.
+    """
+
+    words: UInt8[Array, "*words"]
+    scale: Float[Array, "*groups"]
+    zero: Float[Array, "*groups"]
+    bits: int = static()
+    group_size: int = static()
+    group_axis: GroupAxis = static()
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[*B, S, H] of the array denoted."""
+        planes = 8 // self.bits
+        if self.group_axis == "token":
+            *lead, tokens, words = self.words.shape
+            return (*lead, tokens, words * planes)
+        *lead, pages, words, page = self.words.shape
+        return (*lead, pages * page, words * planes)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held: words, scales and zeros."""
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
+
+
+def check_groups(tokens: int, channels: int, *, bits: int, group_size: int, group_axis: GroupAxis) -> None:
+    """Refuse shapes that do not divide into groups, bytes and pages.
+
+    Raises:
+        ValueError: `bits` is not 1, 2, 4 or 8; codes do not fill whole bytes; `group_size` does not
+            divide the axis it runs along; or a channel-grouped tensor's tokens do not fill pages.
+    """
+    words_per_token(channels, bits)
+    if group_axis not in ("token", "channel"):
+        raise ValueError(f'{group_axis=} must be "token" or "channel"')
+    if group_size <= 0:
+        raise ValueError(f"{group_size=} must be positive")
+    if group_axis == "token" and tokens % group_size:
+        raise ValueError(f"{group_size=} must divide the number of tokens, {tokens}")
+    if group_axis == "channel":
+        if channels % group_size:
+            raise ValueError(f"{group_size=} must divide the number of channels, {channels}")
+        if tokens % PAGE:
+            raise ValueError(f"the number of tokens, {tokens}, must be a multiple of {PAGE} (one page)")
+
+
+def quantize(
+    x: Float[Array, "*B S H"],
+    *,
+    bits: int,
+    group_size: int,
+    group_axis: GroupAxis,
+    scale_dtype: DTypeLike = jnp.float16,
+) -> QuantizedTensor:
+    """Quantize and pack `x`; `scale` and `zero` are stored as `scale_dtype`.
+
+    Raises:
+        ValueError: see `check_groups`.
+    """
+    *lead, tokens, channels = x.shape
+    check_groups(tokens, channels, bits=bits, group_size=group_size, group_axis=group_axis)
+    if group_axis == "token":
+        groups = x.reshape(*lead, tokens // group_size, group_size, channels)
+        codes, scale, zero = _quantize_groups(groups, -2, bits, scale_dtype)
+        words = pack(codes.reshape(x.shape), bits)
+        scale, zero = scale.squeeze(-2), zero.squeeze(-2)
+    else:
+        words, scale, zero = (to_pages(part) for part in _quantize_tokens(x, bits, group_size, scale_dtype))
+    return QuantizedTensor(words, scale, zero, bits, group_size, group_axis)
+
+
+def dequantize(x: QuantizedTensor, dtype: DTypeLike = jnp.float32) -> Float[Array, "*B S H"]:
+    """The array that `x` denotes: `code * scale + zero`, computed in float32, cast to `dtype`."""
+    if x.group_axis == "token":
+        codes, per_group = unpack(x.words, x.bits), (x.scale, x.zero)
+        scale, zero = (jnp.repeat(part, x.group_size, axis=-2) for part in per_group)
+    else:
+        codes = unpack(from_pages(x.words), x.bits)
+        per_group = (from_pages(x.scale), from_pages(x.zero))
+        scale, zero = (jnp.repeat(part, x.group_size, axis=-1) for part in per_group)
+    float32 = jnp.float32
+    return (codes.astype(float32) * scale.astype(float32) + zero.astype(float32)).astype(dtype)
+
+
+def zeros(
+    shape: tuple[int, ...],
+    *,
+    bits: int,
+    group_size: int,
+    group_axis: GroupAxis,
+    scale_dtype: DTypeLike = jnp.float16,
+) -> QuantizedTensor:
+    """A tensor of the given [*B, S, H] that denotes zeros.
+
+    Raises:
+        ValueError: see `check_groups`.
+    """
+    *lead, tokens, channels = shape
+    check_groups(tokens, channels, bits=bits, group_size=group_size, group_axis=group_axis)
+    words = words_per_token(channels, bits)
+    if group_axis == "token":
+        word_shape, group_shape = (tokens, words), (tokens // group_size, channels)
+    else:
+        pages = tokens // PAGE
+        word_shape, group_shape = (pages, words, PAGE), (pages, channels // group_size, PAGE)
+    scale = jnp.zeros((*lead, *group_shape), scale_dtype)
+    return QuantizedTensor(
+        jnp.zeros((*lead, *word_shape), jnp.uint8), scale, scale, bits, group_size, group_axis
+    )
+
+
+def pad_tokens(tensor: QuantizedTensor, tokens: int) -> QuantizedTensor:
+    """Extend a [*B, S, H] tensor with zeros to `tokens` tokens: whole groups and pages, at least S."""
+    held, lead = tensor.shape[-2], len(tensor.shape) - 2
+
+    def pad(part: Array) -> Array:
+        extra = part.shape[lead] * tokens // held - part.shape[lead]
+        return jnp.pad(part, [(0, extra if axis == lead else 0) for axis in range(part.ndim)])
+
+    return jax.tree.map(pad, tensor)
+
+
+def set_token(
+    tensor: QuantizedTensor, slot: Int[Array, "B"], token: Float[Array, "B K H"]
+) -> QuantizedTensor:
+    """Quantize one token per row and write it at `slot` of a channel-grouped [B, K, S, H] tensor.
+
+    A slot outside [0, S) writes nothing.
+    """
+    parts = _quantize_tokens(token, tensor.bits, tensor.group_size, tensor.scale.dtype)
+    row, page, lane = jnp.arange(slot.shape[0]), slot // PAGE, slot % PAGE
+    stores = (tensor.words, tensor.scale, tensor.zero)
+    words, scale, zero = (
+        store.at[row, :, page, :, lane].set(part, mode="drop")
+        for store, part in zip(stores, parts, strict=True)
+    )
+    return QuantizedTensor(words, scale, zero, tensor.bits, tensor.group_size, tensor.group_axis)
+
+
+def set_block(
+    tensor: QuantizedTensor,
+    slot: Int[Array, "B"],
+    block: QuantizedTensor,
+    write: Shaped[Array, "B"],
+) -> QuantizedTensor:
+    """Write a block [B, K, R, H] of whole groups into a token-grouped [B, K, S, H] tensor.
+
+    Row b's block starts at `slot[b]`, a multiple of R; rows where `write` is false keep what they hold.
+    """
+
+    def set_rows(store: Array, rows: Array, start: Array, keep: Array) -> Array:
+        at = (jnp.zeros_like(start), start, jnp.zeros_like(start))
+        old = jax.lax.dynamic_slice(store, at, rows.shape)
+        return jax.lax.dynamic_update_slice(store, jnp.where(keep, old, rows), at)
+
+    set_batch = jax.vmap(set_rows)
+    group_slot = slot // tensor.group_size
+    return QuantizedTensor(
+        set_batch(tensor.words, block.words, slot, ~write),
+        set_batch(tensor.scale, block.scale, group_slot, ~write),
+        set_batch(tensor.zero, block.zero, group_slot, ~write),
+        tensor.bits,
+        tensor.group_size,
+        tensor.group_axis,
+    )
+
+
+def _quantize_tokens(
+    x: Float[Array, "*B H"], bits: int, group_size: int, scale_dtype: DTypeLike
+) -> tuple[Array, Array, Array]:
+    """Words [*B, W], scale and zero [*B, H / group_size] of tokens grouped over channels."""
+    groups = x.reshape(*x.shape[:-1], -1, group_size)
+    codes, scale, zero = _quantize_groups(groups, -1, bits, scale_dtype)
+    return pack(codes.reshape(x.shape), bits), scale.squeeze(-1), zero.squeeze(-1)
+
+
+def _quantize_groups(
+    groups: Float[Array, "..."], axis: int, bits: int, scale_dtype: DTypeLike
+) -> tuple[Array, Array, Array]:
+    """Codes (uint8), stored scale and stored zero; `axis` runs inside a group and is kept as 1."""
+    groups = groups.astype(jnp.float32)
+    levels = 2**bits - 1
+    zero = _round_toward(groups.min(axis, keepdims=True), -math.inf, scale_dtype)
+    span = groups.max(axis, keepdims=True) - zero.astype(jnp.float32)
+    scale = _round_toward(span / levels, math.inf, scale_dtype)
+    zero32, scale32 = zero.astype(jnp.float32), scale.astype(jnp.float32)
+    steps = (groups - zero32) / jnp.where(scale32 > 0, scale32, 1)
+    codes = jnp.round(jnp.clip(steps, 0, levels)).astype(jnp.uint8)
+    return codes, scale, zero
+
+
+def _round_toward(x: Float[Array, "..."], direction: float, dtype: DTypeLike) -> Array:
+    """Cast float32 `x` to `dtype`, rounding towards `direction`; saturates at the largest finite value."""
+    info = jnp.finfo(dtype)
+    rounded = jnp.clip(x, float(info.min), float(info.max)).astype(dtype)
+    overshot = rounded.astype(jnp.float32) < x if direction > 0 else rounded.astype(jnp.float32) > x
+    stepped = jnp.nextafter(rounded, jnp.full_like(rounded, direction))
+    return jnp.where(overshot & jnp.isfinite(stepped), stepped, rounded)
