@@ -39,19 +39,23 @@ S = TypeVar("S", bound="Segment")
 
 
 class Step(NamedTuple):
-    """What one decode step offers a segment: the new token of each row."""
+    """What one decode step offers a segment: the new token of each row, and how its query attended."""
 
+    query: Float[Array, "B N H"]
     key: Float[Array, "B K H"]
     value: Float[Array, "B K H"]
+    log_sum_exp: Float[Array, "B N"]  # of the query's scores over all segments and its own token
     active: Bool[Array, "B"]  # rows that have ended append nothing
 
 
 class Tokens(NamedTuple):
-    """What a segment denotes, slot by slot. `position` is the token's index in its row, -1: no token."""
+    """What a segment denotes, slot by slot. `position` is the token's index among those the segment was
+    given, -1: no token.
+    """
 
     key: Float[Array, "B K S H"]
     value: Float[Array, "B K S H"]
-    position: Int[Array, "B S"]
+    position: Int[Array, "B #K S"]
 
 
 @runtime_checkable
@@ -121,7 +125,7 @@ class DenseTokens:
     def materialize(self) -> Tokens:
         """See `Segment`."""
         position = newest_token(self.lengths, self.keys.shape[2])
-        return Tokens(self.keys, self.values, jnp.maximum(position, -1))
+        return Tokens(self.keys, self.values, jnp.maximum(position, -1)[:, None])
 
 
 @pytree
@@ -281,7 +285,7 @@ class KiviTokens:
         return Tokens(
             jnp.concatenate([dequantize(self.keys, dtype), self.key_ring], axis=2),
             jnp.concatenate([dequantize(self.values, dtype), self.value_ring], axis=2),
-            jnp.maximum(jnp.concatenate([packed, ring], axis=1), -1),
+            jnp.maximum(jnp.concatenate([packed, ring], axis=1), -1)[:, None],
         )
 
 

@@ -1,14 +1,17 @@
 """Cache strategies (values that say how tokens are held) and the cache itself. Read `llama.py` next."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from kivi_jax.buffers import DenseTokens, KiviTokens, Segment, Step
 from kivi_jax.config import ModelConfig
+from kivi_jax.pool import TokenPool
+from kivi_jax.selection import DecodeSelector, KeepAll, PromptSelector, Slide
 from pallas_kernels.pytree import pytree, static
 from pallas_kernels.quantization import check_groups
 
@@ -27,21 +30,62 @@ class KiviQuantization:
     scale_dtype: ScaleDtype
 
 
+class Prompt(NamedTuple):
+    """What prefill knows of one layer's right-padded prompt, in full precision."""
+
+    keys: Float[Array, "B K P H"]
+    values: Float[Array, "B K P H"]
+    weights: Float[Array, "B K P"]  # summed softmax weights of the observed queries; zeros if none are
+    lengths: Int[Array, "B"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class CacheStrategy:
     """Which segments a layer's cache is made of. Hashable and static under `jax.jit`.
 
-    Build one with `full()` or `kivi()`.
+    The prompt's tokens are chosen by `prompt` and then held in full precision, or packed if there is a
+    `quantization`. What is decoded joins them if `decode` is `KeepAll`; else it goes to a pool that
+    `decode` bounds. Build one with `full()`, `kivi()` or `scope()`.
     """
 
     quantization: KiviQuantization | None = None
+    prompt: PromptSelector = field(default_factory=KeepAll)
+    decode: DecodeSelector | KeepAll = field(default_factory=KeepAll)
+
+    def __post_init__(self) -> None:
+        """Refuse a combination that would not do what it says.
+
+        Raises:
+            ValueError: tokens would be packed, but a unified selector keeps them all in its pool.
+        """
+        if self.quantization is not None and self._unified:
+            raise ValueError(
+                f"{self.decode} keeps prompt and output in one full-precision pool, so nothing would be "
+                "packed: use scope(...), or a decode selector of SCOPE such as Slide"
+            )
+
+    @property
+    def observed(self) -> int:
+        """See `PromptSelector.observed`."""
+        return self.prompt.observed
+
+    @property
+    def _unified(self) -> bool:
+        return isinstance(self.decode, DecodeSelector) and self.decode.unified
 
     def check(self, config: ModelConfig) -> None:
         """Refuse a model that this strategy does not fit, before anything is computed.
 
         Raises:
-            ValueError: a group does not divide the model's head_dim, or codes do not fill bytes.
+            ValueError: a group does not divide the model's head_dim, codes do not fill bytes, or tokens
+                are selected on a model whose attention has a sliding window.
         """
+        selects = self.prompt != KeepAll() or self.decode != KeepAll()
+        if selects and config.sliding_window is not None:
+            raise ValueError(
+                f"the model attends within sliding_window={config.sliding_window} tokens, on which selecting "
+                "tokens is not supported: use full() or kivi() without prompt= and decode="
+            )
         if (kivi := self.quantization) is None:
             return
         head_dim = config.head_dim
@@ -56,37 +100,80 @@ class CacheStrategy:
             )
 
     def hold_prompt(
+        self, prompt: Prompt, *, capacity: int, window: int | None, layer: int, layers: int
+    ) -> tuple[Segment, ...]:
+        """The segments of layer number `layer` of `layers` after a prompt, for rows of up to `capacity`.
+
+        Raises:
+            ValueError: a unified selector's pool is smaller than what the prompt selector keeps.
+        """
+        width = prompt.keys.shape[2]
+        most = self.prompt.most(layer, layers, width)
+        keys, values, kept, positions = prompt.keys, prompt.values, prompt.lengths, None
+        if most < width:
+            positions, kept = self.prompt.select(prompt.weights, prompt.lengths, layer, layers)
+            index = positions[..., None]
+            keys, values = (jnp.take_along_axis(x, index, axis=2) for x in (keys, values))
+        if isinstance(self.decode, KeepAll):
+            return (self._hold(keys, values, kept, capacity=capacity - width + most, window=window),)
+        if self.decode.unified:
+            if most >= self.decode.slots:
+                raise ValueError(
+                    f"the prompt may keep {most} tokens, more than fit into {self.decode}: "
+                    "pass a prompt= selector with a budget not above the pool's"
+                )
+            if positions is None:
+                positions = jnp.broadcast_to(jnp.arange(width), keys.shape[:3])
+            pool = TokenPool.from_prompt(keys, values, positions, kept, prompt.lengths, selector=self.decode)
+            return (pool,)
+        batch, kv_heads, _, dim = keys.shape
+        pool = TokenPool.empty(batch, kv_heads, dim, prompt.lengths, selector=self.decode, dtype=keys.dtype)
+        return self._hold(keys, values, kept, capacity=most, window=None), pool
+
+    def _hold(
         self,
-        key: Float[Array, "B K P H"],
-        value: Float[Array, "B K P H"],
-        lengths: Int[Array, "B"],
+        keys: Float[Array, "B K M H"],
+        values: Float[Array, "B K M H"],
+        kept: Int[Array, "B"],
         *,
         capacity: int,
         window: int | None,
-    ) -> tuple[Segment, ...]:
-        """The segments of one layer after a right-padded prompt."""
+    ) -> Segment:
+        """One segment with the first `kept[b]` of the given tokens of each row."""
         if (kivi := self.quantization) is None:
-            return (DenseTokens.from_prompt(key, value, lengths, capacity=capacity, window=window),)
-        return (
-            KiviTokens.from_prompt(
-                key,
-                value,
-                lengths,
-                capacity=capacity,
-                window=window,
-                key_bits=kivi.key_bits,
-                value_bits=kivi.value_bits,
-                key_group_size=kivi.key_group_size,
-                value_group_size=kivi.value_group_size,
-                residual_length=kivi.residual_length,
-                scale_dtype=kivi.scale_dtype,
-            ),
+            return DenseTokens.from_prompt(keys, values, kept, capacity=capacity, window=window)
+        return KiviTokens.from_prompt(
+            keys,
+            values,
+            kept,
+            capacity=capacity,
+            window=window,
+            key_bits=kivi.key_bits,
+            value_bits=kivi.value_bits,
+            key_group_size=kivi.key_group_size,
+            value_group_size=kivi.value_group_size,
+            residual_length=kivi.residual_length,
+            scale_dtype=kivi.scale_dtype,
         )
 
 
 def full() -> CacheStrategy:
     """Every token in the model's own precision."""
     return CacheStrategy()
+
+
+def scope(
+    *, prompt: PromptSelector | None = None, decode: DecodeSelector | KeepAll | None = None
+) -> CacheStrategy:
+    """SCOPE: the prompt selected once, the decoding phase bounded by a budget of its own.
+
+    Args:
+        prompt: which tokens of the prompt are stored; by default all.
+        decode: what bounds the decoded tokens; by default `Slide()`.
+
+    Source: SCOPE (arXiv 2412.13649).
+    """
+    return CacheStrategy(prompt=prompt or KeepAll(), decode=decode or Slide())
 
 
 def kivi(
@@ -99,6 +186,8 @@ def kivi(
     key_group_size: int | None = None,
     value_group_size: int | None = None,
     scale_dtype: ScaleDtype = "float16",
+    prompt: PromptSelector | None = None,
+    decode: DecodeSelector | KeepAll | None = None,
 ) -> CacheStrategy:
     """KIVI: packed tokens behind a full-precision residual of the newest ones.
 
@@ -108,6 +197,9 @@ def kivi(
             `key_group_size` and `value_group_size` override it for one side.
         residual_length: R, the newest tokens kept in full precision; a multiple of the key group.
         scale_dtype: how scales and zeros are stored.
+        prompt: which tokens of the prompt are packed; by default all. Selected in full precision.
+        decode: a selector that bounds what is decoded, in a full-precision pool beside the packed prompt;
+            by default decoded tokens are packed, too.
 
     Raises:
         ValueError: a number is out of range, or the key group does not divide the residual.
@@ -135,7 +227,7 @@ def kivi(
         )
     if scale_dtype not in ("float16", "bfloat16", "float32"):
         raise ValueError(f'{scale_dtype=} must be "float16", "bfloat16" or "float32"')
-    return CacheStrategy(quantization=quantization)
+    return CacheStrategy(quantization=quantization, prompt=prompt or KeepAll(), decode=decode or KeepAll())
 
 
 @pytree
@@ -168,20 +260,25 @@ def settle(
 def cache_bytes(cache: KVCache) -> dict[str, int]:
     """Bytes of the cache by part, from the arrays themselves; `total` is their sum.
 
-    `packed`: codes. `scales`: scales and zeros. `rings`: KIVI's residual. `dense`: full-precision
-    tokens. `metadata`: lengths.
+    `packed`: codes. `scales`: scales and zeros. `rings`: KIVI's residual. `dense`: full-precision tokens.
+    `pool`: tokens of a bounded decoding phase. `metadata`: lengths, positions, weights.
     """
-    parts = {"packed": 0, "scales": 0, "rings": 0, "dense": 0, "metadata": 0}
+    parts: dict[str, int] = dict.fromkeys(("packed", "scales", "rings", "dense", "pool", "metadata"), 0)
     of_field = {
         "words": "packed",
         "scale": "scales",
         "zero": "scales",
         "key_ring": "rings",
         "value_ring": "rings",
-        "keys": "dense",
-        "values": "dense",
-        "lengths": "metadata",
     }
-    for path, leaf in jax.tree_util.tree_leaves_with_path(cache):
-        parts[of_field[path[-1].name]] += leaf.size * leaf.dtype.itemsize
+    parts["metadata"] += _nbytes(cache.lengths)
+    for segment in (segment for layer in cache.layers for segment in layer):
+        tokens = "pool" if isinstance(segment, TokenPool) else "dense"
+        names = of_field | {"keys": tokens, "values": tokens}
+        for path, leaf in jax.tree_util.tree_leaves_with_path(segment):
+            parts[names.get(path[-1].name, "metadata")] += _nbytes(leaf)
     return {**parts, "total": sum(parts.values())}
+
+
+def _nbytes(array: Array) -> int:
+    return array.size * array.dtype.itemsize  # shape structs, of which plans are made, have no nbytes

@@ -18,12 +18,13 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from kivi_jax import cache as caches
-from kivi_jax.attention import causal_attention
+from kivi_jax.attention import add_weights, causal_attention
 from kivi_jax.buffers import Segment, Step, attend_token
-from kivi_jax.cache import CacheStrategy, KVCache
+from kivi_jax.cache import CacheStrategy, KVCache, Prompt
 from kivi_jax.config import ModelConfig
 from kivi_jax.ordering import after
 from kivi_jax.rope import apply_rope, rope_frequencies
+from kivi_jax.selection import ALL_QUERIES
 from pallas_kernels.partials import merge, normalize
 
 Rotate = Callable[[Float[Array, "B T N H"]], Float[Array, "B T N H"]]
@@ -183,14 +184,12 @@ def _prefill(
     tokens = jnp.pad(tokens, ((0, 0), (0, -tokens.shape[1] % block)))
     x = model.embed(tokens)
     layers: list[tuple[Segment, ...]] = []
-    for layer in model.layers:
+    hold = functools.partial(strategy.hold_prompt, capacity=capacity, layers=model.config.num_layers)
+    for index, layer in enumerate(model.layers):
         # A layer starts when the one before is packed: else many layers' keys and values are kept.
         blocks = after(layers[-1:], jnp.int32(tokens.shape[1] // block))
-        x, key, value = _prefill_layer(layer, x, lengths, blocks, model.config, block)
-        segments = strategy.hold_prompt(
-            key, value, lengths, capacity=capacity, window=model.config.sliding_window
-        )
-        layers.append(segments)
+        x, prompt = _prefill_layer(layer, x, lengths, blocks, model.config, block, strategy.observed)
+        layers.append(hold(prompt, window=model.config.sliding_window, layer=index))
     last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)
     return model._logits(last[:, 0]), KVCache(tuple(layers), lengths, strategy, capacity)
 
@@ -202,32 +201,44 @@ def _prefill_layer(
     blocks: Int[Array, ""],
     config: ModelConfig,
     block: int,
-) -> tuple[Array, Array, Array]:
-    """The residual stream after one layer, and its keys and values [B, K, P, H], block by block.
+    observed: int,
+) -> tuple[Array, Prompt]:
+    """The residual stream after one layer, and what it holds of the prompt, block by block.
 
     A block attends only to itself and what is before it, so one pass over the blocks computes keys and
-    values, attends and replaces the stream in place.
+    values, attends and replaces the stream in place. Of the last `observed` queries of a row (0: none,
+    `ALL_QUERIES`) it also sums the weights.
     """
     batch, padded = x.shape[:2]
     # Zeros, but computed from `blocks`: the compiler makes constants of all layers at the start.
     blank = jnp.where(blocks >= 0, 0, 1).astype(x.dtype)
     store = jnp.full((batch, config.num_kv_heads, padded, config.head_dim), blank)
 
-    def advance(i: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        x, keys, values = state
+    weights = jnp.full(store.shape[:3], blank.astype(jnp.float32))
+    oldest = jnp.zeros_like(lengths) if observed == ALL_QUERIES else lengths - observed
+
+    def advance(i: Array, state: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
+        x, keys, values, weights = state
         first = i * block
-        rotate = _rotation(config, lengths, first + jnp.arange(block)[None])
+        position = first + jnp.arange(block)[None]
+        rotate = _rotation(config, lengths, position)
         here = jax.lax.dynamic_slice_in_dim(x, first, block, axis=1)
         query, key, value = layer.project(here, rotate)
         keys, values = (
             jax.lax.dynamic_update_slice_in_dim(held, new.swapaxes(1, 2), first, axis=2)
             for held, new in ((keys, key), (values, value))
         )
-        attended = causal_attention(query, keys, values, first=first, window=config.sliding_window)
+        attended, log_sum_exp = causal_attention(
+            query, keys, values, first=first, window=config.sliding_window
+        )
+        if observed:
+            seen = (position >= oldest[:, None]) & (position < lengths[:, None])
+            weights = add_weights(weights, query, keys, log_sum_exp, seen, first=first)
         here = layer.finish(here, attended)
-        return jax.lax.dynamic_update_slice_in_dim(x, here, first, axis=1), keys, values
+        return jax.lax.dynamic_update_slice_in_dim(x, here, first, axis=1), keys, values, weights
 
-    return jax.lax.fori_loop(0, blocks, advance, (x, store, store))
+    x, keys, values, weights = jax.lax.fori_loop(0, blocks, advance, (x, store, store, weights))
+    return x, Prompt(keys, values, weights, lengths)
 
 
 @functools.partial(jax.jit, donate_argnames=("cache",))
@@ -243,8 +254,9 @@ def _decode(
         attended = merge(*held, attend_token(query, key, value))
         x = layer.finish(x, normalize(attended)[:, None])
         # Appending overwrites what attending reads: without the order, each layer's cache is copied.
-        count = after(attended.out, active.astype(jnp.int32))
-        layers.append(caches.append(segments, Step(key, value, count > 0)))
+        may_append = after(attended.out, active.astype(jnp.int32)) > 0
+        step = Step(query, key, value, attended.log_sum_exp, may_append)
+        layers.append(caches.append(segments, step))
     return model._logits(x[:, 0]), KVCache(
         caches.settle(layers, active),
         cache.lengths + active.astype(jnp.int32),

@@ -5,34 +5,57 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from kivi_jax.cache import CacheStrategy, KVCache, cache_bytes
+from kivi_jax.cache import CacheStrategy, KVCache, Prompt, cache_bytes
 from kivi_jax.config import ModelConfig
 from kivi_jax.llama import Llama
 
 
 def plan_cache(
-    config: ModelConfig, strategy: CacheStrategy, *, batch: int, context: int, dtype: DTypeLike
+    config: ModelConfig,
+    strategy: CacheStrategy,
+    *,
+    batch: int,
+    context: int,
+    dtype: DTypeLike,
+    prompt_tokens: int | None = None,
 ) -> dict[str, int]:
-    """`cache_bytes` of a cache in which every row holds `context` tokens.
+    """`cache_bytes` of a cache for rows of `context` tokens, the first `prompt_tokens` (all) from a prompt.
 
     Raises:
-        ValueError: a number is not positive, or the strategy does not fit the model.
+        ValueError: a number is out of range, or the strategy does not fit the model.
     """
-    if batch < 1 or context < 1:
-        raise ValueError(f"{batch=} and {context=} must be positive")
+    width = context if prompt_tokens is None else prompt_tokens
+    if batch < 1 or not 0 < width <= context:
+        raise ValueError(f"{batch=} must be positive, and the prompt's {width} tokens from 1 to {context=}")
     strategy.check(config)
 
     def hold() -> KVCache:
-        tokens = jnp.zeros((batch, config.num_kv_heads, context, config.head_dim), dtype)
-        lengths = jnp.full(batch, context, jnp.int32)
-        layer = strategy.hold_prompt(tokens, tokens, lengths, capacity=context, window=config.sliding_window)
-        return KVCache((layer,) * config.num_layers, lengths, strategy, context)
+        shape = (batch, config.num_kv_heads, width, config.head_dim)
+        lengths = jnp.full(batch, width, jnp.int32)
+        prompt = Prompt(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros(shape[:3]), lengths)
+        layers = tuple(
+            strategy.hold_prompt(
+                prompt,
+                capacity=context,
+                window=config.sliding_window,
+                layer=layer,
+                layers=config.num_layers,
+            )
+            for layer in range(config.num_layers)
+        )
+        return KVCache(layers, lengths, strategy, context)
 
     return cache_bytes(jax.eval_shape(hold))
 
 
 def largest_batch(
-    config: ModelConfig, strategy: CacheStrategy, *, context: int, dtype: DTypeLike, memory_bytes: int
+    config: ModelConfig,
+    strategy: CacheStrategy,
+    *,
+    context: int,
+    dtype: DTypeLike,
+    memory_bytes: int,
+    prompt_tokens: int | None = None,
 ) -> int:
     """How many rows of `context` tokens fit into `memory_bytes`, weights included.
 
@@ -40,8 +63,8 @@ def largest_batch(
     or many; its own peak depends on `block_tokens` and is not counted.
     """
     weights = parameter_count(config) * jnp.dtype(dtype).itemsize
-    row = plan_cache(config, strategy, batch=1, context=context, dtype=dtype)["total"]
-    row += 4 * config.vocab_size
+    plan = plan_cache(config, strategy, batch=1, context=context, dtype=dtype, prompt_tokens=prompt_tokens)
+    row = plan["total"] + 4 * config.vocab_size
     return max(0, (memory_bytes - weights) // row)
 
 

@@ -53,6 +53,11 @@ class DecodeSelector(ABC):
         return False
 
     @property
+    def cuts_many(self) -> bool:
+        """Whether more than one token may have to go after a step."""
+        return False
+
+    @property
     @abstractmethod
     def slots(self) -> int:
         """The most tokens the pool ever holds, which is before a step's dropping."""
@@ -379,6 +384,11 @@ class Adaptive(DecodeSelector):
 @dataclass(frozen=True, kw_only=True)
 class Discontinuous(Adaptive):
     """SCOPE's discontinuous: adaptive, but the pool is cut only at every (delta + 1)-th step that is due."""
+
+    @property
+    def cuts_many(self) -> bool:
+        """See `DecodeSelector`."""
+        return True
 
     @property
     def slots(self) -> int:

@@ -1,5 +1,6 @@
 """Decoding speed of a whole model against its context, per cache, and against transformers on torch."""
 
+import functools
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -11,7 +12,7 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
-from kivi_jax.cache import CacheStrategy, KVCache, cache_bytes
+from kivi_jax.cache import CacheStrategy, KVCache, Prompt, cache_bytes
 from kivi_jax.config import ModelConfig
 from kivi_jax.llama import Llama
 
@@ -66,14 +67,22 @@ def filled_cache(
     """A cache that holds `context` random tokens a row."""
     shape = (batch, config.num_kv_heads, context, config.head_dim)
 
-    @jax.jit
-    def layer(seed: jax.Array) -> Any:
-        key, value = jax.random.normal(jax.random.key(seed), (2, *shape), dtype)
-        lengths = jnp.full(batch, context, jnp.int32)
-        return strategy.hold_prompt(key, value, lengths, capacity=capacity, window=config.sliding_window)
+    lengths = jnp.full(batch, context, jnp.int32)
 
-    layers = tuple(layer(jnp.int32(i)) for i in range(config.num_layers))
-    return KVCache(layers, jnp.full(batch, context, jnp.int32), strategy, capacity)
+    @functools.partial(jax.jit, static_argnames="index")
+    def layer(index: int) -> Any:
+        key, value = jax.random.normal(jax.random.key(index), (2, *shape), dtype)
+        weights = jax.random.uniform(jax.random.key(index), shape[:3])
+        return strategy.hold_prompt(
+            Prompt(key, value, weights, lengths),
+            capacity=capacity,
+            window=config.sliding_window,
+            layer=index,
+            layers=config.num_layers,
+        )
+
+    layers = tuple(layer(index) for index in range(config.num_layers))
+    return KVCache(layers, lengths, strategy, capacity)
 
 
 def _ours(
