@@ -5,6 +5,7 @@ import sys
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 
 def run(app: typer.Typer) -> None:
@@ -15,7 +16,7 @@ def run(app: typer.Typer) -> None:
         if os.environ.get("KIVI_JAX_TRACEBACK"):  # for reporting a bug
             raise
         Console(stderr=True, soft_wrap=True).print(
-            f"[bold red]error:[/] {' '.join(str(error).split())}", highlight=False
+            f"[bold red]error:[/] {escape(' '.join(str(error).split()))}", highlight=False
         )
         sys.exit(2)
 
