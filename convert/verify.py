@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
+from convert.errors import CheckpointError
 from convert.hf import load_hf
 from convert.orbax import load, read_manifest
 
@@ -35,6 +36,9 @@ def verify(converted: FilePath, source: FilePath) -> Verification:
     Both compute in float32, so that what is compared is the weights and not the rounding on the way. The
     source runs in transformers where torch is installed, else in our own float32 model, which checks the
     conversion's storage but not our arithmetic; `reference` says which.
+
+    Raises:
+        CheckpointError: transformers cannot load the source.
     """
     config, stored = read_manifest(converted)
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, (PROMPTS, TOKENS), np.int32)
@@ -59,7 +63,11 @@ def _source_logits(
         return "kivi_jax in float32", np.asarray(load_hf(source, dtype="float32")(jnp.asarray(tokens)))
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(str(source), dtype="float32", local_files_only=True)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(str(source), dtype="float32", local_files_only=True)
+    except Exception as error:  # transformers checks little, so what it meets may raise anything
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise CheckpointError(f"transformers cannot load {source} to compare with: {reason}") from error
     # The tensor type is reached through the model, so that this package never imports torch.
     ids = next(model.parameters()).new_tensor(tokens).long()
     return "transformers in float32", model(ids).logits.detach().numpy()

@@ -74,7 +74,9 @@ def write_checkpoint(
     weight_map = {name: names[i % shards] for i, name in enumerate(tensors)}
     for file in names:
         save_file({n: t for n, t in tensors.items() if weight_map[n] == file}, directory / file)
-    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
     return directory
 
 
