@@ -56,7 +56,9 @@ def load_hf(directory: FilePath, *, dtype: DTypeLike, progress: Progress | None 
     if config.tie_word_embeddings and "lm_head.weight" in files:
         _check_tied(files, sources["embed", "embedding"].name)
     filled: dict[Path, jax.Array] = {}
-    for path, (name, transpose) in sources.items():
+    # Largest first: reading needs a tensor's size more, which is least when the model is nearly whole.
+    for path in sorted(sources, key=lambda path: -abstract[path].size):
+        name, transpose = sources[path]
         tensor = _read_tensor(files[name][0], name)
         filled[path] = jnp.asarray(tensor.T if transpose else tensor, dtype)
         if progress is not None:

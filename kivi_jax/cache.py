@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -108,9 +108,10 @@ class CacheStrategy:
             ValueError: a unified selector's pool is smaller than what the prompt selector keeps.
         """
         width = prompt.keys.shape[2]
-        most = self.prompt.most(layer, layers, width)
+        most = width
         keys, values, kept, positions = prompt.keys, prompt.values, prompt.lengths, None
-        if most < width:
+        if not self.prompt.keeps_all(width):
+            most = self.prompt.most(layer, layers, width)
             positions, kept = self.prompt.select(prompt.weights, prompt.lengths, layer, layers)
             index = positions[..., None]
             keys, values = (jnp.take_along_axis(x, index, axis=2) for x in (keys, values))
@@ -280,5 +281,5 @@ def cache_bytes(cache: KVCache) -> dict[str, int]:
     return {**parts, "total": sum(parts.values())}
 
 
-def _nbytes(array: Array) -> int:
+def _nbytes(array: Any) -> int:
     return array.size * array.dtype.itemsize  # shape structs, of which plans are made, have no nbytes

@@ -72,7 +72,7 @@ class TokenPool:
         batch, kv_heads, given, dim = key.shape
         pool = cls.empty(batch, kv_heads, dim, lengths, selector=selector, dtype=key.dtype)
         extra = selector.slots - given
-        real = jnp.arange(given) < kept[:, None, None]
+        real = jnp.arange(given)[None, None] < kept[:, None, None]
         positions = jnp.where(real, positions, -1)
 
         def pad(tokens: Array) -> Array:
