@@ -48,8 +48,13 @@ def save(
     with replacing(destination, overwrite=overwrite) as partial:
         leaves = jax.tree_util.tree_leaves_with_path(nnx.to_pure_dict(nnx.state(model)))
         parameters = {"/".join(str(key.key) for key in path): leaf for path, leaf in leaves}
-        with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save(partial.absolute() / "parameters", parameters)
+        # Orbax copies what it writes: one tensor at a time here, or it would hold a second model.
+        limit = 1 + max(leaf.nbytes for leaf in parameters.values())
+        handler = ocp.BasePyTreeCheckpointHandler(
+            save_concurrent_bytes=limit, save_device_host_concurrent_bytes=limit
+        )
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(handler_impl=handler)) as checkpointer:
+            checkpointer.save(partial.absolute() / "parameters", args=ocp.args.PyTreeSave(parameters))
         dtype = jnp.dtype(leaves[0][1].dtype).name
         manifest = {"format": FORMAT, "dtype": dtype, "config": dataclasses.asdict(model.config)}
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
@@ -71,7 +76,7 @@ def load(directory: FilePath, *, dtype: DTypeLike | None = None) -> Llama:
             restored = checkpointer.restore(
                 directory.absolute() / "parameters", {"/".join(path): leaf for path, leaf in wanted.items()}
             )
-    except (ValueError, FileNotFoundError, KeyError, OSError) as error:
+    except Exception as error:  # orbax and tensorstore raise plain Exception, too
         reason = str(error).splitlines()[0]
         raise CheckpointError(
             f"{directory}/parameters cannot be restored ({reason}): convert again"
@@ -95,7 +100,7 @@ def read_manifest(directory: FilePath) -> tuple[ModelConfig, str]:
         fields = dict(manifest["config"])
         rope = RopeConfig(**fields.pop("rope"))
         eos_ids = tuple(fields.pop("eos_ids"))
-        return ModelConfig(**fields, rope=rope, eos_ids=eos_ids), manifest["dtype"]
+        return ModelConfig(**fields, rope=rope, eos_ids=eos_ids), jnp.dtype(manifest["dtype"]).name
     except CheckpointError:
         raise
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -118,13 +123,18 @@ def replacing(destination: FilePath, *, overwrite: bool) -> Iterator[FilePath]:
         raise CheckpointError(f"{destination} is a file: choose a directory to write to")
     if destination.is_dir() and any(destination.iterdir()) and not overwrite:
         raise CheckpointError(f"{destination} is not empty: choose another directory, or pass --overwrite")
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    partial = FilePath(tempfile.mkdtemp(prefix=f".{destination.name}-", dir=destination.parent))
+    try:
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        workspace = FilePath(tempfile.mkdtemp(prefix=f".{destination.name}-", dir=destination.parent))
+    except OSError as error:
+        raise CheckpointError(f"{destination} cannot be written: {error.strerror}") from error
+    # A folder inside: the workspace itself is private to the user, what is published should not be.
+    partial, replaced = workspace / "new", workspace / "old"
+    partial.mkdir()
     try:
         yield partial
         if destination.exists():
-            shutil.rmtree(destination)
+            destination.rename(replaced)
         partial.rename(destination)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    finally:
+        shutil.rmtree(workspace, ignore_errors=True)

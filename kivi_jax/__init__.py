@@ -7,6 +7,7 @@ texts = kj.complete(model, tokenizer, ["Once upon a time"], cache=kj.kivi(bits=2
 
 from kivi_jax.cache import CacheStrategy as CacheStrategy
 from kivi_jax.cache import KVCache as KVCache
+from kivi_jax.cache import PoolQuantization as PoolQuantization
 from kivi_jax.cache import cache_bytes as cache_bytes
 from kivi_jax.cache import full as full
 from kivi_jax.cache import kivi as kivi

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,8 @@ from kivi_jax.buffers import DenseTokens, KiviTokens, Segment, Step
 from kivi_jax.config import ModelConfig
 from kivi_jax.pool import TokenPool
 from kivi_jax.selection import DecodeSelector, KeepAll, PromptSelector, Slide
+from kivi_jax.stores import DenseStore, PackedStore
+from pallas_kernels.packing import words_per_token
 from pallas_kernels.pytree import pytree, static
 from pallas_kernels.quantization import check_groups
 
@@ -28,6 +30,26 @@ class KiviQuantization:
     value_group_size: int
     residual_length: int
     scale_dtype: ScaleDtype
+
+
+@dataclass(frozen=True, kw_only=True)
+class PoolQuantization:
+    """How the pool of a decoding phase is packed; groups run over channels, for keys, too."""
+
+    bits: int = 4
+    group_size: int = 32
+    scale_dtype: ScaleDtype = "float16"
+
+    def __post_init__(self) -> None:
+        """Check the ranges.
+
+        Raises:
+            ValueError: a field is out of its range.
+        """
+        if self.bits not in (1, 2, 4, 8):
+            raise ValueError(f"pool {self.bits=} must be 1, 2, 4 or 8")
+        if self.group_size < 1:
+            raise ValueError(f"pool {self.group_size=} must be positive")
 
 
 class Prompt(NamedTuple):
@@ -51,6 +73,7 @@ class CacheStrategy:
     quantization: KiviQuantization | None = None
     prompt: PromptSelector = field(default_factory=KeepAll)
     decode: DecodeSelector | KeepAll = field(default_factory=KeepAll)
+    pool: PoolQuantization | None = None
 
     def __post_init__(self) -> None:
         """Refuse a combination that would not do what it says.
@@ -86,9 +109,15 @@ class CacheStrategy:
                 f"the model attends within sliding_window={config.sliding_window} tokens, on which selecting "
                 "tokens is not supported: use full() or kivi() without prompt= and decode="
             )
+        head_dim = config.head_dim
+        if (pool := self.pool) is not None:
+            if head_dim % pool.group_size:
+                raise ValueError(
+                    f"the pool's group_size={pool.group_size} must divide the model's {head_dim=}"
+                )
+            words_per_token(head_dim, pool.bits)
         if (kivi := self.quantization) is None:
             return
-        head_dim = config.head_dim
         if head_dim % kivi.value_group_size:
             raise ValueError(
                 f"value_group_size={kivi.value_group_size} must divide the model's {head_dim=}: "
@@ -108,9 +137,10 @@ class CacheStrategy:
             ValueError: a unified selector's pool is smaller than what the prompt selector keeps.
         """
         width = prompt.keys.shape[2]
-        most = self.prompt.most(layer, layers, width)
+        most = width
         keys, values, kept, positions = prompt.keys, prompt.values, prompt.lengths, None
-        if most < width:
+        if not self.prompt.keeps_all(width):
+            most = self.prompt.most(layer, layers, width)
             positions, kept = self.prompt.select(prompt.weights, prompt.lengths, layer, layers)
             index = positions[..., None]
             keys, values = (jnp.take_along_axis(x, index, axis=2) for x in (keys, values))
@@ -124,11 +154,33 @@ class CacheStrategy:
                 )
             if positions is None:
                 positions = jnp.broadcast_to(jnp.arange(width), keys.shape[:3])
-            pool = TokenPool.from_prompt(keys, values, positions, kept, prompt.lengths, selector=self.decode)
-            return (pool,)
-        batch, kv_heads, _, dim = keys.shape
-        pool = TokenPool.empty(batch, kv_heads, dim, prompt.lengths, selector=self.decode, dtype=keys.dtype)
+            return (self._pool(self.decode, keys, values, positions, kept, prompt.lengths),)
+        none = jnp.zeros((*keys.shape[:2], 0), jnp.int32), jnp.zeros_like(kept)
+        pool = self._pool(self.decode, keys[:, :, :0], values[:, :, :0], *none, prompt.lengths)
         return self._hold(keys, values, kept, capacity=most, window=None), pool
+
+    def _pool(
+        self,
+        selector: DecodeSelector,
+        keys: Float[Array, "B K M H"],
+        values: Float[Array, "B K M H"],
+        positions: Int[Array, "B K M"],
+        kept: Int[Array, "B"],
+        lengths: Int[Array, "B"],
+    ) -> TokenPool:
+        """A pool that starts with the first `kept[b]` of the given tokens of each row."""
+        if self.pool is None:
+            store = DenseStore.of(keys, values, selector.slots)
+        else:
+            store = PackedStore.of(
+                keys,
+                values,
+                selector.slots,
+                bits=self.pool.bits,
+                group_size=self.pool.group_size,
+                scale_dtype=self.pool.scale_dtype,
+            )
+        return TokenPool.of(store, positions, kept, lengths, selector=selector)
 
     def _hold(
         self,
@@ -163,17 +215,21 @@ def full() -> CacheStrategy:
 
 
 def scope(
-    *, prompt: PromptSelector | None = None, decode: DecodeSelector | KeepAll | None = None
+    *,
+    prompt: PromptSelector | None = None,
+    decode: DecodeSelector | KeepAll | None = None,
+    pool: PoolQuantization | None = None,
 ) -> CacheStrategy:
     """SCOPE: the prompt selected once, the decoding phase bounded by a budget of its own.
 
     Args:
         prompt: which tokens of the prompt are stored; by default all.
         decode: what bounds the decoded tokens; by default `Slide()`.
+        pool: how to pack the decoded tokens; by default they stay in full precision.
 
     Source: SCOPE (arXiv 2412.13649).
     """
-    return CacheStrategy(prompt=prompt or KeepAll(), decode=decode or Slide())
+    return CacheStrategy(prompt=prompt or KeepAll(), decode=decode or Slide(), pool=pool)
 
 
 def kivi(
@@ -188,6 +244,7 @@ def kivi(
     scale_dtype: ScaleDtype = "float16",
     prompt: PromptSelector | None = None,
     decode: DecodeSelector | KeepAll | None = None,
+    pool: PoolQuantization | None = None,
 ) -> CacheStrategy:
     """KIVI: packed tokens behind a full-precision residual of the newest ones.
 
@@ -200,6 +257,7 @@ def kivi(
         prompt: which tokens of the prompt are packed; by default all. Selected in full precision.
         decode: a selector that bounds what is decoded, in a full-precision pool beside the packed prompt;
             by default decoded tokens are packed, too.
+        pool: how to pack that pool.
 
     Raises:
         ValueError: a number is out of range, or the key group does not divide the residual.
@@ -227,7 +285,9 @@ def kivi(
         )
     if scale_dtype not in ("float16", "bfloat16", "float32"):
         raise ValueError(f'{scale_dtype=} must be "float16", "bfloat16" or "float32"')
-    return CacheStrategy(quantization=quantization, prompt=prompt or KeepAll(), decode=decode or KeepAll())
+    return CacheStrategy(
+        quantization=quantization, prompt=prompt or KeepAll(), decode=decode or KeepAll(), pool=pool
+    )
 
 
 @pytree
@@ -270,15 +330,17 @@ def cache_bytes(cache: KVCache) -> dict[str, int]:
         "zero": "scales",
         "key_ring": "rings",
         "value_ring": "rings",
+        "keys": "dense",  # unless packed: then a field inside it says so
+        "values": "dense",
     }
     parts["metadata"] += _nbytes(cache.lengths)
     for segment in (segment for layer in cache.layers for segment in layer):
-        tokens = "pool" if isinstance(segment, TokenPool) else "dense"
-        names = of_field | {"keys": tokens, "values": tokens}
+        names = {"store": "pool"} if isinstance(segment, TokenPool) else of_field
         for path, leaf in jax.tree_util.tree_leaves_with_path(segment):
-            parts[names.get(path[-1].name, "metadata")] += _nbytes(leaf)
+            named = [names[key.name] for key in path if key.name in names]
+            parts[named[-1] if named else "metadata"] += _nbytes(leaf)
     return {**parts, "total": sum(parts.values())}
 
 
-def _nbytes(array: Array) -> int:
+def _nbytes(array: Any) -> int:
     return array.size * array.dtype.itemsize  # shape structs, of which plans are made, have no nbytes

@@ -1,5 +1,6 @@
 """`kivi-jax`: the command line. Each command imports what it needs when it runs, to start fast."""
 
+import functools
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -26,9 +27,16 @@ app = typer.Typer(
 app.command()(convert)
 app.add_typer(bench, name="bench")
 
-ModelArgument = Annotated[str, typer.Argument(help="A checkpoint's directory, or a Hugging Face hub name.")]
+ModelArgument = Annotated[
+    str,
+    typer.Argument(help="A checkpoint's directory, a hub name, or random: a small model of no use."),
+]
 CacheOption = Annotated[
-    str, typer.Option(help="full, kivi4, kivi2; fields after colons: kivi2:group_size=64:residual_length=64.")
+    str,
+    typer.Option(
+        help="full, kivi4, kivi2, scope, kivi2+scope; fields after colons: kivi2:group_size=64, "
+        "kivi2+scope:window=512:recent=256:prompt=snapkv:prompt_budget=2048."
+    ),
 ]
 DtypeOption = Annotated[Dtype | None, typer.Option(help="By default float32 on a CPU, else bfloat16.")]
 
@@ -55,6 +63,7 @@ def generate(
 
     from kivi_jax.loading import load
     from kivi_jax.names import parse_cache
+    from kivi_jax.random_model import random_model
     from kivi_jax.sampling import Greedy, Sample
     from kivi_jax.text import decode_stream, stream_tokens
 
@@ -71,7 +80,10 @@ def generate(
         )
     errors = Console(stderr=True)
     with errors.status("loading"):
-        llama, tokenizer = load(model, dtype=None if dtype is None else dtype.value)
+        if model == "random":
+            llama, tokenizer = random_model()
+        else:
+            llama, tokenizer = load(model, dtype=None if dtype is None else dtype.value)
     if tokenizer is None:
         raise ValueError(f"{model} has no tokenizer files: copy the tokenizer's files there")
     ids = tokenizer(sys.stdin.read() if prompt == "-" else prompt)["input_ids"]
@@ -113,14 +125,15 @@ def _cost(model: "Llama", prompt_tokens: int, moments: Sequence[float], held: "K
     dtype = model.embed.embedding[...].dtype
     size = cache_bytes(held)["total"]
     whole = plan_cache(model.config, full(), batch=1, context=held.capacity, dtype=dtype)["total"]
-    parts.append(f"cache {format_bytes(size)}, {whole / size:.2f}x under the full {format_bytes(whole)}")
+    parts.append(f"cache {format_bytes(size)}, full cache {format_bytes(whole)} ({whole / size:.2f}x)")
     return " · ".join(parts)
 
 
 @app.command()
 def inspect(
     model: ModelArgument,
-    context: Annotated[int, typer.Option(help="Tokens a row holds.")] = 32768,
+    context: Annotated[int, typer.Option(help="Tokens a row holds, prompt and output together.")] = 32768,
+    prompt: Annotated[int | None, typer.Option(help="Of those, the prompt's; by default all.")] = None,
     batch: Annotated[int, typer.Option(help="Rows.")] = 1,
     memory: Annotated[
         str, typer.Option(help="For the largest batch, weights included: 24GiB, 80GB.")
@@ -136,24 +149,31 @@ def inspect(
     from kivi_jax.names import parse_cache
     from kivi_jax.plan import largest_batch, parameter_count, plan_cache
 
-    config, memory_bytes = read_any_config(model), parse_bytes(memory)
+    config = read_any_config(model)
     weights = parameter_count(config)
     width = {"float32": 4}.get(dtype.value, 2)
     table = Table(
         title=f"{context:,} tokens x {batch} rows, {dtype.value}; weights {format_bytes(weights * width)}",
         caption=f"max batch: rows of {context:,} tokens that fit into {memory} beside the weights",
     )
-    for column in ("cache", "bytes/token", "total", "smaller", "packed", "scales", "full prec."):
+    for column in ("cache", "bytes/token", "total", "smaller", "packed", "scales", "full prec.", "pool"):
         table.add_column(column, justify="left" if column == "cache" else "right")
     table.add_column("max batch", justify="right")
-    whole = None
+    size = functools.partial(
+        plan_cache, config, batch=batch, context=context, dtype=dtype.value, prompt_tokens=prompt
+    )
+    whole = size(parse_cache("full"))
     for name in cache or ["full", "kivi4", "kivi2"]:
         strategy = parse_cache(name)
-        parts = plan_cache(config, strategy, batch=batch, context=context, dtype=dtype.value)
-        whole = whole or plan_cache(
-            config, parse_cache("full"), batch=batch, context=context, dtype=dtype.value
+        parts = size(strategy)
+        rows = largest_batch(
+            config,
+            strategy,
+            context=context,
+            dtype=dtype.value,
+            memory_bytes=parse_bytes(memory),
+            prompt_tokens=prompt,
         )
-        rows = largest_batch(config, strategy, context=context, dtype=dtype.value, memory_bytes=memory_bytes)
         table.add_row(
             name,
             f"{parts['total'] / (context * batch):,.0f}",
@@ -162,6 +182,7 @@ def inspect(
             format_bytes(parts["packed"]),
             format_bytes(parts["scales"]),
             format_bytes(parts["rings"] + parts["dense"]),
+            format_bytes(parts["pool"]),
             f"{rows:,}",
         )
     Console().print(table)

@@ -5,26 +5,27 @@ import sys
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 
 def run(app: typer.Typer) -> None:
     """Run a command line; a user's mistake becomes one line on stderr and exit code 2."""
     try:
         app()
-    except (ValueError, NotImplementedError) as error:
+    except (ValueError, NotImplementedError, OSError) as error:
         if os.environ.get("KIVI_JAX_TRACEBACK"):  # for reporting a bug
             raise
-        Console(stderr=True, soft_wrap=True).print(
-            f"[bold red]error:[/] {' '.join(str(error).split())}", highlight=False
-        )
+        message = escape(" ".join(str(error).split()))  # a path may look like rich's markup: model[/a]
+        Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {message}", highlight=False)
         sys.exit(2)
 
 
-def format_bytes(count: float) -> str:
-    """Bytes in binary units, three digits: 1.23 GiB."""
+def format_bytes(count: int | float) -> str:
+    """Bytes in binary units, three digits or four: 1.23 GiB, 1023 MiB."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(count) < 1024:
-            return f"{count:.0f} B" if unit == "B" else f"{count:.3g} {unit}"
+            digits = 3 if abs(count) < 999.5 and unit != "B" else 4
+            return f"{count:.{digits}g} {unit}"
         count /= 1024
     return f"{count:.4g} TiB"
 
@@ -40,6 +41,8 @@ def parse_bytes(text: str) -> int:
     number = text.strip().lower().rstrip("bkmgti ")
     unit = text.strip().lower()[len(number) :].strip()
     try:
-        return int(float(number) * units[unit])
-    except (KeyError, ValueError):
+        if (count := int(float(number) * units[unit])) < 0:
+            raise ValueError("negative")
+        return count
+    except (KeyError, ValueError, OverflowError):
         raise ValueError(f"cannot read {text!r} as a memory size: write for example 24GiB or 80GB") from None

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from kivi_jax.cache import CacheStrategy, KVCache
 from kivi_jax.llama import Llama
@@ -30,7 +30,7 @@ class Generation:
 class Draw(NamedTuple):
     """What drawing a token needs besides logits: a key per row, and the tokens a row has seen."""
 
-    keys: PRNGKeyArray | None
+    keys: Key[Array, "B"] | None
     seen: Bool[Array, "B V"] | None  # only for a sampler with a repetition penalty
 
 
@@ -43,7 +43,7 @@ def generate(
     max_new_tokens: int,
     sampler: Sampler | None = None,
     eos_ids: tuple[int, ...] | None = None,
-    key: PRNGKeyArray | None = None,
+    key: Key[Array, "..."] | None = None,
     block_tokens: int = 512,
 ) -> Generation:
     """Continue every prompt by up to `max_new_tokens` tokens.
@@ -77,7 +77,7 @@ def generate(
     return _generate(model, tokens, lengths, keys, cache, max_new_tokens, sampler, eos_ids, block_tokens)
 
 
-def row_keys(key: PRNGKeyArray | None, rows: int) -> PRNGKeyArray | None:
+def row_keys(key: Key[Array, "..."] | None, rows: int) -> Key[Array, "B"] | None:
     """One key per row, from one key or one per row.
 
     Raises:
@@ -92,7 +92,7 @@ def row_keys(key: PRNGKeyArray | None, rows: int) -> PRNGKeyArray | None:
 
 def start_drawing(
     sampler: Sampler,
-    keys: PRNGKeyArray | None,
+    keys: Key[Array, "B"] | None,
     tokens: Int[Array, "B P"],
     lengths: Int[Array, "B"],
     vocab: int,
@@ -146,7 +146,7 @@ def _generate(
     model: Llama,
     prompt: Int[Array, "B P"],
     prompt_lengths: Int[Array, "B"],
-    keys: PRNGKeyArray | None,
+    keys: Key[Array, "B"] | None,
     strategy: CacheStrategy,
     max_new_tokens: int,
     sampler: Sampler,

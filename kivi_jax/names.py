@@ -5,7 +5,8 @@
 
 A name is followed by fields, separated by colons (no commas or brackets, so that a name survives shells
 and comma-separated lists). Fields of KIVI are those of `kivi()`. With `scope`, `decode=` and `prompt=` name
-selectors; `prompt_NAME` is a field of the prompt selector and any other name one of the decode selector.
+selectors; `prompt_NAME` is a field of the prompt selector, `pool_NAME` (pool_bits=4) one of the pool's
+packing, and any other name one of the decode selector.
 """
 
 import dataclasses
@@ -13,7 +14,7 @@ import inspect
 from typing import Any
 
 from kivi_jax import selection
-from kivi_jax.cache import CacheStrategy, full, kivi, scope
+from kivi_jax.cache import CacheStrategy, PoolQuantization, full, kivi, scope
 
 KIVI_BITS = {"kivi1": 1, "kivi2": 2, "kivi4": 4, "kivi8": 8}
 NAMES = ("full", *KIVI_BITS, "scope", *(f"{name}+scope" for name in KIVI_BITS))
@@ -33,7 +34,8 @@ PROMPT = {
     "pyramidinfer": selection.PyramidInfer,
     "streamingllm": selection.StreamingLLM,
 }
-_KIVI_FIELDS = set(inspect.signature(kivi).parameters) - {"bits", "prompt", "decode"}
+WORDS = ("scale_dtype", "pooling")  # fields whose values are not numbers
+_KIVI_FIELDS = set(inspect.signature(kivi).parameters) - {"bits", "prompt", "decode", "pool"}
 
 
 def parse_cache(text: str) -> CacheStrategy:
@@ -52,12 +54,15 @@ def parse_cache(text: str) -> CacheStrategy:
     if "scope" in (base, plus):
         prompt = {key.removeprefix("prompt_"): options.pop(key) for key in list(options) if "prompt_" in key}
         selectors["prompt"] = _selector(PROMPT, options.pop("prompt", "keepall"), prompt, text)
+        pool = {key.removeprefix("pool_"): options.pop(key) for key in list(options) if "pool_" in key}
+        selectors["pool"] = _selector({"pool": PoolQuantization}, "pool", pool, text) if pool else None
         selectors["decode"] = _selector(DECODE, options.pop("decode", "slide"), options, text)
         options = {}
     if options:
         known = ", ".join(sorted(_KIVI_FIELDS)) if base in KIVI_BITS else "none"
         raise ValueError(f"cache {text!r}: {name} has no field {', '.join(options)}; its fields: {known}")
     if base in KIVI_BITS:
+        _check_numbers(quantized, text)
         return kivi(KIVI_BITS[base], **quantized, **selectors)
     return scope(**selectors) if base == "scope" else full()
 
@@ -72,7 +77,15 @@ def _selector(kinds: dict[str, Any], kind: Any, options: dict[str, Any], text: s
     required = [name for name, field in fields.items() if field.default is dataclasses.MISSING]
     if missing := sorted(set(required) - options.keys()):
         raise ValueError(f"cache {text!r}: {kind} needs {', '.join(missing)}")
+    _check_numbers(options, text)
     return kinds[kind](**options)
+
+
+def _check_numbers(options: dict[str, int | str], text: str) -> None:
+    words = {key: value for key, value in options.items() if isinstance(value, str) and key not in WORDS}
+    if words:
+        wrong = ", ".join(f"{key}={value}" for key, value in words.items())
+        raise ValueError(f"cache {text!r}: {wrong} must be a whole number")
 
 
 def _read_field(field: str, text: str) -> tuple[str, int | str]:

@@ -4,11 +4,11 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from kivi_jax.buffers import Step, Tokens
 from kivi_jax.selection import DecodeSelector, drop_lowest, drop_one
+from kivi_jax.stores import TokenStore
 from pallas_kernels import partials
 from pallas_kernels.partials import AttentionPartial
 from pallas_kernels.pytree import pytree, static
@@ -28,8 +28,7 @@ class TokenPool:
     Source: SCOPE (arXiv 2412.13649) section 4, with a slot overwritten in place of a gather.
     """
 
-    keys: Float[Array, "B K S H"]
-    values: Float[Array, "B K S H"]
+    store: TokenStore
     positions: Int[Array, "B K S"]
     weights: Float[Array, "B K S"]
     first: Int[Array, "B"]  # position of the row's first decoded token: the length of its prompt
@@ -39,80 +38,56 @@ class TokenPool:
     selector: DecodeSelector = static()
 
     @classmethod
-    def empty(
+    def of(
         cls,
-        batch: int,
-        kv_heads: int,
-        head_dim: int,
-        lengths: Int[Array, "B"],
-        *,
-        selector: DecodeSelector,
-        dtype: DTypeLike,
-    ) -> "TokenPool":
-        """No tokens, after prompts of the given lengths."""
-        shape = (batch, kv_heads, selector.slots)
-        tokens = jnp.zeros((*shape, head_dim), dtype)
-        none = jnp.zeros_like(lengths)
-        return cls(
-            tokens, tokens, jnp.full(shape, -1), jnp.zeros(shape), lengths, lengths, none, none, selector
-        )
-
-    @classmethod
-    def from_prompt(
-        cls,
-        key: Float[Array, "B K M H"],
-        value: Float[Array, "B K M H"],
+        store: TokenStore,
         positions: Int[Array, "B K M"],
         kept: Int[Array, "B"],
         lengths: Int[Array, "B"],
         *,
         selector: DecodeSelector,
     ) -> "TokenPool":
-        """Hold the first `kept[b]` of the given tokens of each row: a unified selector's start."""
-        batch, kv_heads, given, dim = key.shape
-        pool = cls.empty(batch, kv_heads, dim, lengths, selector=selector, dtype=key.dtype)
-        extra = selector.slots - given
-        real = jnp.arange(given) < kept[:, None, None]
-        positions = jnp.where(real, positions, -1)
+        """A pool after prompts of the given lengths.
 
-        def pad(tokens: Array) -> Array:
-            return jnp.pad(tokens, ((0, 0), (0, 0), (0, extra), (0, 0)))
-
+        The first M slots of `store` hold tokens, of which `kept[b]` count; M and `kept` are 0 but for a
+        unified selector, under which the prompt's tokens compete, too.
+        """
+        batch, kv_heads, given = positions.shape
+        slots = store.read()[0].shape[2]
+        real = jnp.arange(given)[None, None] < kept[:, None, None]
+        padding = ((0, 0), (0, 0), (0, slots - given))
         return cls(
-            pad(key),
-            pad(value),
-            jnp.pad(positions, ((0, 0), (0, 0), (0, extra)), constant_values=-1),
-            pool.weights,
+            store,
+            jnp.pad(jnp.where(real, positions, -1), padding, constant_values=-1),
+            jnp.zeros((batch, kv_heads, slots)),
             lengths,
             lengths,
             kept,
-            pool.waited,
+            jnp.zeros_like(kept),
             selector,
         )
 
     def attend(self, query: Float[Array, "B N H"]) -> AttentionPartial:
         """See `Segment`."""
+        keys, values = self.store.read()
         scale = query.shape[-1] ** -0.5
-        return partials.attend(query, self.keys, self.values, self.positions >= 0, scale=scale)
+        return partials.attend(self.store.turn(query), keys, values, self.positions >= 0, scale=scale)
 
     def append(self, step: Step) -> "TokenPool":
         """See `Segment`: the token takes a free slot of every head."""
+        keys, _ = self.store.read()
+        query, scale = self.store.turn(step.query), step.query.shape[-1] ** -0.5
+        seen = self.positions >= 0
+        weights = partials.attention_weights(query, keys, step.log_sum_exp, seen, scale=scale)
         batch, kv_heads, slots = self.positions.shape
-        weights = partials.attention_weights(
-            step.query, self.keys, step.log_sum_exp, self.positions >= 0, scale=step.query.shape[-1] ** -0.5
-        )
         free = jnp.argmin(self.positions, axis=-1)
         slot = jnp.where(step.active[:, None], free, slots)  # slots: nowhere
         row, head = jnp.arange(batch)[:, None], jnp.arange(kv_heads)[None]
-
-        def put(store: Array, new: Array) -> Array:
-            return store.at[row, head, slot].set(new.astype(store.dtype), mode="drop")
-
+        position = jnp.broadcast_to(self.lengths[:, None], (batch, kv_heads))
         count = step.active.astype(jnp.int32)
         return TokenPool(
-            put(self.keys, step.key),
-            put(self.values, step.value),
-            put(self.positions, jnp.broadcast_to(self.lengths[:, None], (batch, kv_heads))),
+            self.store.put(slot, step.key, step.value),
+            self.positions.at[row, head, slot].set(position, mode="drop"),
             weights,
             self.first,
             self.lengths + count,
@@ -133,21 +108,18 @@ class TokenPool:
         drop = jnp.where(active, pool.held - stay, 0)
         waited = jnp.where(active, waited, pool.waited)
 
+        def cut() -> tuple[Array, ...]:
+            return tuple(drop_lowest(p.ranking(), p.positions, drop) for p in segments)
+
+        def leave() -> tuple[Array, ...]:
+            return tuple(p.positions for p in segments)
+
         if pool.selector.cuts_many:
-
-            def cut() -> tuple[Array, ...]:
-                return tuple(drop_lowest(p.ranking(), p.positions, drop) for p in segments)
-
-            def leave() -> tuple[Array, ...]:
-                return tuple(p.positions for p in segments)
-
             positions = jax.lax.cond((drop > 0).any(), cut, leave)
         else:
             positions = tuple(drop_one(p.ranking(), p.positions, drop > 0) for p in segments)
         return tuple(
-            TokenPool(
-                p.keys, p.values, kept, p.weights, p.first, p.lengths, p.held - drop, waited, p.selector
-            )
+            TokenPool(p.store, kept, p.weights, p.first, p.lengths, p.held - drop, waited, p.selector)
             for p, kept in zip(segments, positions, strict=True)
         )
 
@@ -158,5 +130,5 @@ class TokenPool:
         return jnp.where(self.positions >= newest, jnp.inf, score)
 
     def materialize(self) -> Tokens:
-        """See `Segment`."""
-        return Tokens(self.keys, self.values, self.positions)
+        """See `Segment`; keys in the basis they are held in."""
+        return Tokens(*self.store.read(), self.positions)

@@ -8,7 +8,7 @@ from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, Key
 
 
 @runtime_checkable
@@ -20,7 +20,7 @@ class Sampler(Protocol):
         """Divides positive and multiplies negative logits of tokens seen before; 1 does nothing."""
         ...
 
-    def __call__(self, logits: Float[Array, "B V"], keys: PRNGKeyArray | None) -> Int[Array, "B"]:
+    def __call__(self, logits: Float[Array, "B V"], keys: Key[Array, "B"] | None) -> Int[Array, "B"]:
         """Choose, given logits after the repetition penalty and one key per row."""
         ...
 
@@ -39,7 +39,7 @@ class Greedy:
         """
         _check_positive("repetition_penalty", self.repetition_penalty)
 
-    def __call__(self, logits: Float[Array, "B V"], keys: PRNGKeyArray | None) -> Int[Array, "B"]:
+    def __call__(self, logits: Float[Array, "B V"], keys: Key[Array, "B"] | None) -> Int[Array, "B"]:
         """See `Sampler`."""
         del keys
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
@@ -80,7 +80,7 @@ class Sample:
         if not 0 <= self.min_p <= 1:
             raise ValueError(f"{self.min_p=} must be in [0, 1]")
 
-    def __call__(self, logits: Float[Array, "B V"], keys: PRNGKeyArray | None) -> Int[Array, "B"]:
+    def __call__(self, logits: Float[Array, "B V"], keys: Key[Array, "B"] | None) -> Int[Array, "B"]:
         """See `Sampler`.
 
         Raises:

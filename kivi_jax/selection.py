@@ -11,7 +11,7 @@ PyramidKV (2406.02069); PyramidInfer (2405.12532); StreamingLLM (2309.17453).
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,12 @@ ALL_QUERIES = -1  # of `PromptSelector.observed`
 
 class PromptSelector(ABC):
     """Chooses the tokens of a prompt that are stored. Runs once per layer, before storage."""
+
+    budget: int
+
+    def keeps_all(self, width: int) -> bool:
+        """Whether every prompt of up to `width` tokens is kept whole, so that nothing need be selected."""
+        return width <= self.budget
 
     @property
     def observed(self) -> int:
@@ -81,6 +87,11 @@ class DecodeSelector(ABC):
 class KeepAll(PromptSelector):
     """Every token of the prompt; as `decode=`, every decoded token, in a cache that grows to capacity."""
 
+    def keeps_all(self, width: int) -> bool:
+        """See `PromptSelector`."""
+        del width
+        return True
+
     def most(self, layer: int, layers: int, width: int) -> int:
         """See `PromptSelector`."""
         del layer, layers
@@ -110,14 +121,18 @@ class StreamingLLM(PromptSelector, DecodeSelector):
             raise ValueError(f"{self.sinks=} must not be negative, and {self.recent=} must be positive")
 
     @property
-    def budget(self) -> int:
+    def kept(self) -> int:
         """Tokens kept in all."""
         return self.sinks + self.recent
+
+    def keeps_all(self, width: int) -> bool:
+        """See `PromptSelector`."""
+        return width <= self.kept
 
     def most(self, layer: int, layers: int, width: int) -> int:
         """See `PromptSelector`."""
         del layer, layers
-        return min(self.budget, width)
+        return min(self.kept, width)
 
     def select(
         self, weights: Float[Array, "B K P"], lengths: Int[Array, "B"], layer: int, layers: int
@@ -126,7 +141,7 @@ class StreamingLLM(PromptSelector, DecodeSelector):
         score = jnp.where(jnp.arange(weights.shape[2]) < self.sinks, 1.0, 0.0)
         score = jnp.broadcast_to(score, weights.shape)
         most = self.most(layer, layers, weights.shape[2])
-        return keep_best(score, lengths, jnp.minimum(lengths, self.budget), recent=self.recent, most=most)
+        return keep_best(score, lengths, jnp.minimum(lengths, self.kept), recent=self.recent, most=most)
 
     @property
     def unified(self) -> bool:
@@ -136,14 +151,14 @@ class StreamingLLM(PromptSelector, DecodeSelector):
     @property
     def slots(self) -> int:
         """See `DecodeSelector`."""
-        return self.budget + 1
+        return self.kept + 1
 
     def target(
         self, step: Int[Array, "B"], held: Int[Array, "B"], waited: Int[Array, "B"]
     ) -> tuple[Int[Array, "B"], Int[Array, "B"]]:
         """See `DecodeSelector`."""
         del step
-        return jnp.minimum(held, self.budget), waited
+        return jnp.minimum(held, self.kept), waited
 
     def score(self, weights: Float[Array, "B K S"], positions: Int[Array, "B K S"]) -> Float[Array, "B K S"]:
         """Sinks stay, the oldest of the others goes: positions instead of weights."""
@@ -245,7 +260,7 @@ class SnapKV(PromptSelector):
 
 @dataclass(frozen=True, kw_only=True)
 class PyramidKV(PromptSelector):
-    """SnapKV with budgets that fall linearly from the first layer to the last; `budget` is their mean.
+    """SnapKV with budgets that fall linearly from the first layer to the last; `budget` is about their mean.
 
     With b = budget - window: the first layer keeps about 2b - b / beta, the last b / beta, plus `window`.
 
@@ -271,7 +286,7 @@ class PyramidKV(PromptSelector):
 
     def most(self, layer: int, layers: int, width: int) -> int:
         """See `PromptSelector`."""
-        return min(width, max(self.budget, _pyramid_top(self, layer, layers)))
+        return min(width, _pyramid_most(self, layer, layers))
 
     def select(
         self, weights: Float[Array, "B K P"], lengths: Int[Array, "B"], layer: int, layers: int
@@ -305,7 +320,7 @@ class PyramidInfer(PromptSelector):
 
     def most(self, layer: int, layers: int, width: int) -> int:
         """See `PromptSelector`."""
-        return min(width, max(self.budget, _pyramid_top(self, layer, layers)))
+        return min(width, _pyramid_most(self, layer, layers))
 
     def select(
         self, weights: Float[Array, "B K P"], lengths: Int[Array, "B"], layer: int, layers: int
@@ -419,13 +434,13 @@ def keep_best(
     Positions are ascending; those past a row's budget are P - 1 and do not count.
     """
     width = score.shape[2]
-    position = jnp.arange(width)
+    position = jnp.arange(width)[None, None]
     real = position < lengths[:, None, None]
     kept_anyway = real & (position >= (lengths - recent)[:, None, None])
     score = jnp.where(kept_anyway, jnp.inf, jnp.where(real, score, -jnp.inf))
     # top_k prefers the lower index of equals: reversed, that is the newer token.
     best = width - 1 - jax.lax.top_k(score[:, :, ::-1], most)[1]
-    counts = jnp.arange(most) < budget[:, None, None]
+    counts = jnp.arange(most)[None, None] < budget[:, None, None]
     return jnp.sort(jnp.where(counts, best, width - 1), axis=-1), budget
 
 
@@ -433,7 +448,7 @@ def pool_neighbours(
     weights: Float[Array, "B K P"], end: Int[Array, "B"], kernel: int, pooling: str
 ) -> Float[Array, "B K P"]:
     """Mean or maximum over `kernel` tokens around each; what is at or past `end[b]` counts as 0."""
-    position = jnp.arange(weights.shape[2])
+    position = jnp.arange(weights.shape[2])[None, None]
     weights = jnp.where(position < end[:, None, None], weights, 0)
     padding = ((0, 0), (0, 0), (kernel // 2, kernel // 2))
     shape, strides = (1, 1, kernel), (1, 1, 1)
@@ -447,21 +462,24 @@ def pyramid_budget(
 ) -> Int[Array, "B"]:
     """Tokens that a layer keeps of each row: the pyramid, flatter where a row is too short for it."""
     base = selector.budget - selector.window
-    others = lengths - selector.window  # that compete
-    last = base // selector.beta
-    first = jnp.minimum(2 * base - last, others)
-    last = 2 * base - first
-    of_layer = first - layer * ((first - last) // layers) + selector.window
+    first = jnp.minimum(2 * base - base // selector.beta, lengths - selector.window)
+    pyramid = _pyramid_layer(base, first, layer, layers) + selector.window
     flat = jnp.full_like(lengths, selector.budget)
-    wanted = jnp.where(others < 2 * base - selector.window, flat, of_layer)
+    wanted = jnp.where(lengths < 2 * base, flat, pyramid)
     return jnp.where(lengths <= selector.budget, lengths, jnp.minimum(wanted, lengths))
 
 
-def _pyramid_top(selector: PyramidKV | PyramidInfer, layer: int, layers: int) -> int:
+def _pyramid_most(selector: PyramidKV | PyramidInfer, layer: int, layers: int) -> int:
+    """The most that `pyramid_budget` gives a layer, whatever the row's length."""
     base = selector.budget - selector.window
-    last = base // selector.beta
-    first = 2 * base - last
-    return first - layer * ((first - last) // layers) + selector.window
+    tops = range(base, 2 * base - base // selector.beta + 1)
+    return max(_pyramid_layer(base, first, layer, layers) for first in tops) + selector.window
+
+
+def _pyramid_layer(base: int, first: Any, layer: int, layers: int) -> Any:
+    """What layer `layer` gets where the first gets `first`, in steps of whole tokens."""
+    last = 2 * base - first
+    return first - layer * ((first - last) // layers)
 
 
 def drop_lowest(

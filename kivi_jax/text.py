@@ -7,7 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, Key
 
 from kivi_jax.cache import CacheStrategy, KVCache
 from kivi_jax.generation import Draw, draw, generate, row_keys, start_drawing
@@ -59,7 +59,7 @@ def complete(
     max_new_tokens: int,
     sampler: Sampler | None = None,
     eos_ids: tuple[int, ...] | None = None,
-    key: PRNGKeyArray | None = None,
+    key: Key[Array, "..."] | None = None,
 ) -> list[str]:
     """The continuation of every prompt, special tokens left out. See `generate` for the arguments.
 
@@ -95,7 +95,7 @@ def stream(
     max_new_tokens: int,
     sampler: Sampler | None = None,
     eos_ids: tuple[int, ...] | None = None,
-    key: PRNGKeyArray | None = None,
+    key: Key[Array, "..."] | None = None,
 ) -> Iterator[str]:
     """Pieces of the continuation as they are generated; together they are what `complete` gives.
 
@@ -145,7 +145,7 @@ def stream_tokens(
     max_new_tokens: int,
     sampler: Sampler | None = None,
     eos_ids: tuple[int, ...] | None = None,
-    key: PRNGKeyArray | None = None,
+    key: Key[Array, "..."] | None = None,
 ) -> Iterator[tuple[int, KVCache]]:
     """Each new token id, the one that ends the row included, with the cache it was drawn from.
 

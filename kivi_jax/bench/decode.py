@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
+from rich.console import Console
+from rich.progress import track
 
 from kivi_jax.cache import CacheStrategy, KVCache, Prompt, cache_bytes
 from kivi_jax.config import ModelConfig
@@ -18,12 +20,20 @@ from kivi_jax.llama import Llama
 
 
 class Result(NamedTuple):
-    """One way to decode. Times are milliseconds for a step of the whole batch."""
+    """One way to decode: the milliseconds of every step of the whole batch, and the cache's size."""
 
     name: str
-    median_ms: float
-    fastest_ms: float
+    steps_ms: list[float]
     cache_bytes: int
+
+    @property
+    def median_ms(self) -> float:
+        """Of all steps."""
+        return statistics.median(self.steps_ms)
+
+    def median_around(self, step: int, width: int = 100) -> float:
+        """Of the `width` steps that end at `step`."""
+        return statistics.median(self.steps_ms[max(0, step - width) : step])
 
 
 def run(
@@ -49,10 +59,8 @@ def run(
     if against_torch:
         name = "transformers (torch)"
         steppers[name], sizes[name] = _transformers(config, context, batch)
-    times = _take_turns(steppers, new_tokens)
-    return [
-        Result(name, statistics.median(samples), min(samples), sizes[name]) for name, samples in times.items()
-    ]
+    times = _take_turns(steppers, new_tokens, name="decoding")
+    return [Result(name, samples, sizes[name]) for name, samples in times.items()]
 
 
 def filled_cache(
@@ -131,12 +139,14 @@ def _transformers(config: ModelConfig, context: int, batch: int) -> tuple[Callab
     return step, size
 
 
-def _take_turns(steppers: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Milliseconds of every round of every function; two more rounds warm up."""
+def _take_turns(
+    steppers: Mapping[str, Callable[[], Any]], rounds: int, *, name: str
+) -> dict[str, list[float]]:
+    """Milliseconds of every round of every function; two rounds before them warm up."""
     times: dict[str, list[float]] = {name: [] for name in steppers}
-    for _ in range(rounds + 2):
-        for name, step in steppers.items():
+    for _ in track(range(rounds + 2), name, console=Console(stderr=True), transient=True):
+        for stepper, step in steppers.items():
             begin = time.perf_counter()
             step()
-            times[name].append((time.perf_counter() - begin) * 1e3)
-    return {name: samples[2:] for name, samples in times.items()}
+            times[stepper].append((time.perf_counter() - begin) * 1e3)
+    return {stepper: samples[2:] for stepper, samples in times.items()}

@@ -1,9 +1,12 @@
 """The model: against the recorded original KIVI, against transformers, and against itself in pieces."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import kivi_jax as kj
 from kivi_jax.config import RopeConfig
@@ -14,6 +17,22 @@ STRATEGIES = {
     "full": kj.full(),
     "kivi2": kj.kivi(2, 8, 16),
     "kivi4": kj.kivi(key_bits=4, value_bits=2, key_group_size=4, value_group_size=8, residual_length=8),
+}
+SELECTING = {
+    "scope": kj.scope(decode=kj.Slide(window=8, recent=4)),
+    "snapkv+adaptive": kj.scope(
+        prompt=kj.SnapKV(budget=12, window=4), decode=kj.Adaptive(window=9, recent=4, max_new_tokens=24)
+    ),
+    "h2o": kj.scope(prompt=kj.H2O(budget=12, recent=4), decode=kj.H2O(budget=16, recent=6)),
+    "kivi2+pyramid": kj.kivi(2, 8, 8, prompt=kj.PyramidKV(budget=12, window=4, beta=2)),
+    "kivi2+scope": kj.kivi(
+        2,
+        8,
+        8,
+        prompt=kj.PyramidInfer(budget=14, window=4),
+        decode=kj.Discontinuous(window=8, recent=3, max_new_tokens=24),
+        pool=kj.PoolQuantization(bits=4, group_size=8),
+    ),
 }
 
 
@@ -134,23 +153,24 @@ def test_block_size_does_not_change_the_result(name):
             np.testing.assert_allclose(np.where(seen, got.key, 0), np.where(seen, expected.key, 0), atol=2e-5)
 
 
-@pytest.mark.parametrize("name", STRATEGIES)
-@pytest.mark.parametrize("window", [None, 11])
+@pytest.mark.parametrize(
+    ("name", "window"),
+    [*((name, None) for name in STRATEGIES | SELECTING), ("full", 11), ("kivi2", 11)],
+)
 def test_a_row_is_the_same_alone_and_in_any_batch(name, window):
     """Eight rows of different lengths, token for token."""
     model = random_llama(config(sliding_window=window))
+    strategy = (STRATEGIES | SELECTING)[name]
     lengths = np.array([1, 3, 8, 15, 16, 17, 32, 33])
     ids = tokens(8, 33, seed=2)
-    together = kj.generate(
-        model, ids, jnp.asarray(lengths), cache=STRATEGIES[name], max_new_tokens=24, eos_ids=()
-    )
-    for row in range(8):
+    together = kj.generate(model, ids, jnp.asarray(lengths), cache=strategy, max_new_tokens=24, eos_ids=())
+    for row in range(8) if name in STRATEGIES else (0, 4, 7):  # each length compiles anew
         width = lengths[row]
         alone = kj.generate(
             model,
             ids[row : row + 1, :width],
             jnp.asarray([width]),
-            cache=STRATEGIES[name],
+            cache=strategy,
             max_new_tokens=24,
             eos_ids=(),
         )
@@ -169,6 +189,42 @@ def test_what_stands_in_the_padding_does_not_matter():
             for x in (ids, other)
         )
         np.testing.assert_array_equal(first.tokens, second.tokens)
+
+
+def test_scope_equals_the_original_end_to_end(shared):
+    """64 tokens of ALLKV + slide, on the trained model with one KV head per query head, as SCOPE caches."""
+    golden = np.load(shared / "golden" / "scope_stream_stories260K.npz")
+    prompt = np.load(shared / "golden" / "kivi_stream_stories260K_T77.npz")["prompt_ids"]
+    grouped = stories(shared)
+    model = random_llama(replace(grouped.config, num_kv_heads=grouped.config.num_heads))
+    nnx.update(model, nnx.state(grouped, lambda path, _: "key" not in path and "value" not in path))
+    for ours, theirs in zip(model.layers, grouped.layers, strict=True):
+        for name in ("key", "value"):
+            kernel = getattr(theirs.attention, name).kernel[...]
+            heads = kernel.reshape(kernel.shape[0], grouped.config.num_kv_heads, -1)
+            getattr(ours.attention, name).kernel[...] = jnp.repeat(heads, 2, 1).reshape(len(kernel), -1)
+    strategy = kj.scope(decode=kj.Slide(window=24, recent=8))
+    logits, cache = model.prefill(
+        jnp.asarray(prompt)[None], jnp.asarray([77]), cache=strategy, capacity=77 + 64
+    )
+    ids = golden["allkv+slide_ids"]
+    got, cache = decode_all(model, logits, cache, ids[:63, None])
+    np.testing.assert_allclose(got[:, 0], golden["allkv+slide_logits"], atol=2e-3)
+    whole = np.asarray(grouped(jnp.asarray([[*prompt, *ids[:63]]]))[0, 76:])
+    assert np.abs(whole - got[:, 0])[30:].max() > 0.1  # tokens were really dropped
+
+
+def test_pool_bytes_do_not_grow_with_the_output():
+    """With a window, what decoding holds is the same for short and long generations."""
+    from kivi_jax.plan import plan_cache
+
+    model_config = config(head_dim=64)
+    sizes = [
+        plan_cache(model_config, kj.scope(), batch=1, context=100 + new, prompt_tokens=100, dtype="float32")
+        for new in (600, 6000)
+    ]
+    assert sizes[0] == sizes[1]
+    assert sizes[0]["pool"] == 2 * 2 * 2 * 513 * 64 * 4
 
 
 def test_no_recompilation_while_decoding():

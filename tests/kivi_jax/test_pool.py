@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from kivi_jax.buffers import DenseTokens, Step, attend_token
 from kivi_jax.pool import TokenPool
 from kivi_jax.selection import H2O, Adaptive, Discontinuous, Slide, StreamingLLM
+from kivi_jax.stores import DenseStore, PackedStore, hadamard
 from pallas_kernels.partials import merge, normalize
 from tests.oracles.scope import ListPool
 
@@ -23,6 +24,14 @@ def step(segments, query, key, value, active):
     grown = segments[-1].append(Step(query, key, value, attended.log_sum_exp, active))
     (settled,) = type(grown).settle([grown], active)
     return normalize(attended), (*segments[:-1], settled)
+
+
+def empty_pool(lengths, heads, dim, selector, make=DenseStore.of, **options):
+    nothing = jnp.zeros((len(lengths), heads, 0, dim))
+    store = make(nothing, nothing, selector.slots, **options)
+    return TokenPool.of(
+        store, nothing[..., 0].astype(int), jnp.zeros_like(lengths), lengths, selector=selector
+    )
 
 
 def kept(pool, row, head):
@@ -78,7 +87,7 @@ def test_pool_is_attention_over_a_pruned_list(selector, lengths, ends, seed):
     n = jnp.asarray(lengths)
     segments = (
         DenseTokens.from_prompt(prompt[0], prompt[1], n, capacity=7, window=None),
-        TokenPool.empty(2, HEADS, DIM, n, selector=selector, dtype=jnp.float32),
+        empty_pool(n, HEADS, DIM, selector),
     )
     wide = np.asarray(prompt, np.float64)
     lists = {
@@ -122,11 +131,11 @@ def replay(case, golden, inputs, selector, *, unified=False):
     keys, values = (jnp.take_along_axis(x[None, :, :prompt], index, axis=2) for x in (key, value))
     count, length = jnp.asarray([positions.shape[2]]), jnp.asarray([prompt])
     if unified:
-        segments = (TokenPool.from_prompt(keys, values, positions, count, length, selector=selector),)
+        store = DenseStore.of(keys, values, selector.slots)
+        segments = (TokenPool.of(store, positions, count, length, selector=selector),)
     else:
         held = DenseTokens.from_prompt(keys, values, count, capacity=positions.shape[2], window=None)
-        pool = TokenPool.empty(1, key.shape[0], key.shape[2], length, selector=selector, dtype=jnp.float32)
-        segments = (held, pool)
+        segments = (held, empty_pool(length, key.shape[0], key.shape[2], selector))
     for t in range(1, 61):
         at = prompt + t - 1
         _, segments = step(
@@ -164,7 +173,8 @@ def test_streaming_llm_keeps_sinks_and_the_newest():
     tokens = jnp.asarray(draw.normal(size=(2, 1, HEADS, 4, DIM)), jnp.float32)
     positions = jnp.broadcast_to(jnp.arange(4), (1, HEADS, 4))
     n = jnp.asarray([4])
-    segments = (TokenPool.from_prompt(tokens[0], tokens[1], positions, n, n, selector=selector),)
+    store = DenseStore.of(tokens[0], tokens[1], selector.slots)
+    segments = (TokenPool.of(store, positions, n, n, selector=selector),)
     for t in range(9):
         new = jnp.asarray(draw.normal(size=(2, 1, HEADS, DIM)), jnp.float32)
         query = jnp.asarray(draw.normal(size=(1, HEADS * GROUPS, DIM)), jnp.float32)
@@ -176,8 +186,43 @@ def test_ties_keep_the_newer_token():
     """Equal keys weigh the same under any query: the oldest of those that may go is let go."""
     selector = Slide(window=4, recent=2)
     n = jnp.asarray([0])
-    segments = (TokenPool.empty(1, HEADS, DIM, n, selector=selector, dtype=jnp.float32),)
+    segments = (empty_pool(n, HEADS, DIM, selector),)
     same = jnp.ones((1, HEADS, DIM))
     for _ in range(6):
         _, segments = step(segments, jnp.ones((1, HEADS * GROUPS, DIM)), same, same, jnp.asarray([True]))
     assert kept(segments[0], 0, 0) == [2, 3, 4, 5]
+
+
+@pytest.mark.parametrize(("bits", "error"), [(2, 0.45), (4, 0.1), (8, 0.006)])
+def test_a_packed_pool_holds_what_it_was_given(bits, error):
+    """Outlier channel included, slots reused many times, rows that end: nearer with more bits."""
+    selector, dim = Slide(window=12, recent=8), 32
+    draw = np.random.default_rng(3)
+    n = jnp.asarray([0, 0])
+    segments = (
+        empty_pool(n, HEADS, dim, selector, PackedStore.of, bits=bits, group_size=16, scale_dtype="float16"),
+    )
+    keys, values = draw.normal(size=(2, 40, 2, HEADS, dim)).astype(np.float32)
+    keys[..., 5] += 12  # as keys of real models have
+    for t in range(40):
+        query = jnp.asarray(draw.normal(size=(2, HEADS * GROUPS, dim)), jnp.float32)
+        active = jnp.asarray([True, t < 20])
+        _, segments = step(segments, query, jnp.asarray(keys[t]), jnp.asarray(values[t]), active)
+    pool = segments[0]
+    assert pool.held.tolist() == [12, 12]
+    held_keys, held_values = (np.asarray(x) for x in pool.store.read())
+    for b, k in np.ndindex(2, HEADS):
+        positions = np.asarray(pool.positions[b, k])
+        slots = np.flatnonzero(positions >= 0)
+        assert positions.max() == [39, 19][b]
+        # Keys are held rotated: scores with a rotated query are what they were.
+        turned = held_keys[b, k, slots] @ hadamard(dim)
+        for got, true in ((turned, keys), (held_values[b, k, slots], values)):
+            expected = true[positions[slots], b, k]
+            assert np.linalg.norm(got - expected) < error * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("size", [1, 8, 12, 80, 128])
+def test_hadamard_is_orthonormal(size):
+    matrix = hadamard(size)
+    np.testing.assert_allclose(matrix @ matrix.T, np.eye(size), atol=1e-12)
