@@ -1,6 +1,6 @@
 """Tasks as arrays to train on: tokens, and how much each next token counts. Read `train.py` next."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -38,20 +38,24 @@ def _copying(seed: int, tokens: int) -> Problem:
     return tasks.copying(seed, min((tokens - 9) // 2, len(tasks.WORDS)))
 
 
+def _numbers(seed: int, tokens: int) -> Problem:
+    return tasks.numbers(seed, min((tokens - 9) // 6, 64))
+
+
 TASKS: dict[str, Sized] = {
     "passkey": tasks.passkey,
     "recall": _recall,
     "questions": _questions,
     "copying": _copying,
+    "numbers": _numbers,
 }
 
 
-def training_batch(tokenizer: Tokenizer, step: int, *, rows: int, tokens: int) -> Batch:
-    """The batch of a training step: tasks in turn, of random sizes up to `tokens`. Pure."""
+def training_batch(tokenizer: Tokenizer, step: int, *, rows: int, tokens: int, names: Sequence[str]) -> Batch:
+    """The batch of a training step: the named tasks in turn, of random sizes up to `tokens`. Pure."""
     rng = np.random.default_rng(tasks.TRAINING_SEEDS + step)
-    sized = list(TASKS.values())
     problems = (
-        sized[row % len(sized)](
+        TASKS[names[(step * rows + row) % len(names)]](
             int(rng.integers(tasks.TRAINING_SEEDS, 2**62)),
             int(rng.integers(max(SMALLEST, tokens // 4), tokens + 1)),
         )

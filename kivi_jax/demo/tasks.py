@@ -4,6 +4,7 @@
     recall      a list of word-number pairs, then many words to recall the numbers of
     questions   numbered arithmetic questions, all answered in order: a long output
     copying     a list of words, repeated
+    numbers     a list of five-digit numbers, repeated: practice for passkey, whose digits are rare
 
 `python -m kivi_jax.demo.train` trains on seeds from `TRAINING_SEEDS` up; seeds below it are held out.
 Source: passkey after the KIVI paper's prompt (arXiv 2402.02750); questions after LongGenBench
@@ -132,6 +133,19 @@ def copying(seed: int, words: int = 32) -> Problem:
         ValueError: `words` is not in [1, len(WORDS)].
     """
     text = " ".join(_distinct_words(np.random.default_rng(seed), words))
+    return Problem(f"Copy: {text}.\nCopied:", f" {text}.")
+
+
+def numbers(seed: int, count: int = 16) -> Problem:
+    """Five-digit numbers to repeat in order.
+
+    Raises:
+        ValueError: `count` is not positive.
+    """
+    if count < 1:
+        raise ValueError(f"{count=} must be positive")
+    drawn = np.random.default_rng(seed).integers(10_000, 100_000, size=count)
+    text = " ".join(str(number) for number in drawn)
     return Problem(f"Copy: {text}.\nCopied:", f" {text}.")
 
 

@@ -4,7 +4,8 @@ The rows of a batch are split over the devices; to use two CPU cores well, make 
 
     XLA_FLAGS='--xla_force_host_platform_device_count=2 --xla_cpu_multi_thread_eigen=false'
 
-Writes checkpoints and `curve.json` as it goes, then the Hugging Face directory `model` with a plot of the curve.
+Writes checkpoints and `curve.json` as it goes, then the Hugging Face directory `model` with a plot of the
+curve.
 """
 
 import functools
@@ -66,7 +67,9 @@ def train(
         task = bar.add_task("training", total=recipe.steps, completed=first, tokens="")
         for step in range(first, recipe.steps):
             stage = recipe.stage(step)
-            batch = batches.training_batch(encoder, step, rows=stage.rows, tokens=stage.tokens)
+            batch = batches.training_batch(
+                encoder, step, rows=stage.rows, tokens=stage.tokens, names=stage.tasks
+            )
             state, loss = update(graph, optimizer, state, jax.device_put(batch, rows))
             bar.update(task, advance=1, tokens=stage.tokens)
             done = step + 1
@@ -86,14 +89,8 @@ def make_optimizer(recipe: Recipe) -> optax.GradientTransformation:
     """Clipped Muon for the matrices between embeddings, Adam for the rest; see `Recipe`."""
 
     def schedule(peak: float) -> optax.Schedule:
-        return optax.join_schedules(
-            [
-                optax.linear_schedule(0, peak, recipe.warmup),
-                optax.constant_schedule(peak),
-                optax.linear_schedule(peak, 0, recipe.decay),
-            ],
-            [recipe.warmup, recipe.steps - recipe.decay],
-        )
+        steps, factors = zip(*recipe.rates, strict=True)
+        return lambda step: peak * jnp.interp(step, jnp.array(steps), jnp.array(factors))
 
     def is_matrix(path: tuple[Any, ...], leaf: Array) -> MuonDimensionNumbers | None:
         embedding = any(getattr(key, "key", None) == "embed" for key in path)

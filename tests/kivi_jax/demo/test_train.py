@@ -14,14 +14,15 @@ from kivi_jax.demo import tokenizer
 from kivi_jax.demo.batches import encode, training_batch
 from kivi_jax.demo.export import export
 from kivi_jax.demo.initialize import initialize
-from kivi_jax.demo.recipe import Recipe, Stage, model_config
+from kivi_jax.demo.recipe import EVEN, Recipe, Stage, model_config
 from kivi_jax.demo.tasks import Problem
 from kivi_jax.demo.train import TrainState, make_optimizer, train, update
 from kivi_jax.loading import load
 from kivi_jax.rope import apply_rope, rope_frequencies
 
 SHORT = Recipe(
-    stages=(Stage(steps=2, rows=4, tokens=96), Stage(steps=2, rows=4, tokens=128)), warmup=1, decay=1
+    stages=(Stage(steps=2, rows=4, tokens=96), Stage(steps=2, rows=4, tokens=128)),
+    rates=((0, 0.0), (1, 1.0), (3, 1.0), (4, 0.0)),
 )
 
 
@@ -43,7 +44,9 @@ def test_batches_weigh_answers_only():
 
 def test_training_batches_differ_by_step_and_never_by_run():
     encoder = tokenizer.build()
-    first, again, second = (training_batch(encoder, step, rows=4, tokens=96).tokens for step in (0, 0, 1))
+    first, again, second = (
+        training_batch(encoder, step, rows=4, tokens=96, names=EVEN).tokens for step in (0, 0, 1)
+    )
     assert (first == again).all()
     assert (first != second).any()
 
@@ -60,7 +63,7 @@ def test_a_step_lowers_the_loss():
     graph, parameters = nnx.split(initialize(model_config(), 0))
     optimizer = make_optimizer(SHORT)
     state = TrainState(parameters, optimizer.init(parameters))
-    batch = training_batch(tokenizer.build(), 0, rows=4, tokens=96)
+    batch = training_batch(tokenizer.build(), 0, rows=4, tokens=96, names=EVEN)
     losses = []
     for _ in range(SHORT.steps):
         state, loss = update(graph, optimizer, state, batch)
