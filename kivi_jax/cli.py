@@ -13,6 +13,7 @@ from rich.table import Table
 from convert.command import Dtype, convert
 from kivi_jax.bench.command import bench
 from kivi_jax.console import format_bytes, parse_bytes, run
+from kivi_jax.demo.command import demo, evaluation
 
 if TYPE_CHECKING:
     from kivi_jax.cache import KVCache
@@ -25,11 +26,13 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(convert)
+app.command()(demo)
+app.add_typer(evaluation, name="eval")
 app.add_typer(bench, name="bench")
 
 ModelArgument = Annotated[
     str,
-    typer.Argument(help="A checkpoint's directory, a hub name, or random: a small model of no use."),
+    typer.Argument(help="A checkpoint's directory, a hub name, or demo: the small model in this package."),
 ]
 CacheOption = Annotated[
     str,
@@ -61,9 +64,8 @@ def generate(
     """
     import jax
 
-    from kivi_jax.loading import load
+    from kivi_jax.loading import load_with_tokenizer
     from kivi_jax.names import parse_cache
-    from kivi_jax.random_model import random_model
     from kivi_jax.sampling import Greedy, Sample
     from kivi_jax.text import decode_stream, stream_tokens
 
@@ -80,12 +82,7 @@ def generate(
         )
     errors = Console(stderr=True)
     with errors.status("loading"):
-        if model == "random":
-            llama, tokenizer = random_model()
-        else:
-            llama, tokenizer = load(model, dtype=None if dtype is None else dtype.value)
-    if tokenizer is None:
-        raise ValueError(f"{model} has no tokenizer files: copy the tokenizer's files there")
+        llama, tokenizer = load_with_tokenizer(model, dtype=None if dtype is None else dtype.value)
     ids = tokenizer(sys.stdin.read() if prompt == "-" else prompt)["input_ids"]
     moments = [time.perf_counter()]
     last: list[KVCache] = []

@@ -11,8 +11,8 @@ from kivi_jax.text import Tokenizer
 def load(path: str | Path, *, dtype: DTypeLike | None = None) -> tuple[Llama, Tokenizer | None]:
     """The model at `path`, and its tokenizer if there is one.
 
-    `path` is a Hugging Face directory, a converted one, or a hub name (org/name). `dtype` is by default
-    float32 on a CPU and bfloat16 elsewhere.
+    `path` is a Hugging Face directory, a converted one, a hub name (org/name), or `demo`: the small trained
+    model that ships with this package. `dtype` is by default float32 on a CPU and bfloat16 elsewhere.
 
     Raises:
         ValueError: the checkpoint cannot be found or used; the message says why.
@@ -21,6 +21,18 @@ def load(path: str | Path, *, dtype: DTypeLike | None = None) -> tuple[Llama, To
 
     model, directory = load_model(path, dtype=dtype)
     return model, load_tokenizer(directory)
+
+
+def load_with_tokenizer(path: str | Path, *, dtype: DTypeLike | None = None) -> tuple[Llama, Tokenizer]:
+    """`load` where text is to be read.
+
+    Raises:
+        ValueError: see `load`; or there is no tokenizer.
+    """
+    model, tokenizer = load(path, dtype=dtype)
+    if tokenizer is None:
+        raise ValueError(f"{path} has no tokenizer files: copy the tokenizer's files there")
+    return model, tokenizer
 
 
 def load_tokenizer(directory: Path) -> Tokenizer | None:

@@ -12,7 +12,6 @@ Source: passkey after the KIVI paper's prompt (arXiv 2402.02750); questions afte
 """
 
 import re
-from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -49,8 +48,6 @@ WORDS = (  # noqa: SIM905 (a list would have a line per word)
     "ocean olive onion orange orchid otter owl paint panda paper pearl pebble pepper piano pine planet plum"
 ).split()
 
-Complete = Callable[[list[str]], list[str]]
-
 
 @dataclass(frozen=True)
 class Problem:
@@ -61,8 +58,14 @@ class Problem:
     separator: str = " "
 
     def score(self, output: str) -> float:
-        """The fraction of the answer's items that `output` has at their places, in [0, 1]."""
-        expected, given = (text.strip(" .\n").split(self.separator) for text in (self.answer, output))
+        """The fraction of the answer's items that `output` has at their places, in [0, 1].
+
+        What `output` has beyond the answer's length does not matter: most models go on.
+        """
+        answer, output = self.answer.lstrip(), output.lstrip()
+        expected, given = (
+            text.strip(" .\n").split(self.separator) for text in (answer, output[: len(answer)])
+        )
         return sum(a == b for a, b in zip(expected, given, strict=False)) / len(expected)
 
 
@@ -147,17 +150,6 @@ def numbers(seed: int, count: int = 16) -> Problem:
     drawn = np.random.default_rng(seed).integers(10_000, 100_000, size=count)
     text = " ".join(str(number) for number in drawn)
     return Problem(f"Copy: {text}.\nCopied:", f" {text}.")
-
-
-def evaluate(complete: Complete, problems: Iterable[Problem], *, batch: int = 16) -> list[float]:
-    """The score of every problem when `complete` continues `batch` prompts at a time."""
-    problems = list(problems)
-    groups: list[Sequence[Problem]] = [problems[i : i + batch] for i in range(0, len(problems), batch)]
-    return [
-        problem.score(output)
-        for group in groups
-        for problem, output in zip(group, complete([problem.prompt for problem in group]), strict=True)
-    ]
 
 
 def _filler(rng: np.random.Generator, tokens: int) -> list[str]:

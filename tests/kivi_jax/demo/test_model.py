@@ -1,19 +1,29 @@
 """The weights that ship: what they can do, and that they are an ordinary Hugging Face checkpoint."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
+from convert.hub import resolve
 from kivi_jax.cache import full, kivi
 from kivi_jax.demo import MODEL, tasks
+from kivi_jax.demo.evaluate import compare
 from kivi_jax.demo.recipe import model_config
-from kivi_jax.demo.score import score
 from kivi_jax.loading import load
 
 
 @pytest.fixture(scope="module")
 def shipped():
     return load(MODEL, dtype=jnp.float32)
+
+
+def test_its_name_is_demo(shipped):
+    named, tokenizer = load("demo", dtype=jnp.float32)
+    assert resolve("demo") == MODEL
+    assert tokenizer is not None
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(named), nnx.state(shipped[0]))
 
 
 def test_it_is_the_recipes_architecture(shipped):
@@ -36,7 +46,8 @@ def test_it_weighs_at_most_12_megabytes():
     ids=["passkey", "recall", "questions", "copying"],
 )
 def test_it_does_the_tasks_on_held_out_seeds(shipped, make, cache):
-    assert score(*shipped, cache, [make(seed) for seed in range(500, 504)]) >= 0.9
+    (outcome,) = compare(*shipped, [make(seed) for seed in range(500, 504)], {"": cache})
+    assert outcome.right >= 0.9
 
 
 def test_transformers_computes_the_same_logits(shipped):

@@ -61,24 +61,25 @@ def test_recall_asks_for_every_pair_in_another_order():
 
 @pytest.mark.parametrize(
     ("make", "size"),
-    [(tasks.passkey, 20), (tasks.recall, 0), (tasks.recall, 129), (tasks.questions, 100), (tasks.copying, 0)],
+    [
+        (tasks.passkey, 20),
+        (tasks.recall, 0),
+        (tasks.recall, 129),
+        (tasks.questions, 100),
+        (tasks.copying, 0),
+        (tasks.numbers, 0),
+    ],
 )
 def test_impossible_sizes_are_refused(make, size):
     with pytest.raises(ValueError, match="must be"):
         make(0, size)
 
 
-def test_evaluate_asks_in_batches_and_scores_in_order():
-    problems = [tasks.copying(seed, words=3) for seed in range(5)]
-    answers = {problem.prompt: problem.answer for problem in problems}
-    asked: list[int] = []
-
-    def complete(prompts: list[str]) -> list[str]:
-        asked.append(len(prompts))
-        return [answers[prompt] if prompt != problems[3].prompt else "" for prompt in prompts]
-
-    assert tasks.evaluate(complete, problems, batch=2) == [1, 1, 1, 0, 1]
-    assert asked == [2, 2, 1]
+def test_what_follows_the_answer_does_not_matter():
+    problem = tasks.passkey(0, tokens=200)
+    assert problem.score(problem.answer + " Remember it. And") == 1
+    assert problem.score(problem.answer.lstrip()) == 1
+    assert problem.score(problem.answer.replace(".", "7.")) == 0
 
 
 def test_task_text_has_a_token_per_piece():

@@ -1,0 +1,46 @@
+"""The demo's plot: what caches weigh as contexts grow, and what they get right for their weight."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from kivi_jax.cache import CacheStrategy
+from kivi_jax.config import ModelConfig
+from kivi_jax.demo.evaluate import Outcome
+from kivi_jax.plan import plan_cache
+
+LENGTHS = range(512, 8193, 512)  # tokens, half of them generated
+
+
+def save_plot(
+    file: Path,
+    config: ModelConfig,
+    caches: Mapping[str, CacheStrategy],
+    measured: Mapping[str, Sequence[Outcome]],
+) -> None:
+    """Write a PNG: left the planned bytes of one row, right the measured outcomes of every task."""
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    memory, accuracy = figure.subplots(1, 2)
+    for name, cache in caches.items():
+        sizes = [
+            plan_cache(config, cache, batch=1, context=length, dtype="float32", prompt_tokens=length // 2)
+            for length in LENGTHS
+        ]
+        memory.plot(LENGTHS, [size["total"] / 2**20 for size in sizes], label=name)
+    memory.set(xlabel="tokens, half of them generated", ylabel="cache of one prompt, MiB", ylim=0)
+    memory.legend()
+    for (title, outcomes), marker in zip(measured.items(), "os^v", strict=False):
+        for index, outcome in enumerate(outcomes):
+            accuracy.plot(
+                outcome.row_bytes / 2**20,
+                100 * outcome.right,
+                marker,
+                color=f"C{index}",
+                label=title if index == 0 else None,
+            )
+    accuracy.set(xlabel="cache of one prompt, MiB", ylabel="right, %", xlim=0, ylim=(0, 103))
+    accuracy.legend(title="colors as on the left", loc="lower right")
+    temporary = file.with_name(file.name + ".partial")
+    figure.savefig(temporary, dpi=120, format="png")
+    temporary.replace(file)
