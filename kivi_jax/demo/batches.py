@@ -39,7 +39,7 @@ def _copying(seed: int, tokens: int) -> Problem:
 
 
 def _numbers(seed: int, tokens: int) -> Problem:
-    return tasks.numbers(seed, min((tokens - 9) // 6, 64))
+    return tasks.numbers(seed, min((tokens - 9) // 12, 32), tokens)
 
 
 TASKS: dict[str, Sized] = {

@@ -4,7 +4,7 @@
     recall      a list of word-number pairs, then many words to recall the numbers of
     questions   numbered arithmetic questions, all answered in order: a long output
     copying     a list of words, repeated
-    numbers     a list of five-digit numbers, repeated: practice for passkey, whose digits are rare
+    numbers     a list of five-digit numbers, then filler, then the list again: many passkeys at once
 
 `python -m kivi_jax.demo.train` trains on seeds from `TRAINING_SEEDS` up; seeds below it are held out.
 Source: passkey after the KIVI paper's prompt (arXiv 2402.02750); questions after LongGenBench
@@ -139,17 +139,19 @@ def copying(seed: int, words: int = 32) -> Problem:
     return Problem(f"Copy: {text}.\nCopied:", f" {text}.")
 
 
-def numbers(seed: int, count: int = 16) -> Problem:
-    """Five-digit numbers to repeat in order.
+def numbers(seed: int, count: int = 16, tokens: int = 512) -> Problem:
+    """Five-digit numbers to repeat in order, after filler; all together fill at most `tokens`.
 
     Raises:
-        ValueError: `count` is not positive.
+        ValueError: `count` is not positive, or `tokens` has no room for so many.
     """
-    if count < 1:
-        raise ValueError(f"{count=} must be positive")
-    drawn = np.random.default_rng(seed).integers(10_000, 100_000, size=count)
-    text = " ".join(str(number) for number in drawn)
-    return Problem(f"Copy: {text}.\nCopied:", f" {text}.")
+    rng = np.random.default_rng(seed)
+    text = " ".join(str(number) for number in rng.integers(10_000, 100_000, size=max(count, 0)))
+    before, after, answer = f"Copy: {text}.\n", "\nCopied:", f" {text}."
+    room = tokens - 2 - count_tokens(before + after + answer)
+    if count < 1 or room < 0:
+        raise ValueError(f"{count=} must be positive, and {tokens=} at least {tokens - room}")
+    return Problem(before + " ".join(_filler(rng, room)) + after, answer)
 
 
 def _filler(rng: np.random.Generator, tokens: int) -> list[str]:
