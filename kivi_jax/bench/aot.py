@@ -4,6 +4,8 @@
 CPU-only jaxlib lowers for CUDA. So registers, spills and the number of instructions in the main loop are
 known for every architecture before a GPU is at hand, and CI can refuse a change that makes them worse.
 XLA carries its own copy of Triton; the instruction counts differ from pip's by a few per cent.
+
+`python -m kivi_jax.bench.aot` prints the table of `COMPILED` cases.
 """
 
 import collections
@@ -12,14 +14,22 @@ import dataclasses
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+from rich.console import Console
+from rich.table import Table
 
-# What Pallas asks of the device while lowering; any device of the architecture will do.
-_DEVICES = {80: "NVIDIA A100-SXM4-80GB", 89: "NVIDIA L4", 90: "NVIDIA H100 80GB HBM3"}
+from pallas_kernels.packing import PAGE
+from pallas_kernels.quantized_attention import pallas_triton
+from pallas_kernels.quantized_attention.cases import COMPILED, Case
+from pallas_kernels.quantized_attention.tuning import choose
+
+# What Pallas asks of the device while lowering, by compute capability; any device of it would do.
+DEVICES = {80: "NVIDIA A100-SXM4-80GB", 89: "NVIDIA L4", 90: "NVIDIA H100 80GB HBM3"}
 # Shorter backward branches (waits on a barrier, copies of a remainder) are not the loop over tiles.
 _SHORTEST_LOOP = 64
 
@@ -67,8 +77,67 @@ def triton_report(
     return _read(compiled.asm["ptx"], kernel.__name__, warps, compiled.metadata.shared)
 
 
+def run(cases: Sequence[Case] = COMPILED, architectures: Sequence[int] = (80, 90)) -> list[dict[str, Any]]:
+    """One record per case and architecture: what the decode kernel becomes with the tuning chosen there.
+
+    Keys: case, kernel, arch, pages, registers, spill_bytes, shared_bytes, instructions_per_code (of the
+    loop over tiles without a mask, times the programs that share a KV head's codes), and merge_share (the
+    bytes that combining the splits writes and reads, relative to those of the packed tokens).
+    """
+    return [record(case, sm) for case in cases for sm in architectures]
+
+
+def record(case: Case, sm: int) -> dict[str, Any]:
+    """See `run`."""
+    tuning = choose(
+        rows=case.batch * case.kv_heads,
+        slots=case.slots,
+        heads=case.query_groups,
+        dim=case.head_dim,
+        bits=max(case.key_bits, case.value_bits),
+        device_kind=DEVICES[sm],
+    )
+    arguments = jax.eval_shape(lambda: (case.query(), *case.pack(*case.dense()[1:]), *case.token_ranges()))
+
+    def attend(query: Any, key: Any, value: Any, start: Any, end: Any) -> Any:
+        scale = case.head_dim**-0.5
+        return pallas_triton.attend(query, key, value, start=start, end=end, scale=scale, tuning=tuning)
+
+    report, merge = pallas_reports(attend, *arguments, sm=sm)
+    codes = 2 * tuning.pages * PAGE * case.head_dim  # of keys and of values, in a tile
+    programs = -(-case.query_groups // tuning.heads)
+    heads = case.batch * case.kv_heads * case.query_groups
+    merge_bytes = 2 * 4 * heads * tuning.splits * (case.head_dim + 2)
+    packed_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(arguments[1:3]))
+    return {
+        "case": case.name,
+        "kernel": "pallas_triton",
+        "arch": report.arch,
+        "pages": tuning.pages,
+        "registers": report.registers,
+        "spill_bytes": report.spill_bytes + merge.spill_bytes,
+        "shared_bytes": report.shared_bytes,
+        "instructions_per_code": report.per_code(codes)[0] * programs,
+        "merge_share": merge_bytes / packed_bytes,
+    }
+
+
+def table(records: list[dict[str, Any]]) -> Table:
+    """The records as a table."""
+    out = Table("case", "kernel", "arch", title="decode attention, compiled without a GPU")
+    for heading in ("pages", "registers", "spilled B", "shared B", "instructions/code"):
+        out.add_column(heading, justify="right")
+    for r in records:
+        numbers = (r["pages"], r["registers"], r["spill_bytes"], r["shared_bytes"])
+        out.add_row(
+            r["case"], r["kernel"], r["arch"], *map(str, numbers), f"{r['instructions_per_code']:.2f}"
+        )
+    return out
+
+
 def _lower(f: Callable[..., Any], *args: Any, sm: int) -> Any:
-    with _abstract_device(_DEVICES[sm]):
+    with _abstract_device(DEVICES[sm]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The Pallas Triton backend", DeprecationWarning)
         return jax.jit(f).trace(*args).lower(lowering_platforms=("cuda",))
 
 
@@ -86,9 +155,8 @@ def _abstract_device(kind: str) -> contextlib.AbstractContextManager[Any]:
 
 def _pallas_modules(lowered: Any) -> Iterator[tuple[str, str, int, int]]:
     """(name, Triton IR, warps, stages) of every Pallas-Triton kernel in a lowered module."""
-    from jax._src.interpreters import mlir
-    from jax._src.lib import triton as jax_triton
-    from jax._src.lib.mlir import ir
+    from jaxlib.mlir import ir
+    from jaxlib.triton import dialect
 
     calls: list[Any] = []
 
@@ -100,11 +168,11 @@ def _pallas_modules(lowered: Any) -> Iterator[tuple[str, str, int, int]]:
 
     lowered.compiler_ir().operation.walk(visit)
     for call in calls:
-        with mlir.make_ir_context() as context:
-            jax_triton.dialect.register_dialect(context)
+        with ir.Context() as context:
+            dialect.register_dialect(context)
             context.allow_unregistered_dialects = True
             module = ir.Module.parse(ir.StringAttr(call["ir"]).value_bytes, context)
-            text = module.operation.get_asm(enable_debug_info=False, print_generic_op_form=False)
+            text = str(module.operation.get_asm(enable_debug_info=False))
         warps, stages = (int(ir.IntegerAttr(call[key]).value) for key in ("num_warps", "num_stages"))
         yield ir.StringAttr(call["name"]).value, text, warps, stages
 
@@ -115,7 +183,8 @@ def _compile_module(name: str, text: str, warps: int, stages: int, sm: int) -> K
     from triton.backends.compiler import GPUTarget, Language
     from triton.compiler.compiler import make_backend
 
-    backend, context = make_backend(GPUTarget("cuda", sm, 32)), ir.context()
+    backend: Any = make_backend(GPUTarget("cuda", sm, 32))
+    context = ir.context()
     ir.load_dialects(context)
     backend.load_dialects(context)
     options = backend.parse_options({"num_warps": warps, "num_stages": stages})
@@ -178,3 +247,7 @@ def _loops(sass: str) -> tuple[collections.Counter[str], ...]:
         collections.Counter(re.split(r"[. ]", text, maxsplit=1)[0] for text in code[start : end + 1])
         for start, end in spans
     )
+
+
+if __name__ == "__main__":
+    Console(width=110).print(table(run()))

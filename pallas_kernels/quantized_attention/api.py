@@ -8,7 +8,7 @@ import functools
 import importlib
 import logging
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 from jaxtyping import Array, Float, Int
@@ -75,13 +75,13 @@ def _check(query: Array, key: QuantizedTensor, value: QuantizedTensor) -> None:
         raise ValueError(f"query {query.shape} [B, N, H] does not fit a cache {key.shape} [B, K, S, H]")
 
 
-def _device() -> jax.Device:
+def _device() -> Any:
     """The device that computations go to unless told otherwise."""
-    default = jax.config.jax_default_device
+    default = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
     return default if isinstance(default, jax.Device) else jax.local_devices(backend=default)[0]
 
 
-def _load(name: Implementation, device: jax.Device) -> Attend:
+def _load(name: Implementation, device: Any) -> Attend:
     least = _KERNELS.get(name, 0.0)
     if _compute_capability(device) < least:
         raise NotImplementedError(f"needs an NVIDIA GPU of compute capability {least}, not {device}")
@@ -91,7 +91,7 @@ def _load(name: Implementation, device: jax.Device) -> Attend:
         raise NotImplementedError(f"{error}") from error
 
 
-def _compute_capability(device: jax.Device) -> float:
+def _compute_capability(device: Any) -> float:
     """9.0 for an H100; 0 for what is not an NVIDIA GPU."""
     try:
         return float(getattr(device, "compute_capability", 0))
