@@ -20,7 +20,6 @@ number modulo the number of tiles: a ring costs two instructions a tile.
 Pallas' Triton backend is deprecated upstream (jax 0.11); `triton.py` is the same kernel without it.
 """
 
-import dataclasses
 import functools
 import math
 import warnings
@@ -36,103 +35,21 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.packing import PAGE
 from pallas_kernels.partials import NO_SCORE, AttentionPartial
 from pallas_kernels.quantization import QuantizedTensor
-from pallas_kernels.quantized_attention.tuning import Tuning, choose
+from pallas_kernels.quantized_attention.split_kv import (
+    TILE_ROWS,
+    Case,
+    Store,
+    operands,
+    plan,
+    power_of_two,
+)
+from pallas_kernels.quantized_attention.tuning import Tuning
 
 _UNIT = 2.0**-24  # the value of float16's smallest subnormal: what a code's lowest bit is worth
 _LIFT = 8.0  # probabilities are kept times 2**8: float16 has room above 1, and none below 2**-24
 _LOWEST = -1e20  # no score, in units of `_UNIT`; finite, so that differences of maxima are
 _LOG2E = math.log2(math.e)
-_TILE_ROWS = 16  # rows of the matrix unit's left operand
-_MIN_DEPTH = 32  # and its smallest inner size for operands loaded as bytes
 _MERGED_AT_ONCE = 32  # splits whose outputs the merge holds at a time
-
-
-@dataclasses.dataclass(frozen=True)
-class _Store:
-    """What is static about the stored keys, or values."""
-
-    bits: int
-    group: int
-    dim: int
-
-    @property
-    def planes(self) -> int:
-        return 8 // self.bits
-
-    @property
-    def words(self) -> int:
-        return self.dim // self.planes
-
-    @property
-    def columns(self) -> int:
-        """Words of a token, rounded up to the power of two that Triton asks of a block."""
-        return pl.next_power_of_2(self.words)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Case:
-    """Everything static about one call, and the sizes that follow from it."""
-
-    key: _Store
-    value: _Store
-    heads: int  # query heads of a program
-    dim: int
-    slots: int
-    scale: float
-    tuning: Tuning
-    interpret: bool
-
-    @property
-    def lanes(self) -> int:
-        """Query heads, rounded up to columns of the matrix unit."""
-        return max(8, pl.next_power_of_2(self.heads))
-
-    @property
-    def tile(self) -> int:
-        """Tokens of a tile."""
-        return self.tuning.pages * PAGE
-
-    @property
-    def tiles(self) -> int:
-        return self.slots // self.tile
-
-    @property
-    def fold(self) -> int:
-        """Tokens side by side in a row of the key operand, where one token is too short for it."""
-        return max(1, _MIN_DEPTH // self.key.columns)
-
-    @property
-    def key_groups(self) -> int:
-        """Groups of keys in a tile; a tile that is only part of a group has one."""
-        return max(1, self.tile // self.key.group)
-
-    @property
-    def value_groups(self) -> int:
-        """Groups of values in a token."""
-        return self.dim // self.value.group
-
-    @property
-    def value_rows(self) -> int:
-        """Rows of a block of values: as many channels of a plane as surely share their group."""
-        shared = math.gcd(self.value.words, self.value.group)
-        power = shared & -shared
-        return power if power >= _TILE_ROWS else self.value.columns
-
-    @property
-    def value_parts(self) -> tuple[tuple[int, int, int], ...]:
-        """(plane, first row, group) of every accumulator.
-
-        A block of rows has one accumulator for each group it touches: one, unless groups and planes
-        do not divide each other (head_dim 96).
-        """
-        parts = []
-        for row in range(0, self.value.words, self.value_rows):
-            for j in range(self.value.planes):
-                first = j * self.value.words + row
-                last = j * self.value.words + min(row + self.value_rows, self.value.words) - 1
-                groups = range(first // self.value.group, last // self.value.group + 1)
-                parts.extend((j, row, group) for group in groups)
-        return tuple(parts)
 
 
 def attend(
@@ -151,77 +68,17 @@ def attend(
     Raises:
         NotImplementedError: a group or head size that the kernel has no block for.
     """
-    batch, heads, dim = query.shape
-    kv_heads, slots = key.shape[1:3]
-    rows, group = batch * kv_heads, heads // kv_heads
-    bits = max(key.bits, value.bits)
-    tuning = tuning or choose(rows=rows, slots=slots, heads=group, dim=dim, bits=bits)
-    tuning = dataclasses.replace(tuning, pages=math.gcd(tuning.pages, slots // PAGE))
-    case = _Case(
-        key=_Store(key.bits, key.group_size, dim),
-        value=_Store(value.bits, value.group_size, dim),
-        heads=max(n for n in range(1, tuning.heads + 1) if group % n == 0),
-        dim=dim,
-        slots=slots,
-        scale=scale,
-        tuning=tuning,
-        interpret=interpret,
-    )
-    _check(case)
-    key_groups = (rows, slots // max(case.tile, case.key.group), case.key_groups)
-    pages = (rows, case.tiles, tuning.pages)
-    out, top, denom = _partials(
-        case,
-        start.astype(jnp.int32)[:, None],
-        end.astype(jnp.int32)[:, None],
-        *_query_operands(query.reshape(-1, case.heads, dim).astype(jnp.float16), case),
-        key.words.reshape(*pages, PAGE // case.fold, case.fold * case.key.words),
-        key.scale.reshape(*key_groups, case.key.planes, case.key.words),
-        key.zero.reshape(*key_groups, case.key.planes, case.key.words),
-        value.words.reshape(*pages, case.value.words, PAGE),
-        value.scale.reshape(*pages, case.value_groups, PAGE),
-        value.zero.reshape(*pages, case.value_groups, PAGE),
-    )
+    case = plan(query, key, value, scale, tuning, interpret)
+    out, top, denom = _partials(case, *operands(case, query, key, value, start, end))
     out, top, denom = _merge(case, out, top, denom)
     return AttentionPartial(
         out.reshape(query.shape), top.reshape(query.shape[:2]), denom.reshape(query.shape[:2])
     )
 
 
-def _check(case: _Case) -> None:
-    """Refuse what the kernel has no blocks for."""
-    words, group = min(case.key.words, case.value.words), case.key.group
-    if words < _TILE_ROWS:
-        raise NotImplementedError(f"a token of {words} bytes is shorter than {_TILE_ROWS}")
-    if group % PAGE or group & (group - 1):
-        raise NotImplementedError(f"keys in groups of {group}, no power of two from {PAGE} on")
-    if case.value_groups >= _TILE_ROWS:
-        raise NotImplementedError(f"{case.value_groups} value groups for each token: {_TILE_ROWS} or more")
-
-
-def _query_operands(query: Float[Array, "programs G H"], case: _Case) -> tuple[Array, Array]:
-    """The query as the right operand of codes, and as the right operand of zeros.
-
-    They are [programs, 1, planes, fold * lanes, fold * columns] and [programs, 1, lanes, planes * columns].
-    Codes of plane j are worth 2**(bits * j) units, which is divided out here. Where several tokens lie
-    side by side in a row, the operand is block diagonal: each token has its own columns for the heads.
-    """
-    programs = query.shape[0]
-    heads, columns = case.lanes - case.heads, case.key.columns - case.key.words
-    planes = query.reshape(programs, case.heads, case.key.planes, case.key.words)
-    planes = jnp.pad(planes, ((0, 0), (0, heads), (0, 0), (0, columns)))
-    worth = 2.0 ** -(case.key.bits * jnp.arange(case.key.planes, dtype=jnp.float32))
-    codes = planes.swapaxes(1, 2) * worth.astype(query.dtype)[None, :, None, None]
-    same = jnp.eye(case.fold, dtype=query.dtype)[None, None, :, None, :, None]
-    codes = (codes[:, :, None, :, None, :] * same).reshape(
-        programs, 1, case.key.planes, case.fold * case.lanes, case.fold * case.key.columns
-    )
-    return codes, planes.reshape(programs, 1, case.lanes, case.key.planes * case.key.columns)
-
-
-def _partials(case: _Case, start: Array, end: Array, *operands: Array) -> tuple[Array, Array, Array]:
+def _partials(case: Case, *arrays: Array) -> tuple[Array, Array, Array]:
     """(out, max in powers of two, denom) of every (row and head block, split, query head)."""
-    programs, splits = operands[0].shape[0], case.tuning.splits
+    programs, splits = arrays[2].shape[0], case.tuning.splits  # one query operand for each
 
     def of_program(array: Array) -> pl.BlockSpec:
         """Consecutive programs share an array that has fewer rows than there are programs."""
@@ -236,12 +93,12 @@ def _partials(case: _Case, start: Array, end: Array, *operands: Array) -> tuple[
         functools.partial(_attend_split, case),
         name="quantized_attention",
         grid=(programs, splits),
-        in_specs=[of_program(operand) for operand in (start, end, *operands)],
+        in_specs=[of_program(array) for array in arrays],
         out_specs=[of_split(*shape) for shape in outputs],
         out_shape=[jax.ShapeDtypeStruct((programs, splits, *shape), jnp.float32) for shape in outputs],
         compiler_params=plt.CompilerParams(num_warps=case.tuning.warps, num_stages=case.tuning.stages),
         interpret=case.interpret,
-    )(start, end, *operands)
+    )(*arrays)
 
 
 def _call(kernel: Callable[..., None], **options: Any) -> Callable[..., Any]:
@@ -255,14 +112,14 @@ def _call(kernel: Callable[..., None], **options: Any) -> Callable[..., Any]:
     return call
 
 
-def _attend_split(case: _Case, *refs: Any) -> None:
+def _attend_split(case: Case, *refs: Any) -> None:
     """One program: the tiles of one split of one (row, KV head)."""
     (start_ref, end_ref, q_ref, q_plain_ref, kw_ref, ks_ref, kz_ref, vw_ref, vs_ref, vz_ref) = refs[:10]
     out_ref, max_ref, denom_ref = refs[10:]
     lanes, pages, tile = case.lanes, case.tuning.pages, case.tile
     up = case.scale * _LOG2E / _UNIT  # from units to powers of two: what exp2 wants
     parts = case.value_parts
-    row16 = jnp.arange(_TILE_ROWS, dtype=jnp.int32)
+    row16 = jnp.arange(TILE_ROWS, dtype=jnp.int32)
 
     end = end_ref[0]
     start = jnp.maximum(jnp.maximum(start_ref[0], 0), end - case.slots)
@@ -284,7 +141,7 @@ def _attend_split(case: _Case, *refs: Any) -> None:
         # Each group's zeros are repeated over 8 rows (16 if it is alone), so that its query . zero comes
         # out of the matrix unit in the layout of the scores.
         zero = _load(kz_ref, (slot_group,), (groups, case.key.planes, case.key.columns)).astype(jnp.float16)
-        repeat = max(8, _TILE_ROWS // groups)
+        repeat = max(8, TILE_ROWS // groups)
         zero = jnp.broadcast_to(
             zero.reshape(groups, 1, case.key.planes * case.key.columns),
             (groups, repeat, case.key.planes * case.key.columns),
@@ -329,12 +186,12 @@ def _attend_split(case: _Case, *refs: Any) -> None:
         for page in range(pages):
             weight = _exp2(found[page] * up - offset, case).astype(jnp.float16)
             # Zeros of the groups, and below them a row of ones: the denominator.
-            zero = _load(vz_ref, (slot, page), (_TILE_ROWS, PAGE)).astype(jnp.float16)
+            zero = _load(vz_ref, (slot, page), (TILE_ROWS, PAGE)).astype(jnp.float16)
             zero = jnp.where((row16 == case.value_groups)[:, None], jnp.float16(1), zero)
             sums = sums + plt.dot(zero, weight)
             # All groups' weight * scale as one block: Triton then moves the weights into the operand's
             # layout once, before they are repeated, and not once for each group.
-            groups = pl.next_power_of_2(case.value_groups)
+            groups = power_of_two(case.value_groups)
             scale = _load(vs_ref, (slot, page), (groups, PAGE)).astype(jnp.float16)
             shape = (PAGE, groups, lanes)
             scaled = jnp.broadcast_to(weight[:, None, :], shape)
@@ -349,7 +206,7 @@ def _attend_split(case: _Case, *refs: Any) -> None:
 
     carry = (
         [jnp.zeros((case.value_rows, lanes), jnp.float32) for _ in parts],
-        jnp.zeros((_TILE_ROWS, lanes), jnp.float32),
+        jnp.zeros((TILE_ROWS, lanes), jnp.float32),
         jnp.full((lanes,), _LOWEST, jnp.float32),
     )
     # Only the first tile of all can begin before `start`, and only the last can end after `end`. The
@@ -381,7 +238,7 @@ def _attend_split(case: _Case, *refs: Any) -> None:
     plt.store(denom_ref.at[head], sum_row(case.value_groups), mask=head < case.heads)
 
 
-def _merge(case: _Case, out: Array, top: Array, denom: Array) -> tuple[Array, Array, Array]:
+def _merge(case: Case, out: Array, top: Array, denom: Array) -> tuple[Array, Array, Array]:
     """Combine the splits in one launch; the maximum comes back in natural logarithms."""
     programs, splits = top.shape[:2]
 
@@ -404,17 +261,17 @@ def _merge(case: _Case, out: Array, top: Array, denom: Array) -> tuple[Array, Ar
     )(out, top, denom)
 
 
-def _merge_splits(case: _Case, out_ref: Any, top_ref: Any, denom_ref: Any, *merged_refs: Any) -> None:
+def _merge_splits(case: Case, out_ref: Any, top_ref: Any, denom_ref: Any, *merged_refs: Any) -> None:
     """One program: one query head. The splits with no token have weight 0, or all have denominator 0."""
-    splits, some = case.tuning.splits, min(_MERGED_AT_ONCE, pl.next_power_of_2(case.tuning.splits))
-    every = pl.next_power_of_2(splits)
+    splits, some = case.tuning.splits, min(_MERGED_AT_ONCE, power_of_two(case.tuning.splits))
+    every = power_of_two(splits)
     index = jnp.arange(every, dtype=jnp.int32)
     lowest = jnp.full((every,), -jnp.inf, jnp.float32)
     tops = plt.load(top_ref.at[index], mask=index < splits, other=lowest)
     highest = tops.max(0)
     denoms = plt.load(denom_ref.at[index], mask=index < splits, other=jnp.zeros_like(lowest))
     denom = jnp.sum(denoms * _exp2(tops - highest, case), axis=0)
-    channels = pl.next_power_of_2(case.dim)
+    channels = power_of_two(case.dim)
     channel = jnp.arange(channels, dtype=jnp.int32)
 
     def add(i: Array, out: Array) -> Array:
@@ -462,7 +319,7 @@ def _unstack(x: Array) -> list[Array]:
     return [part.reshape(part.shape[1:]) for part in jnp.split(x, x.shape[0])]
 
 
-def _widen(words: Array, case: _Case) -> Array:
+def _widen(words: Array, case: Case) -> Array:
     """Bytes as 16-bit words; what the upper byte holds is masked away by `_plane`."""
     if case.interpret:
         return words.astype(jnp.int16)
@@ -470,7 +327,7 @@ def _widen(words: Array, case: _Case) -> Array:
     return _assembly(code, "=r,=r,r", words, jnp.int16, elements=4)
 
 
-def _plane(halves: Array, j: int, store: _Store, case: _Case) -> Array:
+def _plane(halves: Array, j: int, store: Store, case: Case) -> Array:
     """The codes of plane j as float16 subnormals: each is worth 2**(bits * j) units."""
     mask = (2**store.bits - 1) << (store.bits * j)
     if case.interpret:
@@ -478,7 +335,7 @@ def _plane(halves: Array, j: int, store: _Store, case: _Case) -> Array:
     return _assembly(f"and.b32 $0, $1, {mask * 0x10001};", "=r,r", halves, jnp.float16, elements=2)
 
 
-def _exp2(x: Array, case: _Case) -> Array:
+def _exp2(x: Array, case: Case) -> Array:
     if case.interpret:
         return jnp.exp2(x)
     return _assembly("ex2.approx.ftz.f32 $0, $1;", "=f,f", x, jnp.float32, elements=1)
