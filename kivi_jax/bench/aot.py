@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pallas_kernels.packing import PAGE
-from pallas_kernels.quantized_attention import pallas_triton
+from pallas_kernels.quantized_attention import pallas_triton, split_kv, triton
 from pallas_kernels.quantized_attention.cases import COMPILED, Case
 from pallas_kernels.quantized_attention.tuning import choose
 
@@ -64,9 +64,9 @@ def triton_report(
     kernel: Any, signature: dict[str, str], constants: dict[str, Any], *, sm: int, warps: int, stages: int
 ) -> KernelReport:
     """Compile a `triton.jit` function for compute capability `sm`."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+    import triton  # pyright: ignore[reportMissingImports]
+    from triton.backends.compiler import GPUTarget  # pyright: ignore[reportMissingImports]
+    from triton.compiler import ASTSource  # pyright: ignore[reportMissingImports]
 
     names = kernel.arg_names
     signature = {name: signature.get(name, "constexpr") for name in names}
@@ -77,18 +77,33 @@ def triton_report(
     return _read(compiled.asm["ptx"], kernel.__name__, warps, compiled.metadata.shared)
 
 
-def run(cases: Sequence[Case] = COMPILED, architectures: Sequence[int] = (80, 90)) -> list[dict[str, Any]]:
-    """One record per case and architecture: what the decode kernel becomes with the tuning chosen there.
+def run(
+    cases: Sequence[Case] = COMPILED,
+    architectures: Sequence[int] = (80, 90),
+    kernels: Sequence[str] = ("pallas_triton", "triton"),
+) -> list[dict[str, Any]]:
+    """One record per kernel, case and architecture: what it becomes with the tuning chosen there.
 
     Keys: case, kernel, arch, pages, registers, spill_bytes, shared_bytes, instructions_per_code (of the
     loop over tiles without a mask, times the programs that share a KV head's codes), and merge_share (the
-    bytes that combining the splits writes and reads, relative to those of the packed tokens).
+    bytes that combining the splits writes and reads, relative to those of the packed tokens). Cases that a
+    kernel refuses are left out.
     """
-    return [record(case, sm) for case in cases for sm in architectures]
+    records = []
+    for kernel in kernels:
+        for case in cases:
+            for sm in architectures:
+                with contextlib.suppress(NotImplementedError):
+                    records.append(record(case, sm, kernel))
+    return records
 
 
-def record(case: Case, sm: int) -> dict[str, Any]:
-    """See `run`."""
+def record(case: Case, sm: int, kernel: str = "pallas_triton") -> dict[str, Any]:
+    """See `run`.
+
+    Raises:
+        NotImplementedError: the kernel refuses the case.
+    """
     tuning = choose(
         rows=case.batch * case.kv_heads,
         slots=case.slots,
@@ -97,13 +112,31 @@ def record(case: Case, sm: int) -> dict[str, Any]:
         bits=max(case.key_bits, case.value_bits),
         device_kind=DEVICES[sm],
     )
+    scale = case.head_dim**-0.5
     arguments = jax.eval_shape(lambda: (case.query(), *case.pack(*case.dense()[1:]), *case.token_ranges()))
+    if kernel == "triton":
+        from pallas_kernels.quantized_attention import triton_kernels
 
-    def attend(query: Any, key: Any, value: Any, start: Any, end: Any) -> Any:
-        scale = case.head_dim**-0.5
-        return pallas_triton.attend(query, key, value, start=start, end=end, scale=scale, tuning=tuning)
+        plans: list[split_kv.Case] = []
 
-    report, merge = pallas_reports(attend, *arguments, sm=sm)
+        def keep_plan(query: Any, key: Any, value: Any) -> None:
+            plans.append(split_kv.plan(query, key, value, scale, tuning, interpret=False))
+
+        jax.eval_shape(keep_plan, *arguments[:3])
+        (plan,) = plans
+        triton.check(plan)
+        stores = case.batch * case.kv_heads
+        constants = triton.constants(plan, case.batch, stores * case.query_groups // plan.heads, stores)
+        warps, stages = tuning.warps, tuning.stages
+        report = triton_report(
+            triton_kernels.attend_split, triton.pointers(), constants, sm=sm, warps=warps, stages=stages
+        )
+    else:
+
+        def attend(query: Any, key: Any, value: Any, start: Any, end: Any) -> Any:
+            return pallas_triton.attend(query, key, value, start=start, end=end, scale=scale, tuning=tuning)
+
+        report, _ = pallas_reports(attend, *arguments, sm=sm)
     codes = 2 * tuning.pages * PAGE * case.head_dim  # of keys and of values, in a tile
     programs = -(-case.query_groups // tuning.heads)
     heads = case.batch * case.kv_heads * case.query_groups
@@ -111,11 +144,11 @@ def record(case: Case, sm: int) -> dict[str, Any]:
     packed_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(arguments[1:3]))
     return {
         "case": case.name,
-        "kernel": "pallas_triton",
+        "kernel": kernel,
         "arch": report.arch,
         "pages": tuning.pages,
         "registers": report.registers,
-        "spill_bytes": report.spill_bytes + merge.spill_bytes,
+        "spill_bytes": report.spill_bytes,
         "shared_bytes": report.shared_bytes,
         "instructions_per_code": report.per_code(codes)[0] * programs,
         "merge_share": merge_bytes / packed_bytes,
@@ -179,9 +212,9 @@ def _pallas_modules(lowered: Any) -> Iterator[tuple[str, str, int, int]]:
 
 def _compile_module(name: str, text: str, warps: int, stages: int, sm: int) -> KernelReport:
     """Run Triton's stages on a module of Triton IR, as XLA does with its own copy of them."""
-    from triton._C.libtriton import ir
-    from triton.backends.compiler import GPUTarget, Language
-    from triton.compiler.compiler import make_backend
+    from triton._C.libtriton import ir  # pyright: ignore[reportMissingImports]
+    from triton.backends.compiler import GPUTarget, Language  # pyright: ignore[reportMissingImports]
+    from triton.compiler.compiler import make_backend  # pyright: ignore[reportMissingImports]
 
     backend: Any = make_backend(GPUTarget("cuda", sm, 32))
     context = ir.context()
@@ -202,9 +235,9 @@ def _compile_module(name: str, text: str, warps: int, stages: int, sm: int) -> K
 
 
 def _read(ptx: str, name: str, warps: int, shared_bytes: int) -> KernelReport:
-    import triton
+    import triton  # pyright: ignore[reportMissingImports]
 
-    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
+    tools = Path(str(triton.__file__)).parent / "backends/nvidia/bin"
     arch = re.search(r"\.target (\w+)", ptx)
     if arch is None:
         raise ValueError("the PTX names no target")

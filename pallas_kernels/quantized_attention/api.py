@@ -16,11 +16,11 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.partials import AttentionPartial
 from pallas_kernels.quantization import QuantizedTensor
 
-Implementation = Literal["xla", "pallas_triton"]
+Implementation = Literal["xla", "pallas_triton", "triton"]
 Attend = Callable[..., AttentionPartial]
 
 # The kernels, in the order they are tried on an NVIDIA GPU, and the compute capability they need.
-_KERNELS: dict[Implementation, float] = {"pallas_triton": 8.0}
+_KERNELS: dict[Implementation, float] = {"pallas_triton": 8.0, "triton": 8.0}
 
 _log = logging.getLogger(__name__)
 

@@ -8,9 +8,9 @@ from pallas_kernels.quantized_attention.cases import COMPILED, GPU
 pytest.importorskip("triton", reason="Triton's compiler is not installed: pip install 'kivi-jax[aot]'")
 
 BUDGET = {  # instructions per code
-    "2 bits": 1.7,
+    "2 bits": 1.8,
     "2 bits, groups 128": 1.5,
-    "4 bits": 1.9,
+    "4 bits": 2.0,
     "2 bits, H 64": 2.5,
     "2 bits, H 96": 2.4,
     "2 bits, G 16": 2.4,
@@ -20,8 +20,12 @@ cases = [case for case in COMPILED if case.name in BUDGET]
 
 @pytest.mark.parametrize("sm", [80, 90])
 @pytest.mark.parametrize("case", cases, ids=str)
-def test_kernels_keep_their_budget(case, sm):
-    record = aot.record(case, sm)
+@pytest.mark.parametrize("kernel", ["pallas_triton", "triton"])
+def test_kernels_keep_their_budget(kernel, case, sm):
+    try:
+        record = aot.record(case, sm, kernel)
+    except NotImplementedError as reason:
+        pytest.skip(str(reason))
     assert record["arch"].startswith(f"sm_{sm}")
     assert record["spill_bytes"] == 0
     assert record["instructions_per_code"] <= BUDGET[case.name]
