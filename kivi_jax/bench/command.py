@@ -1,7 +1,10 @@
 """`kivi-jax bench`: commands that print what the documentation quotes."""
 
+import json
 import platform
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -12,6 +15,7 @@ from kivi_jax.names import parse_cache
 
 if TYPE_CHECKING:
     from kivi_jax.config import ModelConfig
+    from pallas_kernels.quantized_attention.cases import Case
 
 bench = typer.Typer(help="Measure speed and memory on this machine.", no_args_is_help=True)
 
@@ -112,6 +116,56 @@ def attention(
     from kivi_jax.bench.attention import run, table
 
     Console().print(table(run(repeats=repeats)))
+
+
+@bench.command()
+def kernels(
+    aot: Annotated[bool, typer.Option("--aot", help="Compile only, and count: needs no GPU.")] = False,
+    sweep: Annotated[bool, typer.Option("--sweep", help="Time every tuning instead.")] = False,
+    case: Annotated[list[str] | None, typer.Option(help="Only cases whose name begins so.")] = None,
+    out: Annotated[Path | None, typer.Option(help="A directory for one JSON file a stage.")] = None,
+) -> None:
+    """Check and time the GPU kernels of decode attention against bfloat16.
+
+    Example:  kivi-jax bench kernels --out results
+    """
+    from pallas_kernels.quantized_attention.cases import COMPILED, GPU
+
+    def chosen(cases: "tuple[Case, ...]") -> "list[Case]":
+        return [c for c in cases if not case or any(c.name.startswith(name) for name in case)]
+
+    def stage(name: str, records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+        return list(_written(records, out and out / f"{name}.json"))
+
+    if aot:
+        from kivi_jax.bench.aot import run, table
+
+        Console(width=110).print(table(stage("aot", run(chosen(COMPILED)))))
+        return
+    import jax
+
+    from kivi_jax.bench import kernels as gpu
+
+    if jax.default_backend() != "gpu":
+        raise ValueError("there is no GPU: pass --aot to compile the kernels without one")
+    console = Console(width=110)
+    console.print(*stage("environment", gpu.environment()))
+    if sweep:
+        console.print(gpu.best_tunings(stage("sweep", gpu.sweep(chosen(GPU)))))
+        return
+    console.print(gpu.error_table(stage("correctness", gpu.correctness())))
+    console.print(gpu.table(stage("speed", gpu.speed(chosen(GPU)))))
+
+
+def _written(records: Iterable[dict[str, Any]], path: Path | None) -> Iterator[dict[str, Any]]:
+    """Pass records on; the file holds all so far, whenever the run is cut."""
+    found = []
+    for record in records:
+        found.append(record)
+        if path:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(found, indent=1) + "\n")
+        yield record
 
 
 def _shape(name: str) -> "ModelConfig":
