@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from kivi_jax.console import format_bytes
+from kivi_jax.console import format_bytes, parse_bytes
 from kivi_jax.names import parse_cache
 
 if TYPE_CHECKING:
@@ -116,6 +116,42 @@ def attention(
     from kivi_jax.bench.attention import run, table
 
     Console().print(table(run(repeats=repeats)))
+
+
+@bench.command()
+def throughput(
+    shape: Annotated[str, typer.Option(help="125m or llama-8b; random weights.")] = "llama-8b",
+    context: Annotated[int, typer.Option(help="Tokens in each row's cache when timing starts.")] = 8192,
+    new_tokens: Annotated[int, typer.Option(help="Steps to time.")] = 16,
+    memory: Annotated[str, typer.Option(help="What to fill; empty: 90 % of the device.")] = "",
+    cache: Annotated[list[str] | None, typer.Option(help="Caches to compare; may be repeated.")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, or bfloat16 on an accelerator.")] = "bfloat16",
+    out: Annotated[Path | None, typer.Option(help="A directory for the figures as JSON.")] = None,
+) -> None:
+    """Fill the memory with rows: how many fit with each cache, and how many tokens a second do they give?
+
+    Example:  kivi-jax bench throughput --shape 125m --memory 1GiB --dtype float32
+    """
+    from kivi_jax.bench.decode import throughput as run
+
+    strategies = {name: parse_cache(name) for name in cache or ["full", "kivi4", "kivi2"]}
+    limit = parse_bytes(memory) if memory else None
+    records = _written(
+        run(_shape(shape), strategies, context=context, new_tokens=new_tokens, dtype=dtype, memory=limit),
+        out and out / "throughput.json",
+    )
+    title = f"largest batch, {shape} {dtype}, {context:,} tokens a row"
+    table = Table("cache", "batch", "ms/step", "tokens/s", "cache", "peak", title=title, caption=machine())
+    for record in records:
+        table.add_row(
+            record["cache"],
+            str(record["batch"]),
+            f"{record['ms']:.2f}",
+            f"{record['tokens_per_s']:.0f}",
+            format_bytes(record["cache_bytes"]),
+            format_bytes(record["peak_bytes"]) if record["peak_bytes"] else "",
+        )
+    Console().print(table)
 
 
 @bench.command()
