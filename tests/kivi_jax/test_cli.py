@@ -94,7 +94,10 @@ def test_inspect_needs_no_weights(command, tmp_path):
 
 
 HELP = {
-    (): ["generate", "convert", "inspect", "bench"],
+    (): ["demo", "generate", "convert", "inspect", "eval", "bench"],
+    ("demo",): ["--problems", "--plot"],
+    ("eval",): ["passkey", "recall", "longgen"],
+    ("eval", "passkey"): ["--model", "--cache", "--tokens", "--out"],
     ("generate",): ["--cache", "--top-p"],
     ("convert",): ["--dtype", "--verify", "--overwrite"],
     ("inspect",): ["--context", "--memory"],
