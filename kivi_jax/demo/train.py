@@ -180,12 +180,13 @@ def _plot(curve: list[Measure], file: Path) -> None:
     figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.subplots()
     for name in batches.TASKS:
-        axes.plot([m["step"] for m in curve], [m[name] for m in curve], label=name)
+        measured = [m for m in curve if name in m]  # a curve goes on where a task was added
+        axes.plot([m["step"] for m in measured], [m[name] for m in measured], label=name)
     axes.set(xlabel="training step", ylabel="held-out answer tokens right", ylim=(0, 1.02))
     for before, after in itertools.pairwise(curve):
         if before["tokens"] != after["tokens"]:
             axes.axvline(before["step"], color="lightgray")
-            axes.text(before["step"], 0.02, f" {after['tokens']:.0f} tokens", fontsize="small")
+            axes.text(before["step"], 0.02, f"{after['tokens']:.0f} tokens", rotation=90, fontsize="small")
     axes.legend(loc="center right")
     figure.savefig(file, dpi=120)
 
