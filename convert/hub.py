@@ -26,7 +26,7 @@ def resolve(source: str | FilePath) -> FilePath:
     if directory.exists():
         raise CheckpointError(f"{source} is a file: pass the checkpoint's directory")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
-        raise CheckpointError(f"{source} does not exist: pass a directory, a hub name (org/name), or demo")
+        raise CheckpointError(f"{source} does not exist: pass a directory or a hub name (org/name), or demo")
     from huggingface_hub import snapshot_download
 
     try:

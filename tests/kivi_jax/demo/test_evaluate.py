@@ -33,24 +33,18 @@ def test_answers_are_what_complete_gives(shipped):
 
 
 def test_a_cache_is_weighed_per_prompt(shipped):
-    given = answer(*shipped, PROBLEMS, kj.kivi(2, 32, 32), batch=2)
+    cache = kj.kivi(2, 32, 32)
+    given = answer(*shipped, PROBLEMS, cache, batch=2)
     model, tokenizer = shipped
-    longest = max(len(tokenizer(problem.answer)["input_ids"]) for problem in PROBLEMS)
-    context = given_width(tokenizer) + longest
+    prompt, longest = (
+        max(len(tokenizer(text)["input_ids"]) for text in texts)
+        for texts in ([p.prompt for p in PROBLEMS], [p.answer for p in PROBLEMS])
+    )
+    width = -(-prompt // 32) * 32
     plan = plan_cache(
-        model.config,
-        kj.kivi(2, 32, 32),
-        batch=2,
-        context=context,
-        dtype="float32",
-        prompt_tokens=given_width(tokenizer),
+        model.config, cache, batch=2, context=width + longest, dtype="float32", prompt_tokens=width
     )
     assert given.row_bytes == plan["total"] // 2
-
-
-def given_width(tokenizer):
-    longest = max(len(tokenizer(problem.prompt)["input_ids"]) for problem in PROBLEMS)
-    return -(-longest // 32) * 32
 
 
 def test_right_is_against_the_answer_and_same_against_the_first_cache(shipped):
@@ -61,13 +55,12 @@ def test_right_is_against_the_answer_and_same_against_the_first_cache(shipped):
     assert [first.cache, again.cache] == ["full", "same"]
 
 
-@pytest.mark.parametrize("residual", [32, 64])
-def test_rounding_along_kivis_axes_is_what_its_packed_cache_does(shipped, residual):
+def test_rounding_along_kivis_axes_is_what_its_packed_cache_does(shipped):
     model, tokenizer = shipped
     tokens = jnp.array([tokenizer(tasks.passkey(0, 200).prompt)["input_ids"]])
     lengths = jnp.array([tokens.shape[1]])
     logits = []
-    for cache in (kj.kivi(2, 32, residual), Rounded(bits=2, residual_length=residual)):
+    for cache in (kj.kivi(2, 32, 64), Rounded(bits=2, residual_length=64)):
         _, held = model.prefill(tokens, lengths, cache=cache, capacity=tokens.shape[1] + 1)
         logits.append(model.decode(jnp.array([5]), held)[0])
     assert jnp.abs(logits[0] - logits[1]).max() < 1e-3
