@@ -1,10 +1,12 @@
 """Decode attention on a GPU: is every implementation right, and how fast is it against bfloat16?
 
 Each stage returns records that are written as they come (`--out`), so a run that is cut has not been in
-vain. Times are of many calls inside one compiled program, over buffers that together exceed the L2 cache:
-what a call costs in a decode loop, launches included.
+vain. Times are of a loop in one compiled program, where every call waits for the one before, over buffers
+that together exceed the L2 cache: what a call costs while decoding, launches included. The profiler says
+how much of it is which kernel.
 """
 
+import collections
 import concurrent.futures
 import contextlib
 import dataclasses
@@ -12,8 +14,10 @@ import functools
 import importlib
 import itertools
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -30,7 +34,7 @@ from pallas_kernels.quantized_attention.tuning import Tuning, choose
 IMPLEMENTATIONS = ("pallas_triton", "triton")
 COMPILERS = 8  # programs compiled at a time
 ROTATED_BYTES = 160e6  # three times the L2 cache of an H100
-SAMPLES, IN_FLIGHT = 11, 4
+SAMPLES = 11
 
 Record = dict[str, Any]
 
@@ -44,17 +48,15 @@ def environment() -> list[Record]:
     for name in names:
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
-    size = 2**29
-    copied = [(jnp.full((size,), i, jnp.float32),) for i in range(2)]
-    seconds = seconds_per_call(lambda x: x + 1, copied)
-    side = 8192
-    square = jax.random.normal(jax.random.key(0), (2, side, side), jnp.bfloat16)
-    multiplied = seconds_per_call(jnp.dot, [(square[0], square[1]), (square[1], square[0])])
+    size, side = 2**30, 8192
+    square = jax.random.normal(jax.random.key(0), (side, side), jnp.bfloat16)
+    copied = _wall_seconds(lambda x: x + 1, jnp.ones(size, jnp.float32))
+    multiplied = _wall_seconds(jnp.dot, square, square)
     return [
         {
             "device": jax.devices()[0].device_kind,
             "versions": versions,
-            "copy_gigabytes_per_s": 2 * 4 * size / seconds / 1e9,
+            "copy_gigabytes_per_s": 2 * 4 * size / copied / 1e9,
             "bfloat16_teraflops": 2 * side**3 / multiplied / 1e12,
         }
     ]
@@ -84,6 +86,20 @@ def correctness(cases: Sequence[Case] = (*CORRECTNESS, *GPU[:1])) -> Iterator[Re
         return record | {"error": float(jnp.linalg.norm(got - expected) / norm)}
 
     yield from _in_parallel(check, itertools.product(cases, ("xla", *IMPLEMENTATIONS)))
+
+
+def profile(cases: Sequence[Case] = GPU) -> Iterator[Record]:
+    """Microseconds of each kernel of a call. Keys: case, implementation, kernels (name -> us)."""
+
+    def measure(case: Case, implementation: str) -> Record:
+        record: Record = {"case": case.name, "implementation": implementation}
+        arguments = _packed_buffers(case, copies=1)[0][0]
+        attend = functools.partial(quantized_attention, implementation=implementation)  # pyright: ignore[reportArgumentType]
+        seconds = kernel_seconds(functools.partial(_normalized, attend), arguments)
+        return record | {"kernels": {name: s * 1e6 for name, s in seconds.items()}}
+
+    for case, implementation in itertools.product(cases, IMPLEMENTATIONS):
+        yield measure(case, implementation)
 
 
 def speed(cases: Sequence[Case] = GPU) -> Iterator[Record]:
@@ -173,22 +189,65 @@ def table(records: Sequence[Record]) -> Table:
 
 
 def seconds_per_call(f: Callable[..., Any], buffers: Sequence[tuple[Any, ...]]) -> float:
-    """Seconds of one call of `f`, called once with each of `buffers` in one compiled program."""
+    """Seconds of one call of `f`, in turns over `buffers`; `f` returns what its first argument is."""
     return _seconds(_compile(f, buffers), buffers)
 
 
-def _compile(f: Callable[..., Any], buffers: Sequence[tuple[Any, ...]]) -> Any:
-    return jax.jit(lambda buffers: [f(*arguments) for arguments in buffers]).lower(buffers).compile()
+def kernel_seconds(f: Callable[..., Any], arguments: tuple[Any, ...]) -> dict[str, float]:
+    """Seconds of each GPU kernel in one call of `f`, by the kernel's name, as the profiler saw them."""
+    compiled = jax.jit(f).lower(*arguments).compile()
+    jax.block_until_ready(compiled(*arguments))
+    found: collections.Counter[str] = collections.Counter()
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            for _ in range(SAMPLES):
+                jax.block_until_ready(compiled(*arguments))
+        (trace,) = Path(folder).rglob("*.xplane.pb")
+        for plane in jax.profiler.ProfileData.from_file(str(trace)).planes:
+            if not plane.name.startswith("/device:GPU"):
+                continue
+            for line in plane.lines:
+                if line.name.startswith("Stream"):
+                    for event in line.events:
+                        found[event.name] += event.duration_ns
+    return {name: nanoseconds / SAMPLES / 1e9 for name, nanoseconds in found.items()}
 
 
-def _seconds(compiled: Any, buffers: Sequence[tuple[Any, ...]]) -> float:
-    jax.block_until_ready(compiled(buffers))
+def _wall_seconds(f: Callable[..., Any], *arguments: Any) -> float:
+    return _median_seconds(jax.jit(f).lower(*arguments).compile(), *arguments)
+
+
+def _median_seconds(compiled: Any, *arguments: Any) -> float:
+    jax.block_until_ready(compiled(*arguments))
     samples = []
     for _ in range(SAMPLES):
         begin = time.perf_counter()
-        jax.block_until_ready([compiled(buffers) for _ in range(IN_FLIGHT)])
-        samples.append((time.perf_counter() - begin) / (IN_FLIGHT * len(buffers)))
+        jax.block_until_ready(compiled(*arguments))
+        samples.append(time.perf_counter() - begin)
     return statistics.median(samples)
+
+
+def _rounds(buffers: Sequence[tuple[Any, ...]]) -> int:
+    """So many that the loop takes some milliseconds, which no dispatch can hide."""
+    expected = 20e-6 + _nbytes(buffers[0]) / 2e12
+    return max(2, int(4e-3 / expected / len(buffers)))
+
+
+def _compile(f: Callable[..., Any], buffers: Sequence[tuple[Any, ...]]) -> Any:
+    def one_round(_: int, last: Array, buffers: Any) -> Array:
+        for first, *rest in buffers:
+            last = f(first + 0 * last, *rest)
+        return last
+
+    def loop(buffers: Any) -> Array:
+        body = functools.partial(one_round, buffers=buffers)
+        return jax.lax.fori_loop(0, _rounds(buffers), body, jnp.zeros_like(buffers[0][0]))
+
+    return jax.jit(loop).lower(list(buffers)).compile()
+
+
+def _seconds(compiled: Any, buffers: Sequence[tuple[Any, ...]]) -> float:
+    return _median_seconds(compiled, list(buffers)) / (_rounds(buffers) * len(buffers))
 
 
 def _in_parallel(f: Callable[..., Any], arguments: Any) -> Iterator[Any]:
@@ -221,19 +280,20 @@ def _normalized(attend: Callable[..., Any], *arguments: Any) -> Array:
 
 
 def _copies(nbytes: int) -> range:
-    return range(min(48, max(2, -(-int(ROTATED_BYTES) // nbytes))))
+    return range(min(24, max(2, -(-int(ROTATED_BYTES) // nbytes))))
 
 
 def _nbytes(arrays: Any) -> int:
     return sum(leaf.nbytes for leaf in jax.tree.leaves(arrays))
 
 
-def _packed_buffers(case: Case) -> tuple[list[tuple[Any, ...]], int]:
+def _packed_buffers(case: Case, copies: int | None = None) -> tuple[list[tuple[Any, ...]], int]:
     """Arguments of several calls, and the bytes of one call's packed tokens."""
     make = jax.jit(lambda seed: (case.query(seed), *case.pack(*case.dense(seed)[1:])))
     _, key, value = make(0)
     size = _nbytes((key, value))
-    return [(*make(seed), *case.token_ranges()) for seed in _copies(size)], size
+    seeds = _copies(size) if copies is None else range(copies)
+    return [(*make(seed), *case.token_ranges()) for seed in seeds], size
 
 
 def _dense_buffers(case: Case) -> tuple[list[tuple[Array, Array, Array]], int]:
@@ -322,9 +382,8 @@ def _torch_graph_seconds(torch: Any, calls: Callable[[], None]) -> float:
     for _ in range(SAMPLES + 2):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
-        for _ in range(IN_FLIGHT):
-            graph.replay()
+        graph.replay()
         end.record()
         torch.cuda.synchronize()
-        samples.append(begin.elapsed_time(end) / 1e3 / IN_FLIGHT)
+        samples.append(begin.elapsed_time(end) / 1e3)
     return statistics.median(samples[2:])
