@@ -189,7 +189,6 @@ def kernels(
     if sweep:
         console.print(gpu.best_tunings(stage("sweep", gpu.sweep(chosen(GPU)))))
         return
-    stage("profile", gpu.profile(chosen(GPU)))
     console.print(gpu.error_table(stage("correctness", gpu.correctness())))
     console.print(gpu.table(stage("speed", gpu.speed(chosen(GPU)))))
 
