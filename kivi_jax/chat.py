@@ -36,8 +36,10 @@ class Chat:
         """Start a conversation of up to `context` tokens.
 
         Raises:
-            ValueError: the strategy does not fit the model.
+            ValueError: the strategy does not fit the model, or `context` is not positive.
         """
+        if context < 1:
+            raise ValueError(f"{context=} must be positive")
         cache.check(model.config)
         self.model, self.tokenizer, self.cache = model, tokenizer, cache
         self.context, self.sampler = context, sampler
