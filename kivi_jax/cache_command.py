@@ -12,7 +12,12 @@ from kivi_jax import options
 from kivi_jax.console import format_bytes
 
 cache_files = typer.Typer(
-    help="Read a document once, and ask about it often: kivi-jax generate MODEL QUESTION --prefix PATH.",
+    help="""Read a document once, and ask about it often.
+
+    First:  kivi-jax cache save ./llama-8b novel.txt novel.prefix
+
+    Then:  kivi-jax generate ./llama-8b "Who is the butler?" --prefix novel.prefix
+    """,
     no_args_is_help=True,
 )
 

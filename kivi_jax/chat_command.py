@@ -1,10 +1,13 @@
 """`kivi-jax chat`: a conversation in the terminal."""
 
+import itertools
 import sys
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from kivi_jax import options
 from kivi_jax.console import format_bytes
@@ -54,35 +57,34 @@ def chat(
     talk = Chat(llama, tokenizer, cache=strategy, context=context, sampler=sampler)
     notes = Console(stderr=True, highlight=False)
     notes.print(f"{cache} cache, up to {context:,} tokens; {COMMANDS}", style="dim")
-    turns = 0
-    while (message := _ask(notes)) is not None:
-        if message in ("/reset", "/stats", "/quit"):
-            if message == "/quit":
-                return
-            if message == "/reset":
-                talk.reset()
-            notes.print(_stats(talk), style="dim")
-            continue
-        if message.startswith("/"):
-            notes.print(f"there is no {message.split()[0]}: {COMMANDS}", style="dim", markup=False)
-            continue
-        if not message:
-            continue
-        key = jax.random.fold_in(jax.random.key(seed), turns)
-        try:
-            for piece in decode_stream(
-                tokenizer, talk.reply(message, max_new_tokens=max_new_tokens, key=key)
-            ):
-                sys.stdout.write(piece)
-                sys.stdout.flush()
-        except ValueError as error:  # the conversation is as it was
-            notes.print(f"[bold red]error:[/] {error}")
-            continue
-        except KeyboardInterrupt:
+    for turn in itertools.count():
+        message = _ask(notes)
+        if message in (None, "/quit"):
             return
-        sys.stdout.write("\n")
+        if message == "/reset":
+            talk.reset()
+        if message in ("/reset", "/stats"):
+            notes.print(_stats(talk), style="dim")
+        elif message.startswith("/"):
+            notes.print(f"there is no {message.split()[0]}: {COMMANDS}", style="dim", markup=False)
+        elif message:
+            key = jax.random.fold_in(jax.random.key(seed), turn)
+            tokens = talk.reply(message, max_new_tokens=max_new_tokens, key=key)
+            try:
+                _write(decode_stream(tokenizer, tokens), notes)
+            except ValueError as error:  # the conversation is as it was
+                notes.print(f"[bold red]error:[/] {escape(str(error))}")
+            except KeyboardInterrupt:
+                return
+
+
+def _write(pieces: Iterator[str], notes: Console) -> None:
+    """A reply, as it comes."""
+    with notes.status("reading"):
+        first = next(pieces, "")
+    for piece in itertools.chain([first], pieces, ["\n"]):
+        sys.stdout.write(piece)
         sys.stdout.flush()
-        turns += 1
 
 
 def _ask(console: Console) -> str | None:

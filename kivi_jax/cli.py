@@ -22,16 +22,27 @@ if TYPE_CHECKING:
     from kivi_jax.cache import KVCache
     from kivi_jax.llama import Llama
 
+HELP = """2-bit KV caches (KIVI) and token selection (SCOPE) for Llama and Mistral in JAX.
+
+Try it:  kivi-jax generate random "Once upon a time" --cache kivi2:residual_length=32
+
+Plan memory:  kivi-jax inspect ./llama-8b --context 131072 --memory 80GB
+
+Talk:  kivi-jax chat ./llama-8b-instruct --cache kivi2
+
+Read once, ask often:  kivi-jax cache save ./llama-8b novel.txt novel.prefix
+
+A cache is a name, and fields after colons:  kivi2:group_size=64:residual_length=64 packs in 2 bits;
+scope:window=512:recent=256 bounds what is generated;
+kivi2+scope:prompt=snapkv:prompt_budget=2048 does both, and keeps 2048 tokens of a prompt.
+"""
+
 app = typer.Typer(
-    help="2-bit KV caches (KIVI) and token selection (SCOPE) for Llama and Mistral in JAX.",
+    help=HELP,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.command()(convert)
-app.command()(chat)
-app.add_typer(cache_files, name="cache")
-app.add_typer(bench, name="bench")
 
 
 @app.command()
@@ -172,6 +183,12 @@ def inspect(
             f"{rows:,}",
         )
     Console().print(table)
+
+
+app.command()(chat)
+app.add_typer(cache_files, name="cache")
+app.command()(convert)
+app.add_typer(bench, name="bench")
 
 
 def main() -> None:

@@ -16,10 +16,7 @@ ModelArgument = Annotated[
     str,
     typer.Argument(help="A checkpoint's directory, a hub name, or random: a small model of no use."),
 ]
-_CACHE_HELP = (
-    "full, kivi4, kivi2, scope, kivi2+scope; fields after colons: kivi2:group_size=64, "
-    "kivi2+scope:window=512:recent=256:prompt=snapkv:prompt_budget=2048."
-)
+_CACHE_HELP = "full, kivi4, kivi2, scope or kivi2+scope; kivi-jax --help shows their fields."
 CacheOption = Annotated[str, typer.Option(help=_CACHE_HELP)]
 CacheOrPrefixOption = Annotated[
     str | None, typer.Option(help=f"{_CACHE_HELP} By default kivi2, or what the prefix is held in.")

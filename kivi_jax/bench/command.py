@@ -108,7 +108,10 @@ def generation(
 def attention(
     repeats: Annotated[int, typer.Option(help="Rounds to take the median of.")] = 15,
 ) -> None:
-    """Time decode attention alone: over packed tokens, and over dense ones, taking turns."""
+    """Time decode attention alone: over packed tokens, and over dense ones, taking turns.
+
+    Example:  kivi-jax bench attention --repeats 5
+    """
     from kivi_jax.bench.attention import run, table
 
     Console().print(table(run(repeats=repeats)))
