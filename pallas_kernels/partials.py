@@ -76,12 +76,7 @@ def attend(
     Query heads are grouped: head n reads KV head n // (N // K). Scores are `scale * query . key`.
     """
     batch, heads, dim = query.shape
-    kv_heads = key.shape[1]
-    # Operands keep the cache's dtype (no converted copy of it); products accumulate in float32.
-    grouped = query.astype(key.dtype).reshape(batch, kv_heads, heads // kv_heads, dim)
-    # Keys on the left: XLA:CPU then reads them as they lie (1.2x the speed of query . key; measured).
-    score = jnp.einsum("bksh,bkgh->bksg", key, grouped, preferred_element_type=jnp.float32).swapaxes(2, 3)
-    score = jnp.where(visible[:, :, None, :], score * scale, NO_SCORE)
+    score = _scores(query, key, visible, scale)
     top, weight = softmax_weights(score)
     out = jnp.einsum("bkgs,bksh->bkgh", weight.astype(value.dtype), value, preferred_element_type=jnp.float32)
     return AttentionPartial(
@@ -89,6 +84,38 @@ def attend(
         top.reshape(batch, heads),
         weight.sum(-1).reshape(batch, heads),
     )
+
+
+def attention_weights(
+    query: Float[Array, "B N H"],
+    key: Float[Array, "B K S H"],
+    log_sum_exp: Float[Array, "B N"],
+    visible: Bool[Array, "B #K S"],
+    *,
+    scale: float,
+) -> Float[Array, "B K S"]:
+    """Softmax weights of the tokens, summed over the query heads of each KV head; 0 where not visible.
+
+    `log_sum_exp` is that of all that the query attends to, of which these tokens may be a part.
+    """
+    batch, kv_heads = key.shape[:2]
+    norm = log_sum_exp.reshape(batch, kv_heads, -1, 1)
+    return jnp.exp(_scores(query, key, visible, scale) - norm).sum(2)
+
+
+def _scores(
+    query: Float[Array, "B N H"],
+    key: Float[Array, "B K S H"],
+    visible: Bool[Array, "B #K S"],
+    scale: float,
+) -> Float[Array, "B K G S"]:
+    batch, heads, dim = query.shape
+    kv_heads = key.shape[1]
+    # Operands keep the cache's dtype (no converted copy of it); products accumulate in float32.
+    grouped = query.astype(key.dtype).reshape(batch, kv_heads, heads // kv_heads, dim)
+    # Keys on the left: XLA:CPU then reads them as they lie (1.2x the speed of query . key; measured).
+    score = jnp.einsum("bksh,bkgh->bksg", key, grouped, preferred_element_type=jnp.float32).swapaxes(2, 3)
+    return jnp.where(visible[:, :, None, :], score * scale, NO_SCORE)
 
 
 def softmax_weights(score: Float[Array, "*B S"]) -> tuple[Float[Array, "*B"], Float[Array, "*B S"]]:

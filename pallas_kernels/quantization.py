@@ -144,6 +144,17 @@ def zeros(
     )
 
 
+def pad_tokens(tensor: QuantizedTensor, tokens: int) -> QuantizedTensor:
+    """Extend a [*B, S, H] tensor with zeros to `tokens` tokens: whole groups and pages, at least S."""
+    held, lead = tensor.shape[-2], len(tensor.shape) - 2
+
+    def pad(part: Array) -> Array:
+        extra = part.shape[lead] * tokens // held - part.shape[lead]
+        return jnp.pad(part, [(0, extra if axis == lead else 0) for axis in range(part.ndim)])
+
+    return jax.tree.map(pad, tensor)
+
+
 def set_token(
     tensor: QuantizedTensor, slot: Int[Array, "B"], token: Float[Array, "B K H"]
 ) -> QuantizedTensor:

@@ -1,1 +1,1 @@
-"""Committed benchmarks; each is also a command, `python -m kivi_jax.bench.NAME`."""
+"""Measurements that anyone can repeat: each command prints what the documentation quotes."""

@@ -28,12 +28,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 from pallas_kernels.packing import PAGE
 from pallas_kernels.partials import NO_SCORE, AttentionPartial, empty, merge, softmax_weights
 from pallas_kernels.quantization import QuantizedTensor
-
-
-def newest_token(end: Int[Array, "B"], slot: Int[Array, "S"], slots: int) -> Int[Array, "B S"]:
-    """The newest token before `end` that lives in each slot of a ring of `slots`; negative if none."""
-    last = end[:, None] - 1
-    return last - (last - slot[None, :]) % slots
+from pallas_kernels.ring import newest_token
 
 
 def attend(
@@ -52,7 +47,7 @@ def attend(
     block = _block_tokens(slots, unit, block_elements // (batch * kv_heads * dim))
     blocks = -(-slots // block)
 
-    visible = newest_token(end, jnp.arange(slots), slots) >= jnp.maximum(start, 0)[:, None]
+    visible = newest_token(end, slots) >= jnp.maximum(start, 0)[:, None]
     # Only the blocks that some row needs are visited, wherever in the ring they are.
     needed = jnp.pad(visible.any(0), (0, blocks * block - slots)).reshape(blocks, block).any(-1)
     visit = jnp.argsort(~needed, stable=True)

@@ -1,0 +1,41 @@
+"""Check that every notebook's two files hold the same cells, then execute it."""
+
+import sys
+import time
+from pathlib import Path
+
+import jupytext
+from nbclient import NotebookClient
+from nbformat import NotebookNode
+
+NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
+
+
+def cells(notebook: NotebookNode) -> list[tuple[str, str]]:
+    """What a reader sees of a notebook's input; outputs and metadata may differ between its two files."""
+    return [(cell.cell_type, cell.source) for cell in notebook.cells]
+
+
+def main() -> None:
+    """Check and execute every notebook.
+
+    Raises:
+        SystemExit: a file of a pair is missing, or its cells differ from the other's.
+    """
+    files = [*NOTEBOOKS.glob("*.py"), *NOTEBOOKS.glob("*.ipynb")]
+    for stem in sorted({path.with_suffix("") for path in files}):
+        text, rendered = stem.with_suffix(".py"), stem.with_suffix(".ipynb")
+        if missing := [path.name for path in (text, rendered) if not path.exists()]:
+            sys.exit(f"{missing[0]} is missing: run `jupytext --sync` on the other file of the pair")
+        notebook = jupytext.read(text)
+        if cells(notebook) != cells(jupytext.read(rendered)):
+            sys.exit(f"{text.name} and {rendered.name} hold different cells: run `jupytext --sync`")
+        start = time.monotonic()
+        NotebookClient(
+            notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(NOTEBOOKS)}}
+        ).execute()
+        print(f"{text.name}: {len(notebook.cells)} cells executed in {time.monotonic() - start:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

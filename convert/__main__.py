@@ -1,0 +1,12 @@
+"""`python -m convert SRC DST`."""
+
+import typer
+
+from convert.command import convert
+from kivi_jax.console import run
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app.command()(convert)
+
+if __name__ == "__main__":
+    run(app)

@@ -1,0 +1,67 @@
+"""The conversion command, shared by `python -m convert` and `kivi-jax convert`."""
+
+from enum import StrEnum
+from pathlib import Path as FilePath
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+
+class Dtype(StrEnum):
+    """What parameters are stored as."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+def convert(
+    source: Annotated[str, typer.Argument(help="Hugging Face checkpoint: a directory, or a hub name.")],
+    destination: Annotated[FilePath, typer.Argument(help="Directory to write; complete or absent.")],
+    dtype: Annotated[Dtype, typer.Option(help="What to store parameters as.")] = Dtype.bfloat16,
+    verify: Annotated[bool, typer.Option(help="Compare logits with the source on a few prompts.")] = False,
+    overwrite: Annotated[bool, typer.Option(help="Replace what is at the destination.")] = False,
+) -> None:
+    """Convert a Hugging Face Llama or Mistral to an orbax checkpoint with config and tokenizer beside it.
+
+    Example:  kivi-jax convert ./Llama-3.1-8B ./llama-8b --dtype bfloat16 --verify
+    """
+    # Orbax takes seconds to import: `--help` must not wait for it.
+    from convert import load_model
+    from convert.errors import CheckpointError
+    from convert.hub import resolve
+    from convert.orbax import is_converted, load, replacing, save
+    from convert.verify import verify as compare
+
+    console = Console(stderr=True)
+    directory = resolve(source)
+    if is_converted(directory):
+        raise CheckpointError(f"{source} is converted already: use it as it is")
+    with replacing(destination, overwrite=overwrite) as partial:
+        columns = (
+            TextColumn("[bold]reading tensors"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+        )
+        with Progress(*columns, console=console) as bar:
+            task = bar.add_task("reading", total=None)
+            model, _ = load_model(
+                directory,
+                dtype=dtype.value,
+                progress=lambda done, total: bar.update(task, completed=done, total=total),
+            )
+        with console.status("writing"):
+            save(model, partial, source=directory)
+        if verify:
+            with console.status("comparing logits with the source"):
+                found = compare(load(partial), directory)
+            console.print(
+                f"logits against {found.reference}: relative difference {found.relative:.1e}, "
+                f"largest {found.largest:.1e}, same top token at {found.top_agreement:.1%} of positions"
+            )
+            if not found.passed:
+                raise CheckpointError("the converted model does not compute what its source does")
+    console.print(f"wrote {destination}", markup=False, highlight=False, soft_wrap=True)

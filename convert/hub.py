@@ -1,0 +1,32 @@
+"""Where a checkpoint is: a local directory, or a download from the Hugging Face hub."""
+
+import re
+from pathlib import Path as FilePath
+
+from convert.errors import CheckpointError
+
+_FILES = ["*.safetensors", "*.json", "tokenizer*", "chat_template*"]
+
+
+def resolve(source: str | FilePath) -> FilePath:
+    """The local directory of a checkpoint given by path or by hub name (org/name).
+
+    Raises:
+        CheckpointError: there is no such directory, and no such name or no network to download it.
+    """
+    directory = FilePath(source).expanduser()
+    if directory.is_dir():
+        return directory
+    if directory.exists():
+        raise CheckpointError(f"{source} is a file: pass the checkpoint's directory")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
+        raise CheckpointError(f"{source} does not exist: pass a directory or a hub name (org/name)")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return FilePath(snapshot_download(str(source), allow_patterns=_FILES))
+    except Exception as error:  # hub, network and proxy errors share no base class
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(
+            f"{source} is neither a directory here nor could it be downloaded: {reason}"
+        ) from error

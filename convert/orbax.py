@@ -1,0 +1,131 @@
+"""Converted models on disk: orbax parameters, our config, the source's config and tokenizer beside.
+
+DST/kivi_jax.json     format version, dtype, ModelConfig
+DST/parameters/       orbax checkpoint, one array per parameter, named by its path
+DST/config.json, generation_config.json, tokenizer files: as they were in the source
+"""
+
+import dataclasses
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path as FilePath
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from convert.errors import CheckpointError
+from convert.hf import abstract_parameters, build, check_tokenizer
+from kivi_jax.config import ModelConfig, RopeConfig
+from kivi_jax.llama import Llama
+
+FORMAT = 1
+MANIFEST = "kivi_jax.json"
+BESIDE = ("*config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*")
+
+
+def is_converted(directory: FilePath) -> bool:
+    """Whether `save` made this directory."""
+    return (directory / MANIFEST).is_file()
+
+
+def save(
+    model: Llama, destination: FilePath, *, source: FilePath | None = None, overwrite: bool = False
+) -> None:
+    """Write a model, with the config and tokenizer files of `source` beside it.
+
+    Everything goes to a temporary sibling that is renamed at the end: `destination` is complete or absent.
+
+    Raises:
+        CheckpointError: `destination` exists and is not empty, and `overwrite` is false.
+    """
+    with replacing(destination, overwrite=overwrite) as partial:
+        leaves = jax.tree_util.tree_leaves_with_path(nnx.to_pure_dict(nnx.state(model)))
+        parameters = {"/".join(str(key.key) for key in path): leaf for path, leaf in leaves}
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(partial.absolute() / "parameters", parameters)
+        dtype = jnp.dtype(leaves[0][1].dtype).name
+        manifest = {"format": FORMAT, "dtype": dtype, "config": dataclasses.asdict(model.config)}
+        (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+        if source is not None:
+            _copy_beside(source, partial)
+
+
+def load(directory: FilePath, *, dtype: DTypeLike | None = None) -> Llama:
+    """The model that `save` wrote, cast to `dtype` (by default as it was saved).
+
+    Raises:
+        CheckpointError: the directory is damaged, or of a newer format.
+    """
+    config, saved_dtype = read_manifest(directory)
+    check_tokenizer(directory, config)
+    wanted = abstract_parameters(config, saved_dtype if dtype is None else dtype)
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            restored = checkpointer.restore(
+                directory.absolute() / "parameters", {"/".join(path): leaf for path, leaf in wanted.items()}
+            )
+    except Exception as error:  # orbax and tensorstore raise plain Exception, too
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(
+            f"{directory}/parameters cannot be restored ({reason}): convert again"
+        ) from error
+    return build(config, {path: restored["/".join(path)] for path in wanted}, dtype or saved_dtype)
+
+
+def read_manifest(directory: FilePath) -> tuple[ModelConfig, str]:
+    """The config and dtype of a converted model.
+
+    Raises:
+        CheckpointError: the manifest is damaged, or of a newer format.
+    """
+    file = directory / MANIFEST
+    try:
+        manifest: dict[str, Any] = json.loads(file.read_text())
+        if manifest["format"] > FORMAT:
+            raise CheckpointError(
+                f"{file} has format {manifest['format']}, this version reads up to {FORMAT}: upgrade kivi-jax"
+            )
+        fields = dict(manifest["config"])
+        rope = RopeConfig(**fields.pop("rope"))
+        eos_ids = tuple(fields.pop("eos_ids"))
+        return ModelConfig(**fields, rope=rope, eos_ids=eos_ids), jnp.dtype(manifest["dtype"]).name
+    except CheckpointError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{file} is damaged ({error}): convert again") from error
+
+
+def _copy_beside(source: FilePath, destination: FilePath) -> None:
+    for file in {file for pattern in BESIDE for file in source.glob(pattern) if file.is_file()}:
+        shutil.copy2(file, destination / file.name)
+
+
+@contextmanager
+def replacing(destination: FilePath, *, overwrite: bool) -> Iterator[FilePath]:
+    """A new directory that takes `destination`'s place if the block succeeds and vanishes if it fails.
+
+    Raises:
+        CheckpointError: `destination` is a file, or not empty and `overwrite` is false.
+    """
+    if destination.is_file():
+        raise CheckpointError(f"{destination} is a file: choose a directory to write to")
+    if destination.is_dir() and any(destination.iterdir()) and not overwrite:
+        raise CheckpointError(f"{destination} is not empty: choose another directory, or pass --overwrite")
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    outer = FilePath(tempfile.mkdtemp(prefix=f".{destination.name}-", dir=destination.parent))
+    partial = outer / "partial"  # inside, since a temporary directory is readable by its owner only
+    partial.mkdir()
+    try:
+        yield partial
+        if destination.exists():
+            shutil.rmtree(destination)
+        partial.rename(destination)
+    finally:
+        shutil.rmtree(outer, ignore_errors=True)

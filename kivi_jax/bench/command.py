@@ -1,0 +1,141 @@
+"""`kivi-jax bench`: commands that print what the documentation quotes."""
+
+import platform
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from kivi_jax.console import format_bytes
+from kivi_jax.names import parse_cache
+
+if TYPE_CHECKING:
+    from kivi_jax.config import ModelConfig
+
+bench = typer.Typer(help="Measure speed and memory on this machine.", no_args_is_help=True)
+
+
+@bench.command()
+def decode(
+    shape: Annotated[str, typer.Option(help="125m or llama-8b; random weights.")] = "125m",
+    context: Annotated[int, typer.Option(help="Tokens in the cache when timing starts.")] = 1024,
+    new_tokens: Annotated[int, typer.Option(help="Steps to time.")] = 64,
+    batch: Annotated[int, typer.Option(help="Rows.")] = 1,
+    cache: Annotated[list[str] | None, typer.Option(help="Caches to compare; may be repeated.")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, or bfloat16 on an accelerator.")] = "float32",
+    torch: Annotated[bool, typer.Option(help="Compare with transformers, where torch is installed.")] = True,
+) -> None:
+    """Time decoding steps of a whole model: full cache, KIVI, and transformers, taking turns.
+
+    Example:  kivi-jax bench decode --context 8192 --no-torch
+    """
+    from kivi_jax.bench.decode import run
+
+    strategies = {name: parse_cache(name) for name in cache or ["full", "kivi4", "kivi2"]}
+    results = run(
+        _shape(shape),
+        strategies,
+        context=context,
+        new_tokens=new_tokens,
+        batch=batch,
+        dtype=dtype,
+        against_torch=torch and _has_torch(),
+    )
+    table = Table(title=f"decode, {shape} {dtype}, {context:,} tokens x {batch} rows", caption=machine())
+    for column in ("cache", "median ms/step", "fastest", "tokens/s", f"vs {results[0].name}", "cache size"):
+        table.add_column(column, justify="left" if column == "cache" else "right")
+    for result in results:
+        table.add_row(
+            result.name,
+            f"{result.median_ms:.2f}",
+            f"{min(result.steps_ms):.2f}",
+            f"{batch * 1e3 / result.median_ms:.1f}",
+            f"{results[0].median_ms / result.median_ms:.2f}x",
+            format_bytes(result.cache_bytes),
+        )
+    Console().print(table)
+
+
+@bench.command()
+def generation(
+    shape: Annotated[str, typer.Option(help="125m or llama-8b; random weights.")] = "125m",
+    prompt: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 2048,
+    new_tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 4096,
+    cache: Annotated[list[str] | None, typer.Option(help="Caches to compare; may be repeated.")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, or bfloat16 on an accelerator.")] = "float32",
+) -> None:
+    """Time a long generation step by step: does a step get slower, does the cache grow?
+
+    Example:  kivi-jax bench generation --new-tokens 6000 --cache full --cache scope
+    """
+    from kivi_jax.bench.decode import run
+
+    names = cache or [
+        "full",
+        "scope",
+        f"scope:decode=discontinuous:max_new_tokens={new_tokens}",
+        "kivi2+scope",
+    ]
+    results = run(
+        _shape(shape),
+        {name: parse_cache(name) for name in names},
+        context=prompt,
+        new_tokens=new_tokens,
+        batch=1,
+        dtype=dtype,
+        against_torch=False,
+    )
+    marks = [600, *range(2000, new_tokens, 2000), new_tokens]
+    title = f"median ms of the 100 steps before a token, {shape} {dtype}, {prompt:,} prompt tokens"
+    table = Table("cache", title=title, caption=machine())
+    for mark in marks:
+        table.add_column(f"token {mark:,}", justify="right")
+    table.add_column(f"vs {results[0].name} at the end", justify="right")
+    table.add_column("cache size", justify="right")
+    last = results[0].median_around(new_tokens)
+    for result in results:
+        table.add_row(
+            result.name,
+            *(f"{result.median_around(mark):.2f}" for mark in marks),
+            f"{last / result.median_around(new_tokens):.2f}x",
+            format_bytes(result.cache_bytes),
+        )
+    Console().print(table)
+
+
+@bench.command()
+def attention(
+    repeats: Annotated[int, typer.Option(help="Rounds to take the median of.")] = 15,
+) -> None:
+    """Time decode attention alone: over packed tokens, and over dense ones, taking turns."""
+    from kivi_jax.bench.attention import run, table
+
+    Console().print(table(run(repeats=repeats)))
+
+
+def _shape(name: str) -> "ModelConfig":
+    from kivi_jax.bench.shapes import SHAPES
+
+    if name not in SHAPES:
+        raise ValueError(f"unknown shape {name!r}: choose one of {', '.join(SHAPES)}")
+    return SHAPES[name]
+
+
+def machine() -> str:
+    """What this was measured on: device, cores, versions and date."""
+    import datetime
+    import os
+
+    import jax
+
+    device = jax.devices()[0]
+    cores = f", {os.cpu_count()} cores" if device.platform == "cpu" else ""
+    today = datetime.datetime.now(datetime.UTC).date().isoformat()
+    return f"{device.device_kind}{cores}, jax {jax.__version__}, Python {platform.python_version()}, {today}"
+
+
+def _has_torch() -> bool:
+    from transformers.utils import import_utils
+
+    return import_utils.is_torch_available()

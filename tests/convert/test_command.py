@@ -1,0 +1,289 @@
+"""`python -m convert`: good conversions, and one clear line for every bad one."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import typer
+from safetensors.numpy import save_file
+
+from convert.command import convert
+from convert.hf import load_hf
+from convert.orbax import is_converted, load
+from kivi_jax.console import run
+from tests.convert import checkpoints
+
+GATE = checkpoints.GATE
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """The command line in this process: exit code, and what it wrote to stderr."""
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command()(convert)
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["convert", *map(str, arguments)])
+        with pytest.raises(SystemExit) as caught:
+            run(app)
+        return caught.value.code, capsys.readouterr().err
+
+    return call
+
+
+def only_line(code, error):
+    """The message, after checking that it is all that a failing command leaves to read."""
+    lines = [line for line in error.splitlines() if line.startswith("error: ")]
+    assert code == 2
+    assert "Traceback" not in error
+    assert len(lines) == 1
+    assert error.splitlines()[-1] == lines[0]
+    return lines[0].removeprefix("error: ")
+
+
+def fails(command, source, destination, *options):
+    """The line a bad conversion leaves; nothing else is left beside the destination."""
+    before = sorted(destination.parent.rglob("*"))
+    line = only_line(*command(source, destination, *options))
+    assert sorted(destination.parent.rglob("*")) == before
+    return line
+
+
+def edit(directory, **changes):
+    """Change config.json; None removes an attribute."""
+    config = json.loads((directory / "config.json").read_text()) | changes
+    kept = {name: value for name, value in config.items() if value is not None}
+    (directory / "config.json").write_text(json.dumps(kept))
+
+
+def reweigh(directory, **changes):
+    """Change tensors; None removes one."""
+    weights = checkpoints.tensors() | changes
+    kept = {name: value for name, value in weights.items() if value is not None}
+    save_file(kept, directory / "model.safetensors")
+
+
+def truncate(directory):
+    file = directory / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def only_pickled(directory):
+    (directory / "model.safetensors").rename(directory / "pytorch_model.bin")
+
+
+def index(directory, content):
+    (directory / "model.safetensors.index.json").write_text(json.dumps(content))
+
+
+def rope(directory, **fields):
+    edit(directory, rope_parameters=fields)
+
+
+BROKEN = {
+    "missing tensor": (lambda d: reweigh(d, **{GATE: None}), f"{GATE} is missing"),
+    "extra tensor": (
+        lambda d: reweigh(d, extra=np.zeros(2, np.float32)),
+        "extra is not a tensor of this model",
+    ),
+    "wrong shape": (
+        lambda d: reweigh(d, **{GATE: np.zeros((5, 16), np.float32)}),
+        f"{GATE} has shape [5, 16], config.json asks for [24, 16]",
+    ),
+    "not floats": (lambda d: reweigh(d, **{GATE: np.zeros((24, 16), np.int8)}), f"{GATE} has type I8"),
+    "truncated": (truncate, "model.safetensors cannot be read"),
+    "empty weights": (lambda d: (d / "model.safetensors").write_bytes(b""), "copy or download it again"),
+    "no weights": (lambda d: (d / "model.safetensors").unlink(), "holds no *.safetensors weights"),
+    "pickled": (only_pickled, "pickled weights (pytorch_model.bin)"),
+    "missing shard": (
+        lambda d: index(d, {"weight_map": {GATE: "model-2.safetensors"}}),
+        "lacks shards that its index names: model-2.safetensors",
+    ),
+    "index is no index": (lambda d: index(d, {"weight_map": [1]}), "model.safetensors.index.json"),
+    "missing config": (lambda d: (d / "config.json").unlink(), "config.json is missing"),
+    "invalid JSON": (lambda d: (d / "config.json").write_text("{'"), "config.json is not valid JSON"),
+    "JSON list": (lambda d: (d / "config.json").write_text("[]"), "must hold a JSON object, got list"),
+    "wrong model type": (lambda d: edit(d, model_type="gpt2"), "model_type='gpt2' is not supported"),
+    "no model type": (lambda d: edit(d, model_type=None), "model_type=None is not supported"),
+    "unknown rope": (
+        lambda d: rope(d, rope_type="spiral", factor=2.0),
+        "rope_type='spiral' is not supported: choose one of default, linear",
+    ),
+    "unknown rope attribute": (
+        lambda d: rope(d, rope_type="linear", factor=2.0, twist=1),
+        "rope attributes that are not supported: twist",
+    ),
+    "partial rope": (
+        lambda d: rope(d, rope_type="default", rope_theta=1e4, partial_rotary_factor=0.5),
+        "partial_rotary_factor=0.5 is not supported",
+    ),
+    "rope is no object": (lambda d: edit(d, rope_scaling="linear"), "rope"),
+    "unknown attribute": (lambda d: edit(d, logit_softcap=30.0), "logit_softcap=30.0"),
+    "quantized": (lambda d: edit(d, quantization_config={"bits": 4}), "quantization_config={'bits': 4}"),
+    "activation": (lambda d: edit(d, hidden_act="gelu"), "hidden_act='gelu' is not supported"),
+    "size is text": (lambda d: edit(d, hidden_size="wide"), "hidden_size"),
+    "no heads": (lambda d: edit(d, num_attention_heads=0), "config.json does not describe a llama model"),
+    "vocab mismatch": (
+        lambda d: checkpoints.write_tokenizer(d, 40),
+        "the tokenizer has ids up to 39, but config.json says vocab_size=32",
+    ),
+    "damaged tokenizer": (lambda d: (d / "tokenizer.json").write_text("{"), "tokenizer.json cannot be read"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_malformed_checkpoint_gives_one_line_and_leaves_nothing(command, tmp_path, name):
+    damage, expected = BROKEN[name]
+    damage(source := checkpoints.write(tmp_path / "source"))
+    assert expected in fails(command, source, tmp_path / "destination")
+
+
+def test_several_errors_are_in_one_line(command, tmp_path):
+    source = checkpoints.write(tmp_path / "source")
+    reweigh(source, **{GATE: None, "lm_head.weight": np.zeros((3, 3), np.float32), "odd": np.zeros(1)})
+    line = fails(command, source, tmp_path / "destination")
+    assert f"{GATE} is missing" in line
+    assert "lm_head.weight has shape" in line
+    assert "odd is not a tensor" in line
+
+
+def test_a_source_that_is_not_there(command, tmp_path):
+    assert "does not exist" in fails(command, tmp_path / "nowhere", tmp_path / "destination")
+
+
+def test_a_source_that_is_a_file(command, tmp_path):
+    (tmp_path / "file").touch()
+    assert "is a file: pass the checkpoint's directory" in fails(command, tmp_path / "file", tmp_path / "to")
+
+
+def test_names_that_look_like_markup_are_shown(command, tmp_path):
+    line = fails(command, tmp_path / "model[bold]" / "x[/y]", tmp_path / "destination")
+    assert "model[bold]/x[/y] does not exist" in line
+
+
+def test_a_destination_in_use(command, tmp_path):
+    source, destination = checkpoints.write(tmp_path / "source"), tmp_path / "destination"
+    destination.mkdir()
+    (destination / "precious").touch()
+    assert "is not empty: choose another directory" in fails(command, source, destination)
+    assert command(source, destination, "--overwrite")[0] == 0
+    assert is_converted(destination)
+    assert not (destination / "precious").exists()
+
+
+@pytest.mark.parametrize("under", ["", "below"])
+def test_a_destination_that_is_a_file_or_below_one(command, tmp_path, under):
+    source = checkpoints.write(tmp_path / "source")
+    (tmp_path / "file").touch()
+    assert "file" in fails(command, source, tmp_path / "file" / under)
+
+
+def test_what_is_converted_is_not_converted_again(command, tmp_path):
+    source, destination = checkpoints.write(tmp_path / "source"), tmp_path / "destination"
+    assert command(source, destination)[0] == 0
+    assert "is converted already" in fails(command, destination, tmp_path / "again")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_good_conversion(command, tmp_path, dtype):
+    source, destination = checkpoints.write(tmp_path / "source"), tmp_path / "some where" / "destination"
+    code, error = command(source, destination, "--dtype", dtype)
+    assert code == 0
+    assert error.replace("\n", "").endswith(f"wrote {destination}")
+    model = load(destination)
+    expected = load_hf(source, dtype=dtype)
+    for name in ("embed.embedding", "layers.0.mlp.gate.kernel"):
+        got, wanted = model, expected
+        for part in name.split("."):
+            got, wanted = (x[int(part)] if part.isdigit() else getattr(x, part) for x in (got, wanted))
+        np.testing.assert_array_equal(np.asarray(got[...]), np.asarray(wanted[...]))
+    assert (destination / "tokenizer.json").exists()
+    assert [path.name for path in destination.parent.iterdir()] == ["destination"]
+
+
+@pytest.mark.filterwarnings("default")  # transformers' own
+def test_verify_says_what_it_compared_with(command, tmp_path):
+    source = checkpoints.write(tmp_path / "source")
+    code, error = command(source, tmp_path / "destination", "--dtype", "float32", "--verify")
+    assert code == 0
+    found = re.search(r"logits against (.+?): relative difference (\S+),", " ".join(error.split()))
+    try:
+        import torch  # noqa: F401
+    except ImportError:
+        assert found[1] == "kivi_jax in float32"
+    else:
+        assert found[1] == "transformers in float32"
+    assert float(found[2]) < 1e-4
+
+
+def test_verify_refuses_what_computes_something_else(command, tmp_path, monkeypatch):
+    other = load_hf(checkpoints.write(tmp_path / "other", dict(rms_norm_eps=10.0)), dtype="float32")
+    monkeypatch.setattr("convert.orbax.load", lambda _: other)
+    source = checkpoints.write(tmp_path / "source")
+    monkeypatch.setattr("convert.verify._source_logits", no_torch)
+    line = fails(command, source, tmp_path / "destination", "--verify")
+    assert line == "the converted model does not compute what its source does"
+
+
+def no_torch(source, tokens):
+    import jax.numpy as jnp
+
+    return "kivi_jax in float32", np.asarray(load_hf(source, dtype="float32")(jnp.asarray(tokens)))
+
+
+def test_failure_while_writing_leaves_nothing(command, tmp_path, monkeypatch):
+    def fail(*_):
+        raise ValueError("no space left")
+
+    monkeypatch.setattr("convert.orbax._copy_beside", fail)
+    source = checkpoints.write(tmp_path / "source")
+    assert fails(command, source, tmp_path / "destination") == "no space left"
+
+
+def test_a_hub_name_is_downloaded(command, tmp_path, monkeypatch):
+    source, asked = checkpoints.write(tmp_path / "source"), []
+
+    def download(name, *, allow_patterns):
+        asked.append((name, allow_patterns))
+        return str(source)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    monkeypatch.chdir(tmp_path)
+    assert command("some-org/a.model", tmp_path / "destination")[0] == 0
+    ((name, patterns),) = asked
+    assert name == "some-org/a.model"
+    assert "*.safetensors" in patterns
+    assert not any("bin" in pattern for pattern in patterns)
+
+
+def test_a_failing_download_is_one_line(command, tmp_path, monkeypatch):
+    def download(*_, **__):
+        raise RuntimeError("401: no such model\nand much\nmore")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    monkeypatch.chdir(tmp_path)
+    line = fails(command, "some-org/model", tmp_path / "destination")
+    assert line == "some-org/model is neither a directory here nor could it be downloaded: 401: no such model"
+
+
+def test_the_real_command_line(tmp_path):
+    def call(*arguments):
+        return subprocess.run(
+            [sys.executable, "-m", "convert", *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            cwd=Path(__file__).parents[2],
+        )
+
+    source = checkpoints.write(tmp_path / "source")
+    good = call(source, tmp_path / "good")
+    assert good.returncode == 0, good.stderr
+    assert is_converted(tmp_path / "good")
+    truncate(source)
+    bad = call(source, tmp_path / "bad")
+    assert "cannot be read" in only_line(bad.returncode, bad.stderr)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["good", "source"]

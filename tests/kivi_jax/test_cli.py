@@ -1,0 +1,145 @@
+"""`kivi-jax`: what the commands print, and how they end."""
+
+import io
+import re
+import sys
+
+import pytest
+
+import kivi_jax as kj
+from kivi_jax.cli import app
+from kivi_jax.console import run
+from tests.convert import checkpoints
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """The command line in this process: exit code, stdout and stderr, without colors and 200 wide."""
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("NO_COLOR", "1")
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["kivi-jax", *map(str, arguments)])
+        with pytest.raises(SystemExit) as caught:
+            run(app)
+        return caught.value.code, *capsys.readouterr()
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return checkpoints.write(tmp_path_factory.mktemp("cli") / "model", dict(eos_token_id=None))
+
+
+def completed(model, cache, **options):
+    loaded, tokenizer = kj.load(model)
+    return kj.complete(loaded, tokenizer, ["w3 w1 w4"], cache=cache, max_new_tokens=6, **options)[0]
+
+
+OPTIONS = ("--max-new-tokens", "6", "--cache", "kivi2:group_size=8:residual_length=8")
+
+
+def test_generate_prints_what_complete_gives_and_what_it_cost(command, model):
+    code, out, error = command("generate", model, "w3 w1 w4", *OPTIONS)
+    assert code == 0
+    assert out == completed(model, kj.kivi(2, 8, 8)) + "\n"
+    cost = error.splitlines()[-1]
+    assert re.fullmatch(
+        r"3 prompt tokens · 6 new tokens · first after [\d.]+ s \(compiling and reading the prompt\) · "
+        r"then [\d.]+ tokens/s · cache [\d.]+ \w+, [\d.]+x under the full [\d.]+ \w+",
+        cost,
+    )
+
+
+def test_generate_reads_the_prompt_from_standard_input(command, model, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("w3 w1 w4"))
+    code, out, _ = command("generate", model, "-", *OPTIONS)
+    assert (code, out) == (0, completed(model, kj.kivi(2, 8, 8)) + "\n")
+
+
+def test_generate_samples(command, model):
+    import jax
+
+    sampler = kj.Sample(temperature=2.0, top_k=20, top_p=0.9, min_p=0.01, repetition_penalty=1.2)
+    options = ("--temperature=2", "--top-k=20", "--top-p=0.9", "--min-p=0.01", "--repetition-penalty=1.2")
+    code, out, _ = command("generate", model, "w3 w1 w4", *OPTIONS, *options, "--seed=3")
+    expected = completed(model, kj.kivi(2, 8, 8), sampler=sampler, key=jax.random.key(3))
+    assert (code, out) == (0, expected + "\n")
+
+
+def test_inspect_prints_a_plan(command, model):
+    code, out, _ = command("inspect", model, "--context", "64", "--batch", "2", "--cache", "full")
+    assert code == 0
+    assert "64 tokens x 2 rows, bfloat16" in out
+    # One layer, one KV head of 8 channels in bfloat16: 32 bytes of keys and values a token, and lengths.
+    (row,) = [line for line in out.splitlines() if re.match(r"\W*full ", line)]
+    cells = [cell.strip() for cell in re.split("[│┃|]", row) if cell.strip()]
+    assert cells[:-1] == ["full", "32", "4.02 KiB", "1.00x", "0 B", "0 B", "4 KiB"]
+
+
+def test_inspect_needs_no_weights(command, tmp_path):
+    directory = checkpoints.write(tmp_path / "model", dict(head_dim=128, max_position_embeddings=65536))
+    (directory / "model.safetensors").unlink()
+    code, out, _ = command("inspect", directory, "--memory", "1GiB")
+    assert code == 0
+    ratios = dict(re.findall(r"(full|kivi2|kivi4) .*?([\d.]+)x", out))
+    assert float(ratios["kivi2"]) >= 5.0
+    assert float(ratios["kivi4"]) >= 3.1
+    assert ratios["full"] == "1.00"
+
+
+HELP = {
+    (): ["generate", "convert", "inspect", "bench"],
+    ("generate",): ["--cache", "--top-p"],
+    ("convert",): ["--dtype", "--verify", "--overwrite"],
+    ("inspect",): ["--context", "--memory"],
+    ("bench",): [],
+}
+
+
+@pytest.mark.parametrize("name", HELP, ids=lambda name: "-".join(name) or "kivi-jax")
+def test_help(command, name):
+    code, out, _ = command(*name, "--help")
+    assert code == 0
+    assert "Usage: kivi-jax" in out
+    for shown in HELP[name]:
+        assert shown in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("generate", "MODEL", "w1", "--cache", "kivi3"), "unknown cache 'kivi3'"),
+        (("generate", "MODEL", "w1", "--cache", "kivi2"), "value_group_size=32 must divide"),
+        (("generate", "MODEL", "w1", "--temperature", "-1"), "temperature=-1.0 must be positive"),
+        (("generate", "MODEL", "w1", "--max-new-tokens", "0"), "max_new_tokens=0 must be at least 1"),
+        (("generate", "MODEL", "", "--cache", "full"), "prompt 0 has no tokens"),
+        (("generate", "nowhere", "w1"), "nowhere does not exist"),
+        (("inspect", "nowhere"), "nowhere does not exist"),
+        (("inspect", "MODEL", "--memory", "much"), "cannot read 'much' as a memory size"),
+        (("inspect", "MODEL", "--context", "0"), "must be positive"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value[0],
+)
+def test_a_mistake_is_one_line(command, model, arguments, message):
+    code, out, error = command(*(model if argument == "MODEL" else argument for argument in arguments))
+    assert code == 2
+    assert out == ""
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert message in error
+
+
+def test_a_model_without_tokenizer_cannot_read_a_prompt(command, tmp_path):
+    directory = checkpoints.write(tmp_path / "model", tokens=None)
+    code, _, error = command("generate", directory, "w1", "--cache", "full")
+    assert code == 2
+    assert "has no tokenizer files: copy the tokenizer's files there" in error
+
+
+def test_a_traceback_on_demand(model, monkeypatch):
+    monkeypatch.setenv("KIVI_JAX_TRACEBACK", "1")
+    monkeypatch.setattr(sys, "argv", ["kivi-jax", "generate", str(model), "w1", "--cache", "kivi3"])
+    with pytest.raises(ValueError, match="unknown cache"):
+        run(app)

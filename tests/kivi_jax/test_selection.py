@@ -1,0 +1,154 @@
+"""Prompt selectors: against the recorded original, plain NumPy definitions, and their budgets."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import kivi_jax as kj
+from kivi_jax.attention import add_weights, causal_attention
+from kivi_jax.selection import ALL_QUERIES, drop_lowest, drop_one, pool_neighbours
+
+WIDTH, HEADS, DIM = 96, 4, 16
+
+
+def causal_weights(query, key, length):
+    """Softmax weights [H, T, T] of every query of a row, NumPy float64."""
+    query, key = (np.asarray(x[:, :length], np.float64) for x in (query, key))
+    score = query @ key.swapaxes(1, 2) * query.shape[2] ** -0.5
+    score = np.where(np.tril(np.ones((length, length), bool)), score, -np.inf)
+    weight = np.exp(score - score.max(-1, keepdims=True))
+    return weight / weight.sum(-1, keepdims=True)
+
+
+def observed_weights(query, key, lengths, observed, block=7):
+    """What prefill accumulates, block by block: [B, K, P]."""
+    width = query.shape[2]
+    total = jnp.zeros(key.shape[:3])
+    for first in range(0, width, block):
+        part = query[:, :, first : first + block].swapaxes(1, 2)
+        position = first + np.arange(part.shape[1])
+        start = jnp.int32(first)
+        _, log_sum_exp = causal_attention(part, key, key, first=start, window=None)
+        oldest = 0 if observed == ALL_QUERIES else np.asarray(lengths)[:, None] - observed
+        seen = (position[None] >= oldest) & (position[None] < np.asarray(lengths)[:, None])
+        total = add_weights(total, part, key, log_sum_exp, jnp.asarray(seen), first=start)
+    return total
+
+
+@pytest.mark.parametrize("observed", [5, ALL_QUERIES])
+def test_weights_are_the_causal_softmax_summed_over_queries_and_heads(observed):
+    draw = np.random.default_rng(0)
+    query = jnp.asarray(draw.normal(size=(2, 4, 40, 8)), jnp.float32)
+    key = jnp.asarray(draw.normal(size=(2, 2, 40, 8)), jnp.float32)
+    lengths = [40, 23]
+    got = observed_weights(query, key, lengths, observed)
+    for b, n in enumerate(lengths):
+        first = 0 if observed == ALL_QUERIES else n - observed
+        for k in range(2):
+            heads = causal_weights(query[b, 2 * k : 2 * k + 2], jnp.repeat(key[b, k][None], 2, 0), n)
+            np.testing.assert_allclose(got[b, k, :n], heads[:, first:].sum((0, 1)), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("case", "selector", "layers"),
+    [
+        ("SnapKV+None_L1_P96", kj.SnapKV(budget=48, window=16), 1),
+        ("SnapKV+None_L2_P96", kj.SnapKV(budget=48, window=16), 2),
+        ("PyramidKV+None_L2_P96", kj.PyramidKV(budget=48, window=16), 2),
+        ("StreamingLLM+None_L1_P96", kj.StreamingLLM(sinks=32, recent=16), 1),
+    ],
+)
+def test_kept_prompt_tokens_equal_the_original(shared, case, selector, layers):
+    """Per head, one query head per KV head. Where the original is causal: its H2O score is not."""
+    file = shared / "golden" / f"scope_select_L{layers}.npz"
+    if not file.exists():
+        pytest.skip(f"{file.name} was not recorded here")
+    golden, inputs = np.load(file), np.load(shared / "golden" / "scope_select_inputs.npz")
+    for layer in range(layers):
+        query, key = (jnp.asarray(inputs[name][layer][None, :, :WIDTH]) for name in "qk")
+        weights = observed_weights(query, key, [WIDTH], selector.observed, block=32)
+        positions, kept = selector.select(weights, jnp.asarray([WIDTH]), layer, layers)
+        for head in range(HEADS):
+            expected = set(golden[f"{case}__order"][0, layer, head].astype(int).tolist()) - {255}
+            assert set(positions[0, head, : kept[0]].tolist()) == expected
+
+
+def test_pooling_is_over_neighbours_before_the_window():
+    weights = jnp.asarray(np.random.default_rng(1).random((1, 1, 12)), jnp.float32)
+    end = jnp.asarray([9])
+    inside = np.pad(np.asarray(weights[0, 0, :9], np.float64), 2)
+    mean = pool_neighbours(weights, end, 5, "average")[0, 0, :9]
+    np.testing.assert_allclose(mean, [inside[i : i + 5].mean() for i in range(9)], rtol=1e-6)
+    largest = pool_neighbours(weights, end, 5, "max")[0, 0, :9]
+    np.testing.assert_allclose(largest, [inside[i : i + 5].max() for i in range(9)], rtol=1e-6)
+
+
+SELECTORS = [
+    kj.StreamingLLM(sinks=2, recent=6),
+    kj.H2O(budget=10, recent=4),
+    kj.SnapKV(budget=10, window=4, kernel=3, pooling="max"),
+    kj.PyramidKV(budget=10, window=4, beta=4, kernel=1),
+    kj.PyramidInfer(budget=10, window=4, beta=4),
+    kj.KeepAll(),
+]
+
+
+@pytest.mark.parametrize("selector", SELECTORS, ids=repr)
+@settings(max_examples=10, deadline=None)
+@given(lengths=st.lists(st.integers(1, 40), min_size=2, max_size=2), seed=st.integers(0, 99))
+def test_budgets_hold_and_recent_tokens_stay(selector, lengths, seed):
+    """Per row and layer: real tokens only, each once, no more than the budget, the newest always."""
+    weights = jnp.asarray(np.random.default_rng(seed).random((2, 3, 40)), jnp.float32)
+    layers = 4
+    counts = []
+    for layer in range(layers):
+        positions, kept = selector.select(weights, jnp.asarray(lengths), layer, layers)
+        most = selector.most(layer, layers, 40)
+        assert positions.shape == (2, 3, most)
+        for b, n in enumerate(lengths):
+            assert int(kept[b]) <= min(n, most)
+            for head in range(3):
+                chosen = positions[b, head, : kept[b]].tolist()
+                assert chosen == sorted(set(chosen))
+                assert not chosen or chosen[-1] == n - 1
+                recent = getattr(selector, "recent", getattr(selector, "window", n))
+                assert set(range(max(0, n - recent), n)) <= set(chosen)
+        counts.append(kept.tolist())
+        alone, kept_alone = selector.select(weights[1:], jnp.asarray(lengths[1:]), layer, layers)
+        np.testing.assert_array_equal(alone[0], positions[1])
+        assert kept_alone[0] == kept[1]
+    budget = getattr(selector, "budget", None)
+    if budget is not None:
+        for b, n in enumerate(lengths):
+            if selector.keeps_all(n):
+                assert all(count[b] == n for count in counts)
+
+
+def test_dropping_one_is_dropping_the_lowest():
+    draw = np.random.default_rng(2)
+    score = jnp.asarray(draw.integers(0, 4, (3, 2, 9)), jnp.float32)
+    positions = jnp.asarray(np.stack([draw.permutation(9) for _ in range(6)]).reshape(3, 2, 9)) - 1
+    drop = jnp.asarray([True, False, True])
+    one = jax.jit(drop_one)(score, positions, drop)
+    many = jax.jit(drop_lowest)(score, positions, drop.astype(jnp.int32))
+    np.testing.assert_array_equal(one, many)
+    assert (np.asarray(one != positions).sum(-1) == np.asarray(drop)[:, None]).all()
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: kj.Slide(window=8, recent=8), "0 < recent < window"),
+        (lambda: kj.H2O(budget=4, recent=0), "0 < recent < budget"),
+        (lambda: kj.SnapKV(budget=8, window=4, kernel=2), "must be odd and positive"),
+        (lambda: kj.Adaptive(window=8, recent=4, max_new_tokens=6), "must be at least"),
+        (lambda: kj.StreamingLLM(sinks=-1, recent=2), "must not be negative"),
+        (lambda: kj.kivi(decode=kj.H2O(budget=8, recent=4)), "nothing would be packed"),
+    ],
+)
+def test_impossible_sizes_are_refused(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()

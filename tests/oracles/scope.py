@@ -1,0 +1,39 @@
+"""SCOPE's decoding phase as a list that is physically pruned: NumPy float64, one row and one head."""
+
+import numpy as np
+
+from tests.oracles.kivi import attention
+
+
+def softmax_weights(query: np.ndarray, keys: list[np.ndarray]) -> np.ndarray:
+    score = np.array(keys) @ query * query.shape[0] ** -0.5
+    weight = np.exp(score - score.max())
+    return weight / weight.sum()
+
+
+class ListPool:
+    """The kept tokens of one head, oldest first: (position, key, value). `prompt` is never pruned."""
+
+    def __init__(self, prompt: list[tuple[np.ndarray, np.ndarray]], recent: int):
+        self.prompt, self.recent = prompt, recent
+        self.tokens: list[tuple[int, np.ndarray, np.ndarray]] = []
+
+    def step(self, queries: np.ndarray, position: int, key: np.ndarray, value: np.ndarray) -> np.ndarray:
+        """Take a token and attend to all that is held [G, H]; remembers the weights summed over queries."""
+        self.tokens.append((position, key, value))
+        keys = [k for k, _ in self.prompt] + [k for _, k, _ in self.tokens]
+        values = [v for _, v in self.prompt] + [v for _, _, v in self.tokens]
+        weights = sum(softmax_weights(query, keys) for query in queries)
+        self.weights = weights[len(self.prompt) :]
+        return np.stack([attention(query, keys, values) for query in queries])
+
+    def keep(self, count: int) -> None:
+        """Prune to the last `recent` and the heaviest of the others."""
+        others = range(len(self.tokens) - self.recent)
+        ranked = sorted(others, key=lambda i: (self.weights[i], self.tokens[i][0]), reverse=True)
+        chosen = set(ranked[: count - self.recent]) | set(range(len(self.tokens))[-self.recent :])
+        self.tokens = [token for i, token in enumerate(self.tokens) if i in chosen]
+
+    @property
+    def positions(self) -> list[int]:
+        return [position for position, _, _ in self.tokens]
