@@ -22,7 +22,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.experimental.pallas import mosaic_gpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.packing import PAGE
@@ -30,6 +30,8 @@ from pallas_kernels.partials import NO_SCORE, AttentionPartial
 from pallas_kernels.quantization import QuantizedTensor
 from pallas_kernels.quantized_attention.split_kv import Case, plan
 from pallas_kernels.quantized_attention.tuning import Tuning
+
+plgpu: Any = mosaic_gpu  # what it offers changes with every release of jax
 
 _TILED = ("kb", "kw", "ks", "vw", "vs", "vz")  # the operands that come in tiles, in order
 ROWS = 64  # rows of the matrix unit's left operand
@@ -58,20 +60,24 @@ def attend(
     """
     if not hasattr(plgpu, "InterpretGPUParams"):
         raise NotImplementedError(f"needs jax 0.11 or later, not {jax.__version__}")
-    case = _tile(plan(query, key, value, scale, tuning, interpret))
+    case = _tile(plan(query, key, value, scale, tuning, interpret), key.scale.dtype, value.scale.dtype)
     operands = _operands(case, query, key, value, start, end)
     return _merge(case, query.shape, *_partials(case, *operands))
 
 
-def _tile(case: Case) -> Case:
+def _tile(case: Case, *scales: Any) -> Case:
     """The case with tiles of as many pages as this kernel takes.
 
     Raises:
-        NotImplementedError: there is no such number of pages.
+        NotImplementedError: there is no such number of pages, or sizes or dtypes of `scales` are such as
+            the kernel cannot take.
     """
     for store in (case.key, case.value):
         if store.words not in (16, 32, 64, 128):
             raise NotImplementedError(f"a token of {store.words} bytes, not 16, 32, 64 or 128")
+    for scale in scales:
+        if scale.itemsize != 2:
+            raise NotImplementedError(f"scales of {scale}, not of 16 bits")
     if case.value.group & (case.value.group - 1) or case.value.group < 8:
         raise NotImplementedError(f"values in groups of {case.value.group}, no power of two from 8 on")
     least = max(2, case.key.group // PAGE, ROWS // case.value.words)
@@ -79,8 +85,9 @@ def _tile(case: Case) -> Case:
     pages = [n for n in (2, 4, 8) if least <= n <= most and case.slots % (n * PAGE) == 0]
     if not pages:
         raise NotImplementedError(f"{case.slots} slots in tiles of {least} to {most} pages of {PAGE}")
-    wanted = [n for n in pages if n <= max(4, case.tuning.pages)] or pages
-    return dataclasses.replace(case, tuning=dataclasses.replace(case.tuning, pages=max(wanted)))
+    # With 8 pages the registers no longer suffice.
+    chosen = max(n for n in pages if n <= max(min(4, case.tuning.pages), pages[0]))
+    return dataclasses.replace(case, tuning=dataclasses.replace(case.tuning, pages=chosen))
 
 
 def _operands(
@@ -100,17 +107,19 @@ def _operands(
     # Codes of plane j are worth 2**(bits * j) units, which is divided out here.
     worth = 2.0 ** -(case.key.bits * jnp.arange(case.key.planes, dtype=jnp.float32))
     worth = jnp.repeat(worth, case.key.words).astype(jnp.float16)[None, None, None]
-    half = functools.partial(jnp.asarray, dtype=jnp.float16)
+    # A copy by TMA is a multiple of 128 bytes.
+    lanes = max(case.lanes, 32 * case.key.group // case.tile)
+    bias = jnp.pad(bias, ((0, 0), (0, 0), (0, 0), (0, lanes - case.lanes)))
     return (
         start.astype(jnp.int32),
         end.astype(jnp.int32),
         (plain * worth).reshape(-1, case.lanes, case.dim),
-        (bias * (case.scale * _LOG2E)).reshape(-1, groups, case.lanes),
+        (bias * (case.scale * _LOG2E)).reshape(-1, groups, lanes),
         key.words.reshape(rows, case.slots, case.key.words),
-        half(key.scale).reshape(rows, groups, case.dim),
+        key.scale.reshape(rows, groups, case.dim),
         value.words.reshape(rows, -1, PAGE),
-        half(value.scale).reshape(rows, -1, case.value_groups, PAGE),
-        half(value.zero).reshape(rows, -1, case.value_groups, PAGE),
+        value.scale.reshape(rows, -1, case.value_groups, PAGE),
+        value.zero.reshape(rows, -1, case.value_groups, PAGE),
     )
 
 
@@ -157,7 +166,11 @@ def _partials(case: Case, *arrays: Array) -> tuple[Array, ...]:
         (lanes,),
         (lanes,),
     )
-    options: dict[str, Any] = {"compiler_params": plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane)}
+    options: dict[str, Any] = {
+        "compiler_params": plgpu.CompilerParams(
+            approx_math=True, unsafe_no_auto_barriers=True, lowering_semantics=plgpu.LoweringSemantics.Lane
+        )
+    }
     if case.interpret:
         options = {"interpret": plgpu.InterpretGPUParams(detect_races=True)}
     return plgpu.kernel(
@@ -167,11 +180,11 @@ def _partials(case: Case, *arrays: Array) -> tuple[Array, ...]:
         grid_names=("program", "split"),
         scratch_types={
             "kw": staged(jnp.uint8, tile, key.words),
-            "ks": staged(jnp.float16, tile // key.group, case.dim),
-            "kb": staged(jnp.float32, tile // key.group, lanes),
+            "ks": staged(arrays[5].dtype, tile // key.group, case.dim),
+            "kb": staged(jnp.float32, tile // key.group, arrays[3].shape[2]),
             "vw": staged(jnp.uint8, case.tuning.pages * value.words, PAGE),
-            "vs": staged(jnp.float16, case.value_groups, case.tuning.pages, PAGE),
-            "vz": staged(jnp.float16, case.value_groups, case.tuning.pages, PAGE),
+            "vs": staged(arrays[7].dtype, case.value_groups, case.tuning.pages, PAGE),
+            "vz": staged(arrays[8].dtype, case.value_groups, case.tuning.pages, PAGE),
             "scaled_query": operand(tile // key.group * lanes, case.dim, columns=min(key.words, 64)),
             "scaled_weight": operand(case.value_groups, lanes, tile, columns=PAGE),
             "arrived": plgpu.Barrier(num_arrivals=4 + 2 * case.value_groups, num_barriers=stages),
@@ -221,14 +234,17 @@ def _attend_split(
     for ahead in range(stages):
         pl.when(low + ahead < high)(functools.partial(fetch, low + ahead, jnp.int32(ahead)))
 
-    query = _load(q_ref.at[program], _operand_layout(case.dim))
+    layout = _operand_layout(case.dim)
+    query = _load(q_ref.at[program], layout)
     token = _token_index(case)
 
     def write_scaled_query(stage: Array) -> None:
         for group in range(tile // key.group):
-            scale = _load(ks.at[stage, group], _operand_layout(case.dim).reduce(0))
+            scale = _load(ks.at[stage, group], _operand_layout(case.dim).reduce(0)).astype(jnp.float16)
             rows = pl.ds(group * lanes, lanes)
-            _store(scaled_query.at[rows], query * _broadcast(scale, query.shape, 1, _operand_layout(case.dim)))
+            _store(
+                scaled_query.at[rows], query * _broadcast(scale, query.shape, 1, _operand_layout(case.dim))
+            )
         plgpu.commit_smem()
 
     def scores(t: Array, stage: Array) -> list[Array]:
@@ -246,7 +262,7 @@ def _attend_split(
             (units,) = _multiply(case, [_full((ROWS, groups * lanes), 0.0, _MATRIX)], [terms])
             score = None
             for i in range(groups):
-                bias = _load(kb.at[stage, first + i], _HEADS)
+                bias = _load(kb.at[stage, first + i, :lanes], _HEADS)
                 own = units[:, i * lanes : (i + 1) * lanes] * up + _broadcast(bias, (ROWS, lanes), 1)
                 score = own if score is None else jnp.where(token >= i * key.group, own, score)
             at = token + (t * tile + block * ROWS)
@@ -273,16 +289,17 @@ def _attend_split(
                 zero, scale = (_load_tokens(case, part.at[stage, group], block) for part in (vz, vs))
                 zero_sums[group] += weight * _broadcast(zero.astype(jnp.float32), weight.shape, 0)
                 rows = scaled_weight.at[group, :, pl.ds(block * ROWS, ROWS)]
-                _store(rows.transpose((1, 0)), half * _broadcast(scale, half.shape, 0))
+                _store(rows.transpose((1, 0)), half * _broadcast(scale.astype(jnp.float16), half.shape, 0))
         plgpu.commit_smem()
-        terms: list[list[Any]] = [[] for _ in accumulators]
         for part in range(case.tuning.pages * value.words // ROWS):
             words = _load(vw.at[stage, pl.ds(part * ROWS, ROWS)], _MATRIX)
             codes = [_plane(words, j, value.bits) for j in range(value.planes)]
+            terms: list[list[Any]] = [[] for _ in accumulators]
             for block in _blocks(case, part):
                 operand = scaled_weight.at[block.group, :, pl.ds(block.page * PAGE, PAGE)]
                 terms[at_block[block.plane, block.part, block.first]].append((codes[block.plane], operand))
-        accumulators = _multiply(case, accumulators, terms)
+            accumulators = _multiply(case, accumulators, terms)
+        plgpu.commit_smem()  # until all warps have read the tile
         pl.when(t + stages < high)(functools.partial(fetch, t + stages, stage))
         return accumulators, zero_sums, denom, new_top
 
@@ -329,7 +346,10 @@ def _load(ref: Any, layout: Any) -> Array:
 
 
 def _store(ref: Any, x: Array) -> None:
-    plgpu.store(ref, x, optimized=False)
+    if hasattr(plgpu, "store"):  # from jax 0.12 on
+        plgpu.store(ref, x, optimized=False)
+    else:
+        ref[...] = x
 
 
 def _broadcast(x: Array, shape: tuple[int, ...], axis: int, layout: Any = _MATRIX) -> Array:
@@ -361,7 +381,7 @@ def _plane(words: Array, j: int, bits: int) -> Array:
 
 
 def _multiply(case: Case, totals: list[Array], terms: list[list[tuple[Array, Any]]]) -> list[Array]:
-    """total + sum of codes @ operand.T for each total and its terms, all issued before the first is awaited."""
+    """total + sum of codes @ operand.T for each total and its terms: all issued, then all awaited."""
     if case.interpret:  # whose wgmma takes no operand in registers
         return [
             functools.reduce(
@@ -384,7 +404,7 @@ def _merge(
     case: Case, shape: tuple[int, ...], out: Array, zero: Array, top: Array, denom: Array
 ) -> AttentionPartial:
     """Combine the splits, and the pages that stood side by side in 64 rows."""
-    programs, splits = top.shape[:2]
+    programs = top.shape[0]
     highest = top.max(1)
     share = jnp.exp2(top - highest[:, None])  # [programs, splits, lanes]
     denom = (denom * share).sum(1)
