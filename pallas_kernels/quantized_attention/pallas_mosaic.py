@@ -12,6 +12,13 @@ folded into the small operands. What differs is who does the work. A program is 
     row keeps those of its own group; values are multiplied once for each group of rows, and the rows of the
     other groups are dropped at the end.
 4.  query . zero of every group of keys is a small product outside the kernel, as is merging the splits.
+
+Does wgmma pay? By instruction count, no. Compiled for an H100 by jax 0.11.2 and 0.12.0.1, the case that
+`bench.aot` calls "2 bits" takes 3.8 instructions per code without spills (the Triton kernels: 1.6 to 1.7).
+Of the 980 instructions of a tile, 287 are wgmma and what it needs before it can start: an instruction has
+only 8 or 16 columns here, but wants its operand's address moved to uniform registers like a large one. And
+242 registers leave room for 2 programs on a multiprocessor. More than 8 query heads to a KV head spill.
+Hence `api.py` tries this kernel last; it is there for the day that Pallas drops Triton. No GPU has run it.
 """
 
 import dataclasses
@@ -61,6 +68,9 @@ def attend(
     if not hasattr(plgpu, "InterpretGPUParams"):
         raise NotImplementedError(f"needs jax 0.11 or later, not {jax.__version__}")
     case = _tile(plan(query, key, value, scale, tuning, interpret), key.scale.dtype, value.scale.dtype)
+    if tuning is None:  # `choose` counts programs of one warp
+        fewer = dataclasses.replace(case.tuning, splits=max(1, case.tuning.splits // 4))
+        case = dataclasses.replace(case, tuning=fewer)
     operands = _operands(case, query, key, value, start, end)
     return _merge(case, query.shape, *_partials(case, *operands))
 
@@ -260,11 +270,11 @@ def _attend_split(
                 for j in range(key.planes)
             ]
             (units,) = _multiply(case, [_full((ROWS, groups * lanes), 0.0, _MATRIX)], [terms])
-            score = None
+            score = _full((ROWS, lanes), 0.0, _MATRIX)
             for i in range(groups):
                 bias = _load(kb.at[stage, first + i, :lanes], _HEADS)
                 own = units[:, i * lanes : (i + 1) * lanes] * up + _broadcast(bias, (ROWS, lanes), 1)
-                score = own if score is None else jnp.where(token >= i * key.group, own, score)
+                score = jnp.where(token >= i * key.group, own, score) if i else own
             at = token + (t * tile + block * ROWS)
             found.append(jnp.where((at >= start) & (at < end), score, NO_SCORE))
         return found
