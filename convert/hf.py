@@ -53,6 +53,8 @@ def load_hf(directory: FilePath, *, dtype: DTypeLike, progress: Progress | None 
         for path, source in sources.items()
     }
     _check_coverage(config, files, shapes)
+    if config.tie_word_embeddings and "lm_head.weight" in files:
+        _check_tied(files, sources["embed", "embedding"].name)
     filled: dict[Path, jax.Array] = {}
     # Largest first: reading needs a tensor's size more, which is least when the model is nearly whole.
     for path in sorted(sources, key=lambda path: -abstract[path].size):
@@ -129,11 +131,14 @@ def _tensor_files(directory: FilePath) -> dict[str, tuple[FilePath, tuple[int, .
 
 
 def _weight_files(directory: FilePath) -> list[FilePath]:
+    # As transformers chooses. Some directories hold the same weights again in another layout.
+    if (single := directory / "model.safetensors").exists():
+        return [single]
     index = directory / "model.safetensors.index.json"
     if index.exists():
         shards = _read_json(index).get("weight_map")
         if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
-            raise CheckpointError(f"{index} must map tensors to files under weight_map")
+            raise CheckpointError(f"{index} must map tensors to files in its weight_map")
         files = sorted({directory / name for name in shards.values()})
         if missing := [file.name for file in files if not file.exists()]:
             raise CheckpointError(f"{directory} lacks shards that its index names: {', '.join(missing)}")
@@ -165,6 +170,16 @@ def _read_tensor(file: FilePath, name: str) -> np.ndarray:
         return tensors.get_tensor(name)
 
 
+def _check_tied(files: Mapping[str, tuple[FilePath, tuple[int, ...], str]], embedding: str) -> None:
+    """Some tools save a tied head again; transformers does not tie it if it differs, so refuse that."""
+    head = "lm_head.weight"
+    if not np.array_equal(_read_tensor(files[embedding][0], embedding), _read_tensor(files[head][0], head)):
+        raise CheckpointError(
+            f"config.json says tie_word_embeddings, but {head} differs from {embedding}: "
+            "set tie_word_embeddings to false if the model was trained with its own head"
+        )
+
+
 def _check_coverage(
     config: ModelConfig,
     files: Mapping[str, tuple[FilePath, tuple[int, ...], str]],
@@ -173,7 +188,7 @@ def _check_coverage(
     """Every parameter is filled and every tensor used, exactly once; all errors in one message."""
     ignored = {name for name in files if is_derived(name)}
     if config.tie_word_embeddings:
-        ignored.add("lm_head.weight")  # a copy of the embedding that some tools save
+        ignored.add("lm_head.weight")  # see _check_tied
     problems = [f"{name} is missing" for name in sorted(expected.keys() - files.keys())]
     problems += [
         f"{name} is not a tensor of this model" for name in sorted(files.keys() - expected.keys() - ignored)

@@ -6,6 +6,7 @@ from pathlib import Path as FilePath
 from convert.errors import CheckpointError
 
 _FILES = ["*.safetensors", "*.json", "tokenizer*", "chat_template*"]
+_COPIES = ["consolidated*", "original/*"]  # the same weights in the trainer's own layout
 
 
 def resolve(source: str | FilePath) -> FilePath:
@@ -24,7 +25,7 @@ def resolve(source: str | FilePath) -> FilePath:
     from huggingface_hub import snapshot_download
 
     try:
-        return FilePath(snapshot_download(str(source), allow_patterns=_FILES))
+        return FilePath(snapshot_download(str(source), allow_patterns=_FILES, ignore_patterns=_COPIES))
     except Exception as error:  # hub, network and proxy errors share no base class
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(

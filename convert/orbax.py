@@ -48,8 +48,13 @@ def save(
     with replacing(destination, overwrite=overwrite) as partial:
         leaves = jax.tree_util.tree_leaves_with_path(nnx.to_pure_dict(nnx.state(model)))
         parameters = {"/".join(str(key.key) for key in path): leaf for path, leaf in leaves}
-        with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save(partial.absolute() / "parameters", parameters)
+        # Orbax copies what it writes: one tensor at a time here, or it would hold a second model.
+        limit = 1 + max(leaf.nbytes for leaf in parameters.values())
+        handler = ocp.BasePyTreeCheckpointHandler(
+            save_concurrent_bytes=limit, save_device_host_concurrent_bytes=limit
+        )
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(handler_impl=handler)) as checkpointer:
+            checkpointer.save(partial.absolute() / "parameters", args=ocp.args.PyTreeSave(parameters))
         dtype = jnp.dtype(leaves[0][1].dtype).name
         manifest = {"format": FORMAT, "dtype": dtype, "config": dataclasses.asdict(model.config)}
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
@@ -118,14 +123,18 @@ def replacing(destination: FilePath, *, overwrite: bool) -> Iterator[FilePath]:
         raise CheckpointError(f"{destination} is a file: choose a directory to write to")
     if destination.is_dir() and any(destination.iterdir()) and not overwrite:
         raise CheckpointError(f"{destination} is not empty: choose another directory, or pass --overwrite")
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    outer = FilePath(tempfile.mkdtemp(prefix=f".{destination.name}-", dir=destination.parent))
-    partial = outer / "partial"  # inside, since a temporary directory is readable by its owner only
+    try:
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        workspace = FilePath(tempfile.mkdtemp(prefix=f".{destination.name}-", dir=destination.parent))
+    except OSError as error:
+        raise CheckpointError(f"{destination} cannot be written: {error.strerror}") from error
+    # A folder inside: the workspace itself is private to the user, what is published should not be.
+    partial, replaced = workspace / "new", workspace / "old"
     partial.mkdir()
     try:
         yield partial
         if destination.exists():
-            shutil.rmtree(destination)
+            destination.rename(replaced)
         partial.rename(destination)
     finally:
-        shutil.rmtree(outer, ignore_errors=True)
+        shutil.rmtree(workspace, ignore_errors=True)

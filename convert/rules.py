@@ -1,6 +1,7 @@
 """How a Hugging Face Llama or Mistral corresponds to ours: names and config. Read `hf.py` next."""
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Mapping, Set
 from typing import Any, NamedTuple, get_args
 
 from convert.errors import CheckpointError
@@ -22,21 +23,34 @@ _LAYER_MODULES = {
 _MODULES = {"embed": "model.embed_tokens", "norm": "model.norm", "lm_head": "lm_head"}
 _FIELDS = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
 
-# Attributes of config.json that we read, and those that do not change what is computed.
+# Attributes of config.json that we read, those that do not change what is computed, and those that are
+# harmless with one value only.
 _READ = {
-    *("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "hidden_act"),
+    *("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
     *("num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps"),
-    *("attention_bias", "mlp_bias", "tie_word_embeddings", "sliding_window", "eos_token_id"),
-    *("rope_theta", "rope_scaling", "rope_parameters"),
+    *("tie_word_embeddings", "eos_token_id", "rope_theta", "rope_scaling", "rope_parameters"),
 }
+_READ_BY_TYPE = {"llama": {"attention_bias", "mlp_bias"}, "mistral": {"sliding_window"}}
 _IGNORED = {
     *("architectures", "bos_token_id", "pad_token_id", "unk_token_id", "torch_dtype", "dtype"),
-    *("transformers_version", "use_cache", "initializer_range", "attention_dropout", "pretraining_tp"),
+    *("transformers_version", "use_cache", "initializer_range", "attention_dropout", "is_llama_config"),
     *("_name_or_path", "_attn_implementation", "_commit_hash", "max_length", "tokenizer_class"),
 }
-_ROPE_FIELDS = {
-    *("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor", "beta_fast"),
-    *("beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate"),
+_ONLY = {
+    "hidden_act": "silu",
+    "pretraining_tp": 1,
+    "partial_rotary_factor": 1.0,
+    "rope_interleaved": False,
+    # Which of these a model type has, _READ_BY_TYPE says; transformers ignores them in the other type.
+    "attention_bias": False,
+    "mlp_bias": False,
+    "sliding_window": None,
+}
+_ROPE_FIELDS: dict[str, type] = {
+    **dict.fromkeys(("factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow"), float),
+    **dict.fromkeys(("attention_factor", "mscale", "mscale_all_dim"), float),
+    "original_max_position_embeddings": int,
+    "truncate": bool,
 }
 _ROPE_NAMES = {"type", "rope_type", "rope_theta", "finetuned", "partial_rotary_factor"}
 
@@ -78,10 +92,10 @@ def model_config(raw: Mapping[str, Any], generation: Mapping[str, Any] | None = 
     model_type = raw.get("model_type")
     if model_type not in kinds:
         raise CheckpointError(f"{model_type=} is not supported: choose a checkpoint of {' or '.join(kinds)}")
-    _refuse_unknown(raw, kinds[model_type]().to_dict())
-    _refuse_unknown_rope(raw)
+    _refuse_unknown(raw, _READ | _READ_BY_TYPE[model_type] | _IGNORED, kinds[model_type]().to_dict())
     try:
-        config = kinds[model_type](**raw)
+        _refuse_unknown_rope(raw)
+        config = kinds[model_type](**copy.deepcopy(dict(raw)))  # it writes into the rope it is given
         heads = config.num_attention_heads
         eos = (generation or {}).get("eos_token_id", config.eos_token_id)
         return ModelConfig(
@@ -93,7 +107,7 @@ def model_config(raw: Mapping[str, Any], generation: Mapping[str, Any] | None = 
             num_kv_heads=config.num_key_value_heads or heads,
             head_dim=config.head_dim or config.hidden_size // heads,
             max_position_embeddings=config.max_position_embeddings,
-            rms_norm_eps=config.rms_norm_eps,
+            rms_norm_eps=float(config.rms_norm_eps),
             rope=_rope(config.rope_parameters or {}, config.max_position_embeddings),
             attention_bias=getattr(config, "attention_bias", False),
             mlp_bias=getattr(config, "mlp_bias", False),
@@ -108,24 +122,23 @@ def model_config(raw: Mapping[str, Any], generation: Mapping[str, Any] | None = 
         raise CheckpointError(f"config.json does not describe a {model_type} model: {reason}") from error
 
 
-def _refuse_unknown(raw: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
-    """An attribute we do not know is harmless only where it says what transformers assumes anyway."""
+def _refuse_unknown(raw: Mapping[str, Any], known: Set[str], defaults: Mapping[str, Any]) -> None:
+    """An attribute we do not know is harmless only where it says what is assumed anyway."""
+    harmless = {**defaults, **_ONLY}
     unknown = sorted(
         name
         for name, value in raw.items()
-        if name not in _READ | _IGNORED and (name not in defaults or value != defaults[name])
+        if name not in known and (name not in harmless or value != harmless[name])
     )
     if unknown:
         raise CheckpointError(
             "config.json has attributes that may change what the model computes and that are not supported: "
             + ", ".join(f"{name}={raw[name]!r}" for name in unknown)
         )
-    if (activation := raw.get("hidden_act", "silu")) != "silu":
-        raise CheckpointError(f"hidden_act={activation!r} is not supported: only 'silu' is")
 
 
 def _refuse_unknown_rope(raw: Mapping[str, Any]) -> None:
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}  # transformers' order
     if not isinstance(rope, Mapping):
         raise CheckpointError(f"rope_parameters and rope_scaling must be JSON objects, got {rope!r}")
     kind = rope.get("rope_type", rope.get("type", "default"))
@@ -133,7 +146,7 @@ def _refuse_unknown_rope(raw: Mapping[str, Any]) -> None:
         raise CheckpointError(
             f"rope_type={kind!r} is not supported: choose one of {', '.join(get_args(RopeKind))}"
         )
-    if unknown := sorted(set(rope) - _ROPE_FIELDS - _ROPE_NAMES):
+    if unknown := sorted(set(rope) - set(_ROPE_FIELDS) - _ROPE_NAMES):
         raise CheckpointError(f"rope attributes that are not supported: {', '.join(unknown)}")
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise CheckpointError(
@@ -142,7 +155,8 @@ def _refuse_unknown_rope(raw: Mapping[str, Any]) -> None:
 
 
 def _rope(rope: Mapping[str, Any], max_positions: int) -> RopeConfig:
-    fields = {name: rope[name] for name in _ROPE_FIELDS if rope.get(name) is not None}
+    # JSON may say 8 for 8.0
+    fields = {name: number(rope[name]) for name, number in _ROPE_FIELDS.items() if rope.get(name) is not None}
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "yarn" and "factor" not in fields and "original_max_position_embeddings" in fields:
         fields["factor"] = max_positions / fields["original_max_position_embeddings"]

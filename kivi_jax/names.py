@@ -34,6 +34,7 @@ PROMPT = {
     "pyramidinfer": selection.PyramidInfer,
     "streamingllm": selection.StreamingLLM,
 }
+WORDS = ("scale_dtype", "pooling")  # fields whose values are not numbers
 _KIVI_FIELDS = set(inspect.signature(kivi).parameters) - {"bits", "prompt", "decode", "pool"}
 
 
@@ -61,6 +62,7 @@ def parse_cache(text: str) -> CacheStrategy:
         known = ", ".join(sorted(_KIVI_FIELDS)) if base in KIVI_BITS else "none"
         raise ValueError(f"cache {text!r}: {name} has no field {', '.join(options)}; its fields: {known}")
     if base in KIVI_BITS:
+        _check_numbers(quantized, text)
         return kivi(KIVI_BITS[base], **quantized, **selectors)
     return scope(**selectors) if base == "scope" else full()
 
@@ -75,7 +77,15 @@ def _selector(kinds: dict[str, Any], kind: Any, options: dict[str, Any], text: s
     required = [name for name, field in fields.items() if field.default is dataclasses.MISSING]
     if missing := sorted(set(required) - options.keys()):
         raise ValueError(f"cache {text!r}: {kind} needs {', '.join(missing)}")
+    _check_numbers(options, text)
     return kinds[kind](**options)
+
+
+def _check_numbers(options: dict[str, int | str], text: str) -> None:
+    words = {key: value for key, value in options.items() if isinstance(value, str) and key not in WORDS}
+    if words:
+        wrong = ", ".join(f"{key}={value}" for key, value in words.items())
+        raise ValueError(f"cache {text!r}: {wrong} must be a whole number")
 
 
 def _read_field(field: str, text: str) -> tuple[str, int | str]:

@@ -15,9 +15,10 @@ from convert.command import convert
 from convert.hf import load_hf
 from convert.orbax import is_converted, load
 from kivi_jax.console import run
-from tests.convert import checkpoints
+from tests.convert.checkpoints import LLAMA, random_tensors, write_checkpoint, write_tokenizer
 
-GATE = checkpoints.GATE
+ROOT = Path(__file__).parents[2]
+GATE = "model.layers.0.mlp.gate_proj.weight"
 
 
 @pytest.fixture
@@ -62,7 +63,7 @@ def edit(directory, **changes):
 
 def reweigh(directory, **changes):
     """Change tensors; None removes one."""
-    weights = checkpoints.tensors() | changes
+    weights = random_tensors(LLAMA) | changes
     kept = {name: value for name, value in weights.items() if value is not None}
     save_file(kept, directory / "model.safetensors")
 
@@ -77,6 +78,8 @@ def only_pickled(directory):
 
 
 def index(directory, content):
+    """Leave an index alone: a whole file beside it would be read instead."""
+    (directory / "model.safetensors").unlink()
     (directory / "model.safetensors.index.json").write_text(json.dumps(content))
 
 
@@ -91,10 +94,10 @@ BROKEN = {
         "extra is not a tensor of this model",
     ),
     "wrong shape": (
-        lambda d: reweigh(d, **{GATE: np.zeros((5, 16), np.float32)}),
-        f"{GATE} has shape [5, 16], config.json asks for [24, 16]",
+        lambda d: reweigh(d, **{GATE: np.zeros((5, 32), np.float32)}),
+        f"{GATE} has shape [5, 32], config.json asks for [48, 32]",
     ),
-    "not floats": (lambda d: reweigh(d, **{GATE: np.zeros((24, 16), np.int8)}), f"{GATE} has type I8"),
+    "not floats": (lambda d: reweigh(d, **{GATE: np.zeros((48, 32), np.int8)}), f"{GATE} has type I8"),
     "truncated": (truncate, "model.safetensors cannot be read"),
     "empty weights": (lambda d: (d / "model.safetensors").write_bytes(b""), "copy or download it again"),
     "no weights": (lambda d: (d / "model.safetensors").unlink(), "holds no *.safetensors weights"),
@@ -124,12 +127,12 @@ BROKEN = {
     "rope is no object": (lambda d: edit(d, rope_scaling="linear"), "rope"),
     "unknown attribute": (lambda d: edit(d, logit_softcap=30.0), "logit_softcap=30.0"),
     "quantized": (lambda d: edit(d, quantization_config={"bits": 4}), "quantization_config={'bits': 4}"),
-    "activation": (lambda d: edit(d, hidden_act="gelu"), "hidden_act='gelu' is not supported"),
+    "activation": (lambda d: edit(d, hidden_act="gelu"), "hidden_act='gelu'"),
     "size is text": (lambda d: edit(d, hidden_size="wide"), "hidden_size"),
     "no heads": (lambda d: edit(d, num_attention_heads=0), "config.json does not describe a llama model"),
     "vocab mismatch": (
-        lambda d: checkpoints.write_tokenizer(d, 40),
-        "the tokenizer has ids up to 39, but config.json says vocab_size=32",
+        lambda d: write_tokenizer(d, 100),
+        "the tokenizer has ids up to 99, but config.json says vocab_size=61",
     ),
     "damaged tokenizer": (lambda d: (d / "tokenizer.json").write_text("{"), "tokenizer.json cannot be read"),
 }
@@ -138,12 +141,12 @@ BROKEN = {
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_malformed_checkpoint_gives_one_line_and_leaves_nothing(command, tmp_path, name):
     damage, expected = BROKEN[name]
-    damage(source := checkpoints.write(tmp_path / "source"))
+    damage(source := write_checkpoint(tmp_path / "source", tokens=61))
     assert expected in fails(command, source, tmp_path / "destination")
 
 
 def test_several_errors_are_in_one_line(command, tmp_path):
-    source = checkpoints.write(tmp_path / "source")
+    source = write_checkpoint(tmp_path / "source", tokens=61)
     reweigh(source, **{GATE: None, "lm_head.weight": np.zeros((3, 3), np.float32), "odd": np.zeros(1)})
     line = fails(command, source, tmp_path / "destination")
     assert f"{GATE} is missing" in line
@@ -166,7 +169,7 @@ def test_names_that_look_like_markup_are_shown(command, tmp_path):
 
 
 def test_a_destination_in_use(command, tmp_path):
-    source, destination = checkpoints.write(tmp_path / "source"), tmp_path / "destination"
+    source, destination = write_checkpoint(tmp_path / "source", tokens=61), tmp_path / "destination"
     destination.mkdir()
     (destination / "precious").touch()
     assert "is not empty: choose another directory" in fails(command, source, destination)
@@ -177,20 +180,23 @@ def test_a_destination_in_use(command, tmp_path):
 
 @pytest.mark.parametrize("under", ["", "below"])
 def test_a_destination_that_is_a_file_or_below_one(command, tmp_path, under):
-    source = checkpoints.write(tmp_path / "source")
+    source = write_checkpoint(tmp_path / "source", tokens=61)
     (tmp_path / "file").touch()
     assert "file" in fails(command, source, tmp_path / "file" / under)
 
 
 def test_what_is_converted_is_not_converted_again(command, tmp_path):
-    source, destination = checkpoints.write(tmp_path / "source"), tmp_path / "destination"
+    source, destination = write_checkpoint(tmp_path / "source", tokens=61), tmp_path / "destination"
     assert command(source, destination)[0] == 0
     assert "is converted already" in fails(command, destination, tmp_path / "again")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_a_good_conversion(command, tmp_path, dtype):
-    source, destination = checkpoints.write(tmp_path / "source"), tmp_path / "some where" / "destination"
+    source, destination = (
+        write_checkpoint(tmp_path / "source", tokens=61),
+        tmp_path / "some where" / "destination",
+    )
     code, error = command(source, destination, "--dtype", dtype)
     assert code == 0
     assert error.replace("\n", "").endswith(f"wrote {destination}")
@@ -207,7 +213,7 @@ def test_a_good_conversion(command, tmp_path, dtype):
 
 @pytest.mark.filterwarnings("default")  # transformers' own
 def test_verify_says_what_it_compared_with(command, tmp_path):
-    source = checkpoints.write(tmp_path / "source")
+    source = write_checkpoint(tmp_path / "source", tokens=61)
     code, error = command(source, tmp_path / "destination", "--dtype", "float32", "--verify")
     assert code == 0
     found = re.search(r"logits against (.+?): relative difference (\S+),", " ".join(error.split()))
@@ -221,9 +227,11 @@ def test_verify_says_what_it_compared_with(command, tmp_path):
 
 
 def test_verify_refuses_what_computes_something_else(command, tmp_path, monkeypatch):
-    other = load_hf(checkpoints.write(tmp_path / "other", dict(rms_norm_eps=10.0)), dtype="float32")
-    monkeypatch.setattr("convert.orbax.load", lambda _: other)
-    source = checkpoints.write(tmp_path / "source")
+    other = load_hf(
+        write_checkpoint(tmp_path / "other", LLAMA | dict(rms_norm_eps=10.0), tokens=61), dtype="float32"
+    )
+    monkeypatch.setattr("convert.verify.load", lambda _, dtype: other)
+    source = write_checkpoint(tmp_path / "source", tokens=61)
     monkeypatch.setattr("convert.verify._source_logits", no_torch)
     line = fails(command, source, tmp_path / "destination", "--verify")
     assert line == "the converted model does not compute what its source does"
@@ -240,46 +248,19 @@ def test_failure_while_writing_leaves_nothing(command, tmp_path, monkeypatch):
         raise ValueError("no space left")
 
     monkeypatch.setattr("convert.orbax._copy_beside", fail)
-    source = checkpoints.write(tmp_path / "source")
+    source = write_checkpoint(tmp_path / "source", tokens=61)
     assert fails(command, source, tmp_path / "destination") == "no space left"
 
 
-def test_a_hub_name_is_downloaded(command, tmp_path, monkeypatch):
-    source, asked = checkpoints.write(tmp_path / "source"), []
-
-    def download(name, *, allow_patterns):
-        asked.append((name, allow_patterns))
-        return str(source)
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    monkeypatch.chdir(tmp_path)
-    assert command("some-org/a.model", tmp_path / "destination")[0] == 0
-    ((name, patterns),) = asked
-    assert name == "some-org/a.model"
-    assert "*.safetensors" in patterns
-    assert not any("bin" in pattern for pattern in patterns)
-
-
-def test_a_failing_download_is_one_line(command, tmp_path, monkeypatch):
-    def download(*_, **__):
-        raise RuntimeError("401: no such model\nand much\nmore")
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    monkeypatch.chdir(tmp_path)
-    line = fails(command, "some-org/model", tmp_path / "destination")
-    assert line == "some-org/model is neither a directory here nor could it be downloaded: 401: no such model"
+def python(*arguments):
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, cwd=ROOT)
 
 
 def test_the_real_command_line(tmp_path):
     def call(*arguments):
-        return subprocess.run(
-            [sys.executable, "-m", "convert", *map(str, arguments)],
-            capture_output=True,
-            text=True,
-            cwd=Path(__file__).parents[2],
-        )
+        return python("-m", "convert", *map(str, arguments))
 
-    source = checkpoints.write(tmp_path / "source")
+    source = write_checkpoint(tmp_path / "source", tokens=61)
     good = call(source, tmp_path / "good")
     assert good.returncode == 0, good.stderr
     assert is_converted(tmp_path / "good")
@@ -287,3 +268,44 @@ def test_the_real_command_line(tmp_path):
     bad = call(source, tmp_path / "bad")
     assert "cannot be read" in only_line(bad.returncode, bad.stderr)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["good", "source"]
+
+
+PEAK = """
+import sys
+from pathlib import Path
+import jax, jax.numpy as jnp
+import convert, convert.command, orbax.checkpoint, rich.progress
+from transformers import LlamaConfig, MistralConfig
+
+def status(field):  # of this process, in bytes; ru_maxrss would include the parent's
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith(field)).split()[1])
+
+def run(source, out):
+    if out is None:
+        return convert.load_model(source, dtype="float32")
+    dtype = convert.command.Dtype.bfloat16
+    convert.command.convert(source, Path(out), dtype=dtype, verify=False, overwrite=False)
+
+tiny, big, out = sys.argv[1], sys.argv[2], sys.argv[3] if len(sys.argv) > 3 else None
+run(tiny, out and out + "-tiny")  # what is loaded and compiled once is not the checkpoint's
+before = status("VmRSS")
+model = run(big, out)
+print(status("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
+@pytest.mark.parametrize("what", ["load", "convert"])
+def test_peak_memory_stays_below_1_3_times_the_checkpoint(tmp_path, what):
+    """200 MB in float32, loaded in float32; converted with the defaults."""
+    sizes = dict(vocab_size=4000, hidden_size=768, intermediate_size=2048, num_hidden_layers=7)
+    heads = dict(num_attention_heads=12, num_key_value_heads=6, head_dim=64)
+    big = write_checkpoint(tmp_path / "big", {**LLAMA, **sizes, **heads}, shards=2)
+    tiny = write_checkpoint(tmp_path / "tiny")
+    size = sum(file.stat().st_size for file in big.glob("*.safetensors"))
+    assert size > 200e6
+    out = [str(tmp_path / "out")] if what == "convert" else []
+    done = python("-c", PEAK, str(tiny), str(big), *out)
+    assert done.returncode == 0, done.stderr
+    assert 0.4 * size < int(done.stdout) < 1.3 * size

@@ -9,7 +9,7 @@ import pytest
 import kivi_jax as kj
 from kivi_jax.cli import app
 from kivi_jax.console import run
-from tests.convert import checkpoints
+from tests.convert.checkpoints import LLAMA, write_checkpoint
 
 
 @pytest.fixture
@@ -29,7 +29,9 @@ def command(monkeypatch, capsys):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    return checkpoints.write(tmp_path_factory.mktemp("cli") / "model", dict(eos_token_id=None))
+    return write_checkpoint(
+        tmp_path_factory.mktemp("cli") / "model", LLAMA | dict(eos_token_id=None), tokens=61
+    )
 
 
 def completed(model, cache, **options):
@@ -47,7 +49,7 @@ def test_generate_prints_what_complete_gives_and_what_it_cost(command, model):
     cost = error.splitlines()[-1]
     assert re.fullmatch(
         r"3 prompt tokens · 6 new tokens · first after [\d.]+ s \(compiling and reading the prompt\) · "
-        r"then [\d.]+ tokens/s · cache [\d.]+ \w+, [\d.]+x under the full [\d.]+ \w+",
+        r"then [\d.]+ tokens/s · cache [\d.]+ \w+, full cache [\d.]+ \w+ \([\d.]+x\)",
         cost,
     )
 
@@ -72,14 +74,16 @@ def test_inspect_prints_a_plan(command, model):
     code, out, _ = command("inspect", model, "--context", "64", "--batch", "2", "--cache", "full")
     assert code == 0
     assert "64 tokens x 2 rows, bfloat16" in out
-    # One layer, one KV head of 8 channels in bfloat16: 32 bytes of keys and values a token, and lengths.
+    # Two layers, two KV heads of 8 channels in bfloat16: 128 bytes of keys and values a token, and lengths.
     (row,) = [line for line in out.splitlines() if re.match(r"\W*full ", line)]
     cells = [cell.strip() for cell in re.split("[│┃|]", row) if cell.strip()]
-    assert cells[:-1] == ["full", "32", "4.02 KiB", "1.00x", "0 B", "0 B", "4 KiB"]
+    assert cells[:-1] == ["full", "128", "16 KiB", "1.00x", "0 B", "0 B", "16 KiB", "0 B"]
 
 
 def test_inspect_needs_no_weights(command, tmp_path):
-    directory = checkpoints.write(tmp_path / "model", dict(head_dim=128, max_position_embeddings=65536))
+    directory = write_checkpoint(
+        tmp_path / "model", LLAMA | dict(head_dim=128, max_position_embeddings=65536), tokens=61
+    )
     (directory / "model.safetensors").unlink()
     code, out, _ = command("inspect", directory, "--memory", "1GiB")
     assert code == 0
@@ -132,7 +136,7 @@ def test_a_mistake_is_one_line(command, model, arguments, message):
 
 
 def test_a_model_without_tokenizer_cannot_read_a_prompt(command, tmp_path):
-    directory = checkpoints.write(tmp_path / "model", tokens=None)
+    directory = write_checkpoint(tmp_path / "model")
     code, _, error = command("generate", directory, "w1", "--cache", "full")
     assert code == 2
     assert "has no tokenizer files: copy the tokenizer's files there" in error

