@@ -1,5 +1,6 @@
 """Small models for tests: random ones of any shape, and the recorded trained one."""
 
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -36,3 +37,17 @@ def stories(shared: Path) -> Llama:
     from convert.hf import load_hf
 
     return load_hf(shared / "models" / "stories260K", dtype=jnp.float32)
+
+
+class AsciiTokenizer:
+    """One token per byte; ids are shown as printable ASCII."""
+
+    def __call__(self, text: str, *, add_special_tokens: bool = True) -> dict[str, list[int]]:
+        """The bytes of `text` as ids; there are no special tokens."""
+        del add_special_tokens
+        return {"input_ids": list(text.encode())}
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
+        """One printable character per id."""
+        del skip_special_tokens
+        return "".join(chr(32 + token % 95) for token in token_ids)

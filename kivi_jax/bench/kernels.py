@@ -1,10 +1,11 @@
 """Decode attention on a GPU: is every implementation right, and how fast is it against bfloat16?
 
 Each stage returns records that are written as they come (`--out`), so a run that is cut has not been in
-vain. Times are of many calls inside one compiled program, over buffers that together exceed the L2 cache:
-what a call costs in a decode loop, launches included.
+vain. Times of JAX programs are the profiler's: the sum of all kernels of a call, in turns over buffers that
+together exceed the L2 cache. PyTorch's are of a CUDA graph of such calls.
 """
 
+import collections
 import concurrent.futures
 import contextlib
 import dataclasses
@@ -12,8 +13,10 @@ import functools
 import importlib
 import itertools
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -28,9 +31,10 @@ from pallas_kernels.quantized_attention.cases import CORRECTNESS, GPU, Case
 from pallas_kernels.quantized_attention.tuning import Tuning, choose
 
 IMPLEMENTATIONS = ("pallas_triton", "triton")
-COMPILERS = 8  # programs compiled at a time
+COMPILERS = 16  # programs compiled at a time
 ROTATED_BYTES = 160e6  # three times the L2 cache of an H100
-SAMPLES, IN_FLIGHT = 11, 4
+SAMPLES = 11
+_LEAST_CALLS = 24
 
 Record = dict[str, Any]
 
@@ -44,17 +48,15 @@ def environment() -> list[Record]:
     for name in names:
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
-    size = 2**29
-    copied = [(jnp.full((size,), i, jnp.float32),) for i in range(2)]
-    seconds = seconds_per_call(lambda x: x + 1, copied)
-    side = 8192
-    square = jax.random.normal(jax.random.key(0), (2, side, side), jnp.bfloat16)
-    multiplied = seconds_per_call(jnp.dot, [(square[0], square[1]), (square[1], square[0])])
+    size, side = 2**30, 8192
+    square = jax.random.normal(jax.random.key(0), (side, side), jnp.bfloat16)
+    copied = _wall_seconds(lambda x: x + 1, jnp.ones(size, jnp.float32))
+    multiplied = _wall_seconds(jnp.dot, square, square)
     return [
         {
             "device": jax.devices()[0].device_kind,
             "versions": versions,
-            "copy_gigabytes_per_s": 2 * 4 * size / seconds / 1e9,
+            "copy_gigabytes_per_s": 2 * 4 * size / copied / 1e9,
             "bfloat16_teraflops": 2 * side**3 / multiplied / 1e12,
         }
     ]
@@ -89,48 +91,66 @@ def correctness(cases: Sequence[Case] = (*CORRECTNESS, *GPU[:1])) -> Iterator[Re
 def speed(cases: Sequence[Case] = GPU) -> Iterator[Record]:
     """Microseconds of every contender on every case.
 
-    Keys: case, contender, us, bytes (of the tokens it reads), gigabytes_per_s. A contender that is not
-    installed or refuses the case has `reason` instead.
+    Keys: case, contender, us, bytes (of the tokens it reads), gigabytes_per_s, kernels (name -> us). A
+    contender that is not installed or refuses the case has `reason` instead.
     """
     for case in cases:
-        for name, measure in _contenders(case).items():
+        jobs = [(case, name) for name in _contenders(case)]
+        programs = dict(zip((name for _, name in jobs), _in_parallel(_build, jobs), strict=True))
+        for name, built in programs.items():
             record: Record = {"case": case.name, "contender": name}
             try:
-                seconds, nbytes = measure()
+                if isinstance(built, str):
+                    raise NotImplementedError(built)
+                kernels, nbytes = built()
             except Exception as reason:
                 yield record | {"reason": f"{type(reason).__name__}: {str(reason)[:200]}"}
                 continue
-            yield record | {"us": seconds * 1e6, "bytes": nbytes, "gigabytes_per_s": nbytes / seconds / 1e9}
+            us = sum(kernels.values()) * 1e6
+            parts = {kernel: seconds * 1e6 for kernel, seconds in kernels.items()}
+            yield record | {"us": us, "bytes": nbytes, "gigabytes_per_s": nbytes / us / 1e3, "kernels": parts}
 
 
-def sweep(cases: Sequence[Case] = GPU, implementation: str = "pallas_triton") -> Iterator[Record]:
-    """Microseconds of every tuning of every case. Keys: case, the fields of `Tuning`, us (or reason)."""
+def sweep(
+    cases: Sequence[Case] = GPU,
+    tunings: Sequence[Tuning] | None = None,
+    implementation: str = "pallas_triton",
+) -> Iterator[Record]:
+    """Microseconds of tunings of every case. Keys: case, the fields of `Tuning`, us, kernels (or reason)."""
     attend = importlib.import_module(f"pallas_kernels.quantized_attention.{implementation}").attend
-    for case in cases:
+
+    def build(case: Case, tuning: Tuning) -> Any:
+        call = functools.partial(attend, scale=case.head_dim**-0.5, tuning=tuning)
+        try:
+            shapes = jax.eval_shape(lambda: _packed_buffers(case, copies=1)[0])
+            return jax.jit(functools.partial(_normalized, call)).lower(*shapes[0]).compile()
+        except Exception as reason:
+            return f"{type(reason).__name__}: {str(reason)[:200]}"
+
+    jobs = [(case, tuning) for case in cases for tuning in tunings or _tunings(case)]
+    programs = list(zip(jobs, _in_parallel(build, jobs), strict=True))  # before the first is timed
+    for case, group in itertools.groupby(programs, key=lambda program: program[0][0]):
         buffers, _ = _packed_buffers(case)
-        rows, bits = case.batch * case.kv_heads, max(case.key_bits, case.value_bits)
-        chosen = choose(rows=rows, slots=case.slots, heads=case.query_groups, dim=case.head_dim, bits=bits)
-        heads = [chosen.heads] if case.query_groups <= 8 else [8, 16]
-        tunings = {
-            Tuning(splits=splits, pages=pages, heads=most, stages=stages)
-            for pages, stages, most in itertools.product((2, 4, 8), (2, 3, 4), heads)
-            for splits in _neighbours(chosen.splits, case.slots // (32 * pages))
-        }
-
-        def build(tuning: Tuning, buffers: Any = buffers, scale: float = case.head_dim**-0.5) -> Any:
-            call = functools.partial(attend, scale=scale, tuning=tuning)
-            try:
-                return tuning, _compile(lambda *args: _normalized(call, *args), buffers)
-            except Exception as reason:
-                return tuning, f"{type(reason).__name__}: {str(reason)[:200]}"
-
-        order = sorted(tunings, key=dataclasses.astuple)
-        for tuning, compiled in _in_parallel(build, ((tuning,) for tuning in order)):
+        for (_, tuning), compiled in group:
             record = {"case": case.name, **dataclasses.asdict(tuning)}
             if isinstance(compiled, str):
                 yield record | {"reason": compiled}
-            else:
-                yield record | {"us": _seconds(compiled, buffers) * 1e6}
+                continue
+            kernels = {name: s * 1e6 for name, s in kernel_seconds(compiled, buffers).items()}
+            yield record | {"us": sum(kernels.values()), "kernels": kernels}
+
+
+def _tunings(case: Case) -> list[Tuning]:
+    """Tiles of all sizes, and numbers of splits from half of to twice a wave of programs."""
+    rows, bits = case.batch * case.kv_heads, max(case.key_bits, case.value_bits)
+    default = choose(rows=rows, slots=case.slots, heads=case.query_groups, dim=case.head_dim, bits=bits)
+    found = set()
+    for pages, stages in itertools.product((1, 2, 4, 8), (2, 3)):
+        tiles = case.slots // (32 * pages)
+        for splits in (default.splits // 2, default.splits, 2 * default.splits):
+            splits = max(1, min(splits, tiles))
+            found.add(dataclasses.replace(default, splits=splits, pages=pages, stages=stages))
+    return sorted(found, key=dataclasses.astuple)
 
 
 def best_tunings(records: Sequence[Record]) -> Table:
@@ -172,22 +192,39 @@ def table(records: Sequence[Record]) -> Table:
     return out
 
 
-def seconds_per_call(f: Callable[..., Any], buffers: Sequence[tuple[Any, ...]]) -> float:
-    """Seconds of one call of `f`, called once with each of `buffers` in one compiled program."""
-    return _seconds(_compile(f, buffers), buffers)
+def kernel_seconds(compiled: Any, buffers: Sequence[tuple[Any, ...]]) -> dict[str, float]:
+    """Seconds of each GPU kernel in a call of `compiled`, by the kernel's name, as the profiler saw them.
+
+    Raises:
+        NotImplementedError: the profiler saw no GPU.
+    """
+    calls = list(buffers) * max(1, round(_LEAST_CALLS / len(buffers)))
+    jax.block_until_ready(compiled(*calls[0]))
+    found: collections.Counter[str] = collections.Counter()
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            for arguments in calls:
+                jax.block_until_ready(compiled(*arguments))
+        (trace,) = Path(folder).rglob("*.xplane.pb")
+        for plane in jax.profiler.ProfileData.from_file(str(trace)).planes:
+            if plane.name.startswith("/device:GPU"):
+                for line in plane.lines:
+                    if line.name.startswith("Stream"):
+                        for event in line.events:
+                            found[event.name] += int(event.duration_ns)
+    if not found:
+        raise NotImplementedError("the profiler saw no GPU")
+    return {name: nanoseconds / len(calls) / 1e9 for name, nanoseconds in found.items()}
 
 
-def _compile(f: Callable[..., Any], buffers: Sequence[tuple[Any, ...]]) -> Any:
-    return jax.jit(lambda buffers: [f(*arguments) for arguments in buffers]).lower(buffers).compile()
-
-
-def _seconds(compiled: Any, buffers: Sequence[tuple[Any, ...]]) -> float:
-    jax.block_until_ready(compiled(buffers))
+def _wall_seconds(f: Callable[..., Any], *arguments: Any) -> float:
+    compiled = jax.jit(f).lower(*arguments).compile()
+    jax.block_until_ready(compiled(*arguments))
     samples = []
     for _ in range(SAMPLES):
         begin = time.perf_counter()
-        jax.block_until_ready([compiled(buffers) for _ in range(IN_FLIGHT)])
-        samples.append((time.perf_counter() - begin) / (IN_FLIGHT * len(buffers)))
+        jax.block_until_ready(compiled(*arguments))
+        samples.append(time.perf_counter() - begin)
     return statistics.median(samples)
 
 
@@ -195,10 +232,6 @@ def _in_parallel(f: Callable[..., Any], arguments: Any) -> Iterator[Any]:
     """Results of `f(*arguments)` in order, several computed at a time (compilation takes most of it)."""
     with concurrent.futures.ThreadPoolExecutor(COMPILERS) as pool:
         yield from pool.map(lambda argument: f(*argument), list(arguments))
-
-
-def _neighbours(splits: int, tiles: int) -> set[int]:
-    return {min(n, max(1, tiles // 2)) for n in (max(1, splits // 2), splits, 2 * splits)}
 
 
 def _poison() -> None:
@@ -221,63 +254,65 @@ def _normalized(attend: Callable[..., Any], *arguments: Any) -> Array:
 
 
 def _copies(nbytes: int) -> range:
-    return range(min(48, max(2, -(-int(ROTATED_BYTES) // nbytes))))
+    return range(min(24, max(2, -(-int(ROTATED_BYTES) // nbytes))))
 
 
-def _nbytes(arrays: Any) -> int:
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(arrays))
-
-
-def _packed_buffers(case: Case) -> tuple[list[tuple[Any, ...]], int]:
+def _packed_buffers(case: Case, copies: int | None = None) -> tuple[list[tuple[Any, ...]], int]:
     """Arguments of several calls, and the bytes of one call's packed tokens."""
     make = jax.jit(lambda seed: (case.query(seed), *case.pack(*case.dense(seed)[1:])))
-    _, key, value = make(0)
-    size = _nbytes((key, value))
-    return [(*make(seed), *case.token_ranges()) for seed in _copies(size)], size
+    _, key, value = jax.eval_shape(make, 0)
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((key, value)))
+    seeds = _copies(size) if copies is None else range(copies)
+    return [(*make(seed), *case.token_ranges()) for seed in seeds], size
 
 
-def _dense_buffers(case: Case) -> tuple[list[tuple[Array, Array, Array]], int]:
+def _dense_buffers(case: Case, copies: int | None = None) -> tuple[list[tuple[Any, ...]], int]:
     make = jax.jit(lambda seed: tuple(x.astype(jnp.bfloat16) for x in case.dense(seed)))
-    size = _nbytes(make(0)[1:])
-    return [make(seed) for seed in _copies(size)], size
+    size = 2 * 2 * case.batch * case.kv_heads * case.slots * case.head_dim
+    return [make(seed) for seed in (_copies(size) if copies is None else range(copies))], size
 
 
-def _contenders(case: Case) -> dict[str, Callable[[], tuple[float, int]]]:
-    """Ways to compute the case: each returns the seconds of a call and the bytes of the tokens it reads."""
+def _contenders(case: Case) -> dict[str, tuple[Callable[..., Array], bool] | str]:
+    """Ways to compute the case: a function and whether it reads packed tokens; or a backend of PyTorch."""
 
-    def packed(implementation: str) -> tuple[float, int]:
-        buffers, size = _packed_buffers(case)
+    def xla(query: Array, key: Array, value: Array) -> Array:
+        visible = jnp.ones((case.batch, 1, case.slots), bool)
+        found = partials.attend(query, key, value, visible, scale=case.head_dim**-0.5)
+        return partials.normalize(found).astype(query.dtype)
+
+    def packed(implementation: str) -> Callable[..., Array]:
         attend = functools.partial(quantized_attention, implementation=implementation)  # pyright: ignore[reportArgumentType]
-        return seconds_per_call(functools.partial(_normalized, attend), buffers), size
+        return functools.partial(_normalized, attend)
 
-    def xla() -> tuple[float, int]:
-        def attend(query: Array, key: Array, value: Array) -> Array:
-            visible = jnp.ones((case.batch, 1, case.slots), bool)
-            found = partials.attend(query, key, value, visible, scale=case.head_dim**-0.5)
-            return partials.normalize(found).astype(query.dtype)
-
-        buffers, size = _dense_buffers(case)
-        return seconds_per_call(attend, buffers), size
-
-    def cudnn() -> tuple[float, int]:
-        def attend(query: Array, key: Array, value: Array) -> Array:
-            return jax.nn.dot_product_attention(query[:, None], key, value, implementation="cudnn")
-
-        buffers, size = _dense_buffers(case)
-        # cuDNN wants [B, S, K, H]; the cache is laid out so before the clock starts.
-        moved = [(q, k.swapaxes(1, 2).copy(), v.swapaxes(1, 2).copy()) for q, k, v in buffers]
-        return seconds_per_call(attend, moved), size
-
-    torch_backends = ("CUDNN_ATTENTION", "FLASH_ATTENTION")
     return {
-        "bfloat16, XLA": xla,
-        "bfloat16, cuDNN (jax.nn)": cudnn,
-        **{f"bfloat16, torch {b}": functools.partial(_torch_seconds, case, b) for b in torch_backends},
-        **{f"packed, {name}": functools.partial(packed, name) for name in IMPLEMENTATIONS},
+        "bfloat16, XLA": (xla, False),
+        "bfloat16, torch cuDNN": "CUDNN_ATTENTION",
+        "bfloat16, torch flash": "FLASH_ATTENTION",
+        **{f"packed, {name}": (packed(name), True) for name in IMPLEMENTATIONS},
     }
 
 
-def _torch_seconds(case: Case, backend: str) -> tuple[float, int]:
+def _build(case: Case, contender: str) -> Callable[[], tuple[dict[str, float], int]] | str:
+    """What measures a contender, compiled: returns seconds by kernel, and the bytes of the tokens read."""
+    found = _contenders(case)[contender]
+    if isinstance(found, str):
+        return functools.partial(_torch_seconds, case, found)
+    attend, is_packed = found
+    buffers_of = _packed_buffers if is_packed else _dense_buffers
+    try:
+        shapes = jax.eval_shape(lambda: buffers_of(case, copies=1)[0])
+        compiled = jax.jit(attend).lower(*shapes[0]).compile()
+    except Exception as reason:
+        return f"{type(reason).__name__}: {str(reason)[:200]}"
+
+    def measure() -> tuple[dict[str, float], int]:
+        buffers, size = buffers_of(case)
+        return kernel_seconds(compiled, buffers), size
+
+    return measure
+
+
+def _torch_seconds(case: Case, backend: str) -> tuple[dict[str, float], int]:
     """PyTorch's scaled_dot_product_attention in a CUDA graph; the faster of two ways to group heads."""
     import torch  # pyright: ignore[reportMissingImports]
     from torch.nn.attention import SDPBackend, sdpa_kernel  # pyright: ignore[reportMissingImports]
@@ -306,7 +341,7 @@ def _torch_seconds(case: Case, backend: str) -> tuple[float, int]:
             found.append(_torch_graph_seconds(torch, calls) / len(tokens))
     if not found:
         raise NotImplementedError("torch refuses both layouts")
-    return min(found), size
+    return {"graph": min(found)}, size
 
 
 def _torch_graph_seconds(torch: Any, calls: Callable[[], None]) -> float:
@@ -322,9 +357,8 @@ def _torch_graph_seconds(torch: Any, calls: Callable[[], None]) -> float:
     for _ in range(SAMPLES + 2):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
-        for _ in range(IN_FLIGHT):
-            graph.replay()
+        graph.replay()
         end.record()
         torch.cuda.synchronize()
-        samples.append(begin.elapsed_time(end) / 1e3 / IN_FLIGHT)
+        samples.append(begin.elapsed_time(end) / 1e3)
     return statistics.median(samples[2:])

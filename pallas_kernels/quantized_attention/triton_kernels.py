@@ -341,10 +341,10 @@ def merge_splits(
     out = tl.zeros((DIM,), tl.float32)
     for first in tl.range(0, SPLITS, SOME):
         split = first + tl.arange(0, SOME)
-        tops = tl.load(TOP + at + split * HEADS, mask=split < SPLITS, other=float("-inf"))
+        some_tops = tl.load(TOP + at + split * HEADS, mask=split < SPLITS, other=float("-inf"))
         pointers = OUT + (at + split[:, None] * HEADS) * DIM + dim[None, :]
         outs = tl.load(pointers, mask=tl.broadcast_to((split < SPLITS)[:, None], (SOME, DIM)), other=0.0)
-        out += tl.sum(outs * _exp2(tops - highest, INTERPRET)[:, None], 0)
+        out += tl.sum(outs * _exp2(some_tops - highest, INTERPRET)[:, None], 0)
     merged = program * HEADS + head
     tl.store(OUT_MERGED + merged * DIM + dim, out)
     tl.store(TOP_MERGED + merged, tl.where(denom > 0, highest * LN2, NO_SCORE))
