@@ -119,8 +119,9 @@ def test_a_full_context_says_what_to_do():
 def test_chat_in_the_terminal(command, monkeypatch):
     lines = "/stats\nhello\n\n/stats\nabc\n/nope\n" + "long " * 20 + "\n/reset\n/quit\nnever read\n"
     monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
+    monkeypatch.setattr("kivi_jax.options.open_model", lambda *_: (model_with(), AsciiTokenizer()))
     options = ("--context", "64", "--max-new-tokens", "5", "--cache", "full")
-    code, out, error = command("chat", "random", *options)
+    code, out, error = command("chat", "demo", *options)
     assert code == 0
     assert [len(line) for line in out.splitlines()] == [5, 5]
     notes = error.splitlines()
@@ -141,6 +142,6 @@ def test_chat_in_the_terminal(command, monkeypatch):
     ],
 )
 def test_a_mistake_is_one_line(command, options, message):
-    code, out, error = command("chat", "random", *options)
+    code, out, error = command("chat", "demo", *options)
     assert (code, out, error.count("\n")) == (2, "", 1)
     assert message in error
