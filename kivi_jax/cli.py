@@ -13,6 +13,7 @@ from rich.table import Table
 from convert.command import Dtype, convert
 from kivi_jax.bench.command import bench
 from kivi_jax.console import format_bytes, parse_bytes, run
+from kivi_jax.eval.command import evaluate
 
 if TYPE_CHECKING:
     from kivi_jax.cache import KVCache
@@ -26,6 +27,7 @@ app = typer.Typer(
 )
 app.command()(convert)
 app.add_typer(bench, name="bench")
+app.add_typer(evaluate, name="eval")
 
 ModelArgument = Annotated[
     str,

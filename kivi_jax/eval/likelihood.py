@@ -68,7 +68,9 @@ def continuation_log_probs(
     arrays = (jnp.asarray(array) for array in (prefix, prefix_lengths, tokens, lengths))
     log_probs, greedy = (np.asarray(part) for part in _force(model, *arrays, cache))
     return [
-        Scored(log_probs[i, length - len(continuation) : length], greedy[i, length - len(continuation) : length])
+        Scored(
+            log_probs[i, length - len(continuation) : length], greedy[i, length - len(continuation) : length]
+        )
         for i, (continuation, length) in enumerate(zip(continuations, lengths, strict=False))
     ]
 
@@ -82,7 +84,7 @@ def _force(
     lengths: Int[Array, "B"],
     strategy: CacheStrategy,
 ) -> tuple[Float[Array, "B T"], Bool[Array, "B T"]]:
-    """Log-probabilities of `tokens` after the prefixes, and which were the most likely; zeros past the end."""
+    """Log-probabilities of `tokens` after the prefixes, and which were the likeliest; past a row's end, anything."""
     capacity = prefix.shape[1] + tokens.shape[1]
     logits, cache = model.prefill(prefix, prefix_lengths, cache=strategy, capacity=capacity)
     nothing = (jnp.zeros(tokens.shape, jnp.float32), jnp.zeros(tokens.shape, bool))

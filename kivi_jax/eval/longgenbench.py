@@ -24,7 +24,10 @@ def published(record: Mapping[str, Any]) -> float:
     """The share of questions answered right, by the scorer whose numbers the papers print."""
     if record["task"] == "GSM8K+":
         found = re.findall(r"Answer_\d+:\s*.*?answer is (\d+)", record["prediction"], re.DOTALL)
-        expected = [match[1] if (match := re.search(r"####\s*(\d+)", answer)) else None for answer in record["answers"]]
+        expected = [
+            match[1] if (match := re.search(r"####\s*(\d+)", answer)) else None
+            for answer in record["answers"]
+        ]
     else:
         found = re.findall(r"Answer_\d+:\s*.*?answer is \((.*?)\)", record["prediction"])
         expected = record["answers"]

@@ -28,7 +28,7 @@ class Sample:
 
 
 def read_rows(source: str | Path) -> list[dict[str, Any]]:
-    """The rows of a JSON-lines file, or of a data set on the hub: "name", "name:config" or "name:config:split".
+    """The rows of a JSON-lines file, or of a data set on the hub: "name:config:split" (test by default).
 
     Raises:
         ValueError: there is neither, or a line is not JSON.

@@ -1,0 +1,374 @@
+"""`kivi-jax eval`: the papers' evaluations, and their reports."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from convert.command import Dtype
+from kivi_jax.bench.command import machine
+from kivi_jax.names import parse_cache
+
+if TYPE_CHECKING:
+    from kivi_jax.eval.samples import Sample
+    from kivi_jax.llama import Llama
+
+evaluate = typer.Typer(
+    help="Run the papers' evaluations. What is done is kept: run the same command again after a cut.",
+    no_args_is_help=True,
+)
+
+Model = Annotated[str, typer.Option(help="A checkpoint's directory or hub name.")]
+Caches = Annotated[
+    list[str] | None, typer.Option("--cache", help="May be repeated; by default full, kivi4, kivi2.")
+]
+Data = Annotated[str, typer.Option(help="A local file or folder, or a data set's name on the hub.")]
+Out = Annotated[Path, typer.Option(help="The folder for predictions; a folder for each evaluation.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="The most samples (of each task); by default all.")]
+Batch = Annotated[int, typer.Option(min=1, help="Rows computed together.")]
+NewTokens = Annotated[int, typer.Option(min=1, help="The most tokens of an answer.")]
+Chat = Annotated[bool, typer.Option(help="Put prompts into the tokenizer's chat template.")]
+DtypeOption = Annotated[Dtype | None, typer.Option(help="By default float32 on a CPU, else bfloat16.")]
+
+DEFAULT_CACHES = ("full", "kivi4", "kivi2")
+
+
+@evaluate.command()
+def perplexity(
+    model: Model,
+    data: Annotated[str, typer.Option(help="A text file.")],
+    out: Out,
+    cache: Caches = None,
+    length: Annotated[int, typer.Option(help="Tokens of a window.")] = 512,
+    limit: Limit = None,
+    batch: Batch = 8,
+    dtype: DtypeOption = None,
+) -> None:
+    """Perplexity by position in a long text, every token decoded from the cache.
+
+    Example:  kivi-jax eval perplexity --model ./llama-8b --data book.txt --out results
+    """
+    from kivi_jax.eval.perplexity import read_windows, score_windows
+
+    llama, tokenizer = _load(model, dtype)
+    windows = read_windows(tokenizer, _read_text(data), length)[:limit]
+
+    def compute(name: str, path: Path, settings: dict[str, Any], progress: Progress) -> None:
+        score_windows(
+            llama,
+            windows,
+            cache=parse_cache(name),
+            path=path,
+            settings=settings,
+            batch_size=batch,
+            progress=progress,
+        )
+
+    _compare(
+        compute, "perplexity", llama, cache, out, model=model, data=data, length=length, dtype=_name(dtype)
+    )
+
+
+@evaluate.command()
+def longbench(
+    model: Model,
+    data: Data,
+    out: Out,
+    cache: Caches = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help="The folder of dataset2prompt.json and dataset2maxlen.json."),
+    ] = None,
+    max_length: Annotated[
+        int | None, typer.Option(min=2, help="Longer prompts lose their middle; by default what fits.")
+    ] = None,
+    chat: Chat = False,
+    limit: Limit = None,
+    batch: Batch = 1,
+    dtype: DtypeOption = None,
+) -> None:
+    """LongBench, the tasks of KIVI's tables: NAME.jsonl files in --data.
+
+    Example:  kivi-jax eval longbench --model ./llama-8b --data ./LongBench --chat --out results
+    """
+    from kivi_jax.eval.longbench import read_samples
+
+    llama, tokenizer = _load(model, dtype)
+    samples = read_samples(data, prompts, limit=limit)
+    if max_length is None:
+        max_length = llama.config.max_position_embeddings - max(sample.max_new_tokens for sample in samples)
+        if max_length < 2:
+            raise ValueError(
+                f"the model has {llama.config.max_position_embeddings} positions, no more than answers need: "
+                "pass --max-length"
+            )
+    _generate(
+        "longbench",
+        (llama, tokenizer),
+        samples,
+        cache,
+        out,
+        batch=batch,
+        max_length=max_length,
+        chat=chat,
+        model=model,
+        data=data,
+        dtype=_name(dtype),
+    )
+
+
+@evaluate.command()
+def longgenbench(
+    model: Model,
+    data: Annotated[str, typer.Option(help="Built prompts (gsm8k_30.jsonl), or with --build questions.")],
+    out: Out,
+    cache: Caches = None,
+    task: Annotated[str, typer.Option(help="gsm8k, mmlu or csqa.")] = "gsm8k",
+    build: Annotated[
+        Path | None, typer.Option(help="Build prompts of --data's questions after the examples in this file.")
+    ] = None,
+    questions: Annotated[int, typer.Option(min=1, help="Questions in a prompt.")] = 30,
+    examples: Annotated[int, typer.Option(min=1, help="Examples in a prompt, with --build.")] = 8,
+    max_new_tokens: NewTokens = 4096,
+    chat: Chat = False,
+    limit: Limit = None,
+    batch: Batch = 1,
+    dtype: DtypeOption = None,
+) -> None:
+    """LongGenBench: many questions in one prompt, answered in one long output (SCOPE's evaluation).
+
+    Example:  kivi-jax eval longgenbench --model ./llama-8b --data ./gsm8k_30.jsonl --cache scope --out results
+    """
+    from kivi_jax.eval import longgenbench as bench
+    from kivi_jax.eval.samples import read_rows
+
+    if task not in bench.TASKS:
+        raise ValueError(f"unknown task {task!r}: choose one of {', '.join(bench.TASKS)}")
+    if build is None:
+        path = Path(data)
+        rows = read_rows(path / f"{task}_{questions}.jsonl" if path.is_dir() else path)
+        samples = bench.read_samples(task, rows, max_new_tokens=max_new_tokens)
+    else:
+        samples = bench.build_samples(
+            task,
+            read_rows(data),
+            examples=read_rows(build)[:examples],
+            questions_per_prompt=questions,
+            max_new_tokens=max_new_tokens,
+        )
+    loaded = _load(model, dtype)
+    settings = dict(model=model, data=data, max_new_tokens=max_new_tokens, dtype=_name(dtype))
+    if build is not None:
+        settings |= dict(build=str(build), questions=questions, examples=examples)
+    _generate("longgenbench", loaded, samples[:limit], cache, out, batch=batch, chat=chat, **settings)
+
+
+@evaluate.command()
+def needle(
+    model: Model,
+    out: Out,
+    cache: Caches = None,
+    data: Annotated[
+        str | None,
+        typer.Option(help="A text to hide keys in, or recorded prompts (.jsonl)."),
+    ] = None,
+    length: Annotated[
+        list[int] | None, typer.Option(min=1, help="Tokens of a prompt; may be repeated.")
+    ] = None,
+    depths: Annotated[int, typer.Option(min=1, help="Places of the key, from start to end.")] = 5,
+    repeats: Annotated[int, typer.Option(min=1, help="Prompts per length and depth.")] = 1,
+    max_new_tokens: NewTokens = 8,
+    limit: Limit = None,
+    batch: Batch = 4,
+    dtype: DtypeOption = None,
+) -> None:
+    """A pass key hidden at every depth of prompts of every length; a heat map per cache.
+
+    Example:  kivi-jax eval needle --model ./llama-8b --length 4096 --length 32768 --out results
+    """
+    from kivi_jax.eval.needle import build_samples, read_samples
+    from kivi_jax.eval.samples import read_rows
+
+    llama, tokenizer = _load(model, dtype)
+    settings: dict[str, Any] = dict(model=model, data=data or "made-up text", max_new_tokens=max_new_tokens)
+    if data is not None and data.endswith(".jsonl"):
+        samples = read_samples(tokenizer, read_rows(data), max_new_tokens=max_new_tokens)
+    else:
+        lengths = length or [256, 512, 1024]
+        samples = build_samples(
+            tokenizer,
+            lengths=lengths,
+            depths=depths,
+            repeats=repeats,
+            haystack=None if data is None else _read_text(data),
+            max_new_tokens=max_new_tokens,
+        )
+        settings |= dict(depths=depths)
+    _generate(
+        "needle", (llama, tokenizer), samples[:limit], cache, out, batch=batch, dtype=_name(dtype), **settings
+    )
+
+
+@evaluate.command()
+def ruler(
+    model: Model,
+    data: Data,
+    out: Out,
+    cache: Caches = None,
+    max_new_tokens: NewTokens = 128,
+    limit: Limit = None,
+    batch: Batch = 1,
+    dtype: DtypeOption = None,
+) -> None:
+    """RULER's needle tasks, from the files that its own scripts write (niah_*.jsonl).
+
+    Example:  kivi-jax eval ruler --model ./llama-8b --data ./niah_multikey_3.jsonl --out results
+    """
+    from kivi_jax.eval.ruler import build_samples
+    from kivi_jax.eval.samples import read_rows
+
+    path = Path(data)
+    files = sorted(path.rglob("*.jsonl")) if path.is_dir() else [path]
+    samples = [
+        sample
+        for file in files
+        for sample in build_samples(file.stem, read_rows(file)[:limit], max_new_tokens=max_new_tokens)
+    ]
+    if not samples:
+        raise ValueError(
+            f"there are no samples in {data}: pass a folder of niah_*.jsonl files, or one of them"
+        )
+    settings = dict(model=model, data=data, max_new_tokens=max_new_tokens, dtype=_name(dtype))
+    _generate("ruler", _load(model, dtype), samples, cache, out, batch=batch, **settings)
+
+
+@evaluate.command()
+def gsm8k(
+    model: Model,
+    data: Annotated[str, typer.Option(help="Folder of train.jsonl and test.jsonl, or openai/gsm8k:main.")],
+    out: Out,
+    cache: Caches = None,
+    examples: Annotated[int, typer.Option(min=0, help="Worked examples before each question.")] = 5,
+    max_new_tokens: NewTokens = 256,
+    limit: Limit = None,
+    batch: Batch = 4,
+    dtype: DtypeOption = None,
+) -> None:
+    """GSM8K with worked examples in the prompt, as in KIVI's example.
+
+    Example:  kivi-jax eval gsm8k --model ./llama-8b --data ./gsm8k --cache full --cache kivi2 --out results
+    """
+    from kivi_jax.eval.gsm8k import build_samples
+    from kivi_jax.eval.samples import read_rows
+
+    path = Path(data)
+    splits = (
+        (path / "train.jsonl", path / "test.jsonl") if path.is_dir() else (f"{data}:train", f"{data}:test")
+    )
+    shown, asked = (read_rows(split) for split in splits)
+    samples = build_samples(asked[:limit], examples=shown[:examples], max_new_tokens=max_new_tokens)
+    settings = dict(
+        model=model, data=data, examples=examples, max_new_tokens=max_new_tokens, dtype=_name(dtype)
+    )
+    _generate("gsm8k", _load(model, dtype), samples, cache, out, batch=batch, **settings)
+
+
+@evaluate.command()
+def report(
+    folders: Annotated[list[Path], typer.Argument(help="Folders that evaluations were written to.")],
+) -> None:
+    """Print the tables of finished evaluations, and draw their plots into the first folder.
+
+    Example:  kivi-jax eval report results
+    """
+    _report(folders)
+
+
+def _generate(
+    name: str,
+    loaded: "tuple[Llama, Any]",
+    samples: "Sequence[Sample]",
+    caches: Sequence[str] | None,
+    out: Path,
+    *,
+    batch: int,
+    max_length: int = 0,
+    chat: bool = False,
+    **settings: Any,
+) -> None:
+    """Predict all samples under all caches, and report."""
+    from kivi_jax.eval.generating import predict
+
+    llama, tokenizer = loaded
+    settings |= {"max_length": max_length or None, "chat": chat}
+
+    def compute(cache: str, path: Path, settings: dict[str, Any], progress: Progress) -> None:
+        predict(
+            llama,
+            tokenizer,
+            samples,
+            cache=parse_cache(cache),
+            path=path,
+            settings=settings,
+            batch_size=batch,
+            max_length=max_length,
+            chat=chat,
+            progress=progress,
+        )
+
+    _compare(compute, name, llama, caches, out, **settings)
+
+
+def _compare(
+    compute: Callable[[str, Path, dict[str, Any], Progress], None],
+    name: str,
+    llama: "Llama",
+    caches: Sequence[str] | None,
+    out: Path,
+    **settings: Any,
+) -> None:
+    names = list(dict.fromkeys(caches or DEFAULT_CACHES))
+    for cache in names:  # a mistake in the last one should not cost the time of the first
+        parse_cache(cache).check(llama.config)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        for cache in names:
+            path = out / name / f"{cache.replace(':', ',')}.jsonl"
+            compute(cache, path, {"eval": name, "cache": cache} | settings, progress)
+    _report([out / name])
+
+
+def _report(folders: Sequence[Path]) -> None:
+    from kivi_jax.eval.report import plot, read_comparisons, tables
+
+    console = Console()
+    for comparison in read_comparisons(folders):
+        for table in tables(comparison):
+            console.print(table)
+        if picture := plot(comparison, folders[0]):
+            console.print(f"plot: {picture}", soft_wrap=True, highlight=False)
+    console.print(machine(), style="dim", highlight=False)
+
+
+def _load(model: str, dtype: Dtype | None) -> "tuple[Llama, Any]":
+    from kivi_jax.loading import load
+
+    with Console(stderr=True).status("loading"):
+        llama, tokenizer = load(model, dtype=_name(dtype))
+    if tokenizer is None:
+        raise ValueError(f"{model} has no tokenizer files: copy the tokenizer's files there")
+    return llama, tokenizer
+
+
+def _name(dtype: Dtype | None) -> str | None:
+    return None if dtype is None else dtype.value
+
+
+def _read_text(path: str) -> str:
+    try:
+        return Path(path).read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} cannot be read as text: {error}") from None
