@@ -67,9 +67,10 @@ def perplexity(
             progress=progress,
         )
 
-    _compare(
-        compute, "perplexity", llama, cache, out, model=model, data=data, length=length, dtype=_name(dtype)
+    settings: dict[str, Any] = dict(
+        eval="perplexity", model=model, data=data, length=length, dtype=_name(dtype)
     )
+    _compare(compute, llama, cache, out, settings)
 
 
 @evaluate.command()
@@ -105,19 +106,11 @@ def longbench(
                 f"the model has {llama.config.max_position_embeddings} positions, no more than answers need: "
                 "pass --max-length"
             )
-    _generate(
-        "longbench",
-        (llama, tokenizer),
-        samples,
-        cache,
-        out,
-        batch=batch,
-        max_length=max_length,
-        chat=chat,
-        model=model,
-        data=data,
-        dtype=_name(dtype),
+    settings: dict[str, Any] = dict(
+        eval="longbench", model=model, data=data, max_length=max_length, chat=chat
     )
+    settings |= dict(dtype=_name(dtype))
+    _generate((llama, tokenizer), samples, cache, out, settings, batch=batch)
 
 
 @evaluate.command()
@@ -140,7 +133,7 @@ def longgenbench(
 ) -> None:
     """LongGenBench: many questions in one prompt, answered in one long output (SCOPE's evaluation).
 
-    Example:  kivi-jax eval longgenbench --model ./llama-8b --data ./gsm8k_30.jsonl --cache scope --out results
+    Example:  kivi-jax eval longgenbench --model ./llama-8b --data gsm8k_30.jsonl --cache scope --out out
     """
     from kivi_jax.eval import longgenbench as bench
     from kivi_jax.eval.samples import read_rows
@@ -160,10 +153,13 @@ def longgenbench(
             max_new_tokens=max_new_tokens,
         )
     loaded = _load(model, dtype)
-    settings = dict(model=model, data=data, max_new_tokens=max_new_tokens, dtype=_name(dtype))
+    settings: dict[str, Any] = dict(
+        eval="longgenbench", model=model, data=data, max_new_tokens=max_new_tokens, chat=chat
+    )
+    settings |= dict(dtype=_name(dtype))
     if build is not None:
         settings |= dict(build=str(build), questions=questions, examples=examples)
-    _generate("longgenbench", loaded, samples[:limit], cache, out, batch=batch, chat=chat, **settings)
+    _generate(loaded, samples[:limit], cache, out, settings, batch=batch)
 
 
 @evaluate.command()
@@ -193,7 +189,10 @@ def needle(
     from kivi_jax.eval.samples import read_rows
 
     llama, tokenizer = _load(model, dtype)
-    settings: dict[str, Any] = dict(model=model, data=data or "made-up text", max_new_tokens=max_new_tokens)
+    settings: dict[str, Any] = dict(
+        eval="needle", model=model, data=data or "made-up text", max_new_tokens=max_new_tokens
+    )
+    settings |= dict(dtype=_name(dtype))
     if data is not None and data.endswith(".jsonl"):
         samples = read_samples(tokenizer, read_rows(data), max_new_tokens=max_new_tokens)
     else:
@@ -207,9 +206,7 @@ def needle(
             max_new_tokens=max_new_tokens,
         )
         settings |= dict(depths=depths)
-    _generate(
-        "needle", (llama, tokenizer), samples[:limit], cache, out, batch=batch, dtype=_name(dtype), **settings
-    )
+    _generate((llama, tokenizer), samples[:limit], cache, out, settings, batch=batch)
 
 
 @evaluate.command()
@@ -241,8 +238,10 @@ def ruler(
         raise ValueError(
             f"there are no samples in {data}: pass a folder of niah_*.jsonl files, or one of them"
         )
-    settings = dict(model=model, data=data, max_new_tokens=max_new_tokens, dtype=_name(dtype))
-    _generate("ruler", _load(model, dtype), samples, cache, out, batch=batch, **settings)
+    settings: dict[str, Any] = dict(
+        eval="ruler", model=model, data=data, max_new_tokens=max_new_tokens, dtype=_name(dtype)
+    )
+    _generate(_load(model, dtype), samples, cache, out, settings, batch=batch)
 
 
 @evaluate.command()
@@ -265,15 +264,16 @@ def gsm8k(
     from kivi_jax.eval.samples import read_rows
 
     path = Path(data)
-    splits = (
-        (path / "train.jsonl", path / "test.jsonl") if path.is_dir() else (f"{data}:train", f"{data}:test")
+    shown, asked = (
+        read_rows(path / f"{split}.jsonl" if path.is_dir() else f"{data}:{split}")
+        for split in ("train", "test")
     )
-    shown, asked = (read_rows(split) for split in splits)
     samples = build_samples(asked[:limit], examples=shown[:examples], max_new_tokens=max_new_tokens)
-    settings = dict(
-        model=model, data=data, examples=examples, max_new_tokens=max_new_tokens, dtype=_name(dtype)
+    settings: dict[str, Any] = dict(
+        eval="gsm8k", model=model, data=data, examples=examples, max_new_tokens=max_new_tokens
     )
-    _generate("gsm8k", _load(model, dtype), samples, cache, out, batch=batch, **settings)
+    settings |= dict(dtype=_name(dtype))
+    _generate(_load(model, dtype), samples, cache, out, settings, batch=batch)
 
 
 @evaluate.command()
@@ -288,22 +288,18 @@ def report(
 
 
 def _generate(
-    name: str,
     loaded: "tuple[Llama, Any]",
     samples: "Sequence[Sample]",
     caches: Sequence[str] | None,
     out: Path,
+    settings: dict[str, Any],
     *,
     batch: int,
-    max_length: int = 0,
-    chat: bool = False,
-    **settings: Any,
 ) -> None:
-    """Predict all samples under all caches, and report."""
+    """Predict all samples under all caches, and report. `settings` are what predictions depend on."""
     from kivi_jax.eval.generating import predict
 
     llama, tokenizer = loaded
-    settings |= {"max_length": max_length or None, "chat": chat}
 
     def compute(cache: str, path: Path, settings: dict[str, Any], progress: Progress) -> None:
         predict(
@@ -314,31 +310,31 @@ def _generate(
             path=path,
             settings=settings,
             batch_size=batch,
-            max_length=max_length,
-            chat=chat,
+            max_length=settings.get("max_length"),
+            chat=settings.get("chat", False),
             progress=progress,
         )
 
-    _compare(compute, name, llama, caches, out, **settings)
+    _compare(compute, llama, caches, out, settings)
 
 
 def _compare(
     compute: Callable[[str, Path, dict[str, Any], Progress], None],
-    name: str,
     llama: "Llama",
     caches: Sequence[str] | None,
     out: Path,
-    **settings: Any,
+    settings: dict[str, Any],
 ) -> None:
+    """Compute one file of records per cache, and report on them."""
     names = list(dict.fromkeys(caches or DEFAULT_CACHES))
     for cache in names:  # a mistake in the last one should not cost the time of the first
         parse_cache(cache).check(llama.config)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         for cache in names:
-            path = out / name / f"{cache.replace(':', ',')}.jsonl"
-            compute(cache, path, {"eval": name, "cache": cache} | settings, progress)
-    _report([out / name])
+            path = out / settings["eval"] / f"{cache.replace(':', ',')}.jsonl"
+            compute(cache, path, settings | {"cache": cache}, progress)
+    _report([out / settings["eval"]])
 
 
 def _report(folders: Sequence[Path]) -> None:

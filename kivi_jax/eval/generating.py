@@ -27,7 +27,7 @@ def predict(
     path: Path,
     settings: Record,
     batch_size: int,
-    max_length: int,
+    max_length: int | None,
     chat: bool,
     progress: Progress,
 ) -> list[Record]:
@@ -44,7 +44,7 @@ def predict(
         path: the file of records, see `jobs.finish`.
         settings: what the records depend on.
         batch_size: rows computed together.
-        max_length: tokens to which prompts that may be truncated are cut.
+        max_length: tokens to which prompts that may be truncated are cut; None: they are not.
         chat: put prompts into the tokenizer's chat template where samples allow it.
         progress: shows how far it is.
 
@@ -67,7 +67,7 @@ def predict(
     return finish(path, settings, batches, compute, identify=lambda item: item[0].id, progress=progress)
 
 
-def encode(tokenizer: Any, sample: Sample, *, max_length: int, chat: bool) -> list[int]:
+def encode(tokenizer: Any, sample: Sample, *, max_length: int | None, chat: bool) -> list[int]:
     """The prompt's token ids, its middle left out if it is too long and may be truncated.
 
     As in LongBench, the halves that are kept are turned into text again before the chat template.
@@ -77,7 +77,7 @@ def encode(tokenizer: Any, sample: Sample, *, max_length: int, chat: bool) -> li
     """
     prompt = sample.prompt
     ids = tokenizer(prompt)["input_ids"]
-    if sample.truncate and len(ids) > max_length:
+    if sample.truncate and max_length is not None and len(ids) > max_length:
         head, tail = ids[: max_length // 2], ids[len(ids) - max_length // 2 :]
         prompt = "".join(tokenizer.decode(half, skip_special_tokens=True) for half in (head, tail))
         ids = tokenizer(prompt)["input_ids"]

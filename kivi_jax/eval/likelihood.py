@@ -84,7 +84,7 @@ def _force(
     lengths: Int[Array, "B"],
     strategy: CacheStrategy,
 ) -> tuple[Float[Array, "B T"], Bool[Array, "B T"]]:
-    """Log-probabilities of `tokens` after the prefixes, and which were the likeliest; past a row's end, anything."""
+    """Log-probabilities of `tokens` after the prefixes, and which were the likeliest; junk past the end."""
     capacity = prefix.shape[1] + tokens.shape[1]
     logits, cache = model.prefill(prefix, prefix_lengths, cache=strategy, capacity=capacity)
     nothing = (jnp.zeros(tokens.shape, jnp.float32), jnp.zeros(tokens.shape, bool))

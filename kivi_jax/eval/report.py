@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.table import Table
 
 from kivi_jax.eval import gsm8k, longbench, longgenbench, needle, perplexity, ruler
@@ -44,13 +45,10 @@ class Comparison:
     @property
     def title(self) -> str:
         """What was evaluated on what."""
-        options = {
-            name: value for name, value in self.settings.items() if name not in ("eval", "model", "data")
-        }
-        shown = ", ".join(f"{name}={value}" for name, value in options.items() if value not in (None, False))
-        return f"{self.evaluation}: {self.settings['model']} on {self.settings['data']}" + (
-            f" ({shown})" if shown else ""
-        )
+        named = ("eval", "model", "data")
+        options = (f"{name}={value}" for name, value in self.settings.items() if value and name not in named)
+        shown = "".join(f", {option}" for option in options)
+        return f"{self.evaluation}: {self.settings['model']} on {self.settings['data']}{shown}"
 
 
 def read_comparisons(folders: Iterable[Path]) -> list[Comparison]:
@@ -202,10 +200,7 @@ def _plot_needle(comparison: Comparison) -> Any:
         for record in records:
             cells.setdefault((record["depth"], record["length"]), []).append(needle.score(record))
         grid = [
-            [
-                100 * sum(hits) / len(hits) if (hits := cells.get((depth, length))) else float("nan")
-                for length in lengths
-            ]
+            [100 * float(np.mean(cells.get((depth, length), np.nan))) for length in lengths]
             for depth in depths
         ]
         image = axes.imshow(grid, vmin=0, vmax=100, cmap="RdYlGn", aspect="auto")
