@@ -95,13 +95,9 @@ def take_tokens(tokenizer: Any, source: Iterator[str], room: int) -> list[str]:
             break
         taken.append(sentence)
     else:
-        raise ValueError(
-            f"the haystack is {room} tokens too short for the longest prompt: pass a longer text"
-        )
+        raise ValueError(f"the haystack is {room} tokens shorter than the longest prompt: pass another text")
     if not taken:
-        raise ValueError(
-            "a length has no room for text beside the key and the question: pass a longer --length"
-        )
+        raise ValueError("no text fits beside the key and the question: pass a longer --length")
     return taken
 
 

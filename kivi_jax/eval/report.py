@@ -5,6 +5,7 @@ is marked as noise: do not rank by it.
 """
 
 import dataclasses
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -98,7 +99,7 @@ def _perplexity_table(comparison: Comparison) -> Table:
 def _score_table(comparison: Comparison, name: str, score: Score) -> Table:
     records = comparison.by_cache
     baseline = next(iter(records))
-    tasks = list(dict.fromkeys(row["task"] for rows in records.values() for row in rows))
+    tasks = sorted({row["task"] for rows in records.values() for row in rows}, key=_natural)
     table = Table(
         title=comparison.title + (f", {name}" if name else ""),
         caption=f"percent; 95 % bootstrap intervals; ~ differs from {baseline} by no more than noise",
@@ -125,6 +126,11 @@ def _score_table(comparison: Comparison, name: str, score: Score) -> Table:
             cells += [f"{100 * change.mean:+.2f}", _interval(change) + _noise(change)]
         table.add_row(*cells)
     return table
+
+
+def _natural(name: str) -> list[str | int]:
+    """A key that sorts "512 tokens" before "1024 tokens"."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
 
 def _paired(rows: Sequence[Record], others: Sequence[Record]) -> tuple[list[Record], list[Record]]:
@@ -155,7 +161,7 @@ def plot(comparison: Comparison, folder: Path) -> Path | None:
     return save_figure(figure, folder / f"{comparison.evaluation}.png")
 
 
-def new_figure(width: float, height: float) -> Any:
+def new_figure(width: int, height: int) -> Any:
     """An empty figure that needs no screen.
 
     Raises:
