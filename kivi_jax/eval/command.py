@@ -277,6 +277,55 @@ def gsm8k(
 
 
 @evaluate.command()
+def study(
+    model: Model,
+    data: Annotated[str, typer.Option(help="A text file.")],
+    out: Out,
+    bits: Annotated[list[int] | None, typer.Option(help="May be repeated; by default 2 and 4.")] = None,
+    group_size: Annotated[list[int] | None, typer.Option(help="May be repeated; by default 32.")] = None,
+    residual_length: Annotated[
+        list[int] | None, typer.Option(help="May be repeated; by default 32 and 128.")
+    ] = None,
+    length: Annotated[int, typer.Option(help="Tokens of a window.")] = 512,
+    windows: Annotated[int, typer.Option(min=1, help="Windows of the text.")] = 4,
+    dtype: DtypeOption = None,
+) -> None:
+    """The quantizer's errors on real activations, keys and values per channel and per token.
+
+    Example:  kivi-jax eval study --model ./llama-8b --data book.txt --bits 2 --group-size 32 --out results
+    """
+    import jax.numpy as jnp
+
+    from kivi_jax.eval.jobs import finish
+    from kivi_jax.eval.perplexity import read_windows
+    from kivi_jax.eval.study import Study, all_settings
+
+    llama, tokenizer = _load(model, dtype)
+    wanted = all_settings(
+        llama.config,
+        bits=bits or [2, 4],
+        group_sizes=group_size or [32],
+        residual_lengths=residual_length or [32, 128],
+    )
+    texts = read_windows(tokenizer, _read_text(data), length)[:windows]
+    rows = [(context + tokens)[:length] for _, context, tokens in texts]
+    measured = Study(llama, jnp.asarray(rows, jnp.int32))
+    settings = dict(
+        eval="study", model=model, data=data, length=length, windows=len(rows), dtype=_name(dtype)
+    )
+    with _progress() as progress:
+        finish(
+            out / "study" / "study.jsonl",
+            settings,
+            [[setting] for setting in wanted],
+            lambda batch: [measured.measure(setting) for setting in batch],
+            identify=lambda setting: setting.name,
+            progress=progress,
+        )
+    _report([out / "study"])
+
+
+@evaluate.command()
 def report(
     folders: Annotated[list[Path], typer.Argument(help="Folders that evaluations were written to.")],
 ) -> None:
@@ -329,12 +378,16 @@ def _compare(
     names = list(dict.fromkeys(caches or DEFAULT_CACHES))
     for cache in names:  # a mistake in the last one should not cost the time of the first
         parse_cache(cache).check(llama.config)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    with _progress() as progress:
         for cache in names:
             path = out / settings["eval"] / f"{cache.replace(':', ',')}.jsonl"
             compute(cache, path, settings | {"cache": cache}, progress)
     _report([out / settings["eval"]])
+
+
+def _progress() -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=Console(stderr=True), transient=True)
 
 
 def _report(folders: Sequence[Path]) -> None:

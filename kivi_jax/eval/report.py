@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from kivi_jax.eval import gsm8k, longbench, longgenbench, needle, perplexity, ruler
+from kivi_jax.eval import gsm8k, longbench, longgenbench, needle, perplexity, ruler, study
+from kivi_jax.eval.figures import new_figure, save_figure
 from kivi_jax.eval.jobs import Record, read_records
 from kivi_jax.eval.statistics import Estimate, bootstrap
 
@@ -64,7 +65,7 @@ def read_comparisons(folders: Iterable[Path]) -> list[Comparison]:
         settings, records = read_records(file)
         if not records:
             continue
-        cache = settings.pop("cache")
+        cache = settings.pop("cache", "")
         comparison = found.setdefault(repr(sorted(settings.items())), Comparison(settings, {}))
         comparison.by_cache[cache] = records
     if not found:
@@ -76,6 +77,8 @@ def tables(comparison: Comparison) -> list[Table]:
     """One table per way to score."""
     if comparison.evaluation == "perplexity":
         return [_perplexity_table(comparison)]
+    if comparison.evaluation == "study":
+        return [study.table(comparison.title, records) for records in comparison.by_cache.values()]
     return [_score_table(comparison, name, score) for name, score in SCORES[comparison.evaluation].items()]
 
 
@@ -149,37 +152,18 @@ def _noise(estimate: Estimate) -> str:
 
 
 def plot(comparison: Comparison, folder: Path) -> Path | None:
-    """Save what there is to see as a picture: perplexity by position, or a needle's heat maps.
+    """Save what there is to see as a picture: perplexity by position, heat maps, or bars.
 
     Raises:
         ValueError: matplotlib is not installed.
     """
-    draw = {"perplexity": _plot_perplexity, "needle": _plot_needle}.get(comparison.evaluation)
+    draw = {"perplexity": _plot_perplexity, "needle": _plot_needle, "study": _plot_study}.get(
+        comparison.evaluation
+    )
     if draw is None:
         return None
     figure = draw(comparison)
     return save_figure(figure, folder / f"{comparison.evaluation}.png")
-
-
-def new_figure(width: int, height: int) -> Any:
-    """An empty figure that needs no screen.
-
-    Raises:
-        ValueError: matplotlib is not installed.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ValueError("plots need matplotlib: pip install 'kivi-jax[eval]'") from None
-    return Figure(figsize=(width, height), layout="constrained")
-
-
-def save_figure(figure: Any, path: Path) -> Path:
-    """Write a picture, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".part")
-    figure.savefig(temporary, format="png", dpi=150)
-    return temporary.replace(path)
 
 
 def _plot_perplexity(comparison: Comparison) -> Any:
@@ -192,6 +176,10 @@ def _plot_perplexity(comparison: Comparison) -> Any:
     axes.set_title(f"{comparison.settings['model']} on {comparison.settings['data']}", fontsize=9)
     axes.legend()
     return figure
+
+
+def _plot_study(comparison: Comparison) -> Any:
+    return study.draw(comparison.title, comparison.by_cache[""])
 
 
 def _plot_needle(comparison: Comparison) -> Any:
