@@ -133,16 +133,17 @@ def longgenbench(
 ) -> None:
     """LongGenBench: many questions in one prompt, answered in one long output (SCOPE's evaluation).
 
+    Tasks run one after another into one folder are reported together.
+
     Example:  kivi-jax eval longgenbench --model ./llama-8b --data gsm8k_30.jsonl --cache scope --out out
     """
     from kivi_jax.eval import longgenbench as bench
-    from kivi_jax.eval.samples import read_rows
+    from kivi_jax.eval.samples import find_file, read_rows
 
     if task not in bench.TASKS:
         raise ValueError(f"unknown task {task!r}: choose one of {', '.join(bench.TASKS)}")
     if build is None:
-        path = Path(data)
-        rows = read_rows(path / f"{task}_{questions}.jsonl" if path.is_dir() else path)
+        rows = read_rows(find_file(data, f"{task}_{questions}.jsonl"))
         samples = bench.read_samples(task, rows, max_new_tokens=max_new_tokens)
     else:
         samples = bench.build_samples(
@@ -156,9 +157,9 @@ def longgenbench(
     settings: dict[str, Any] = dict(
         eval="longgenbench", model=model, data=data, max_new_tokens=max_new_tokens, chat=chat
     )
-    settings |= dict(dtype=_name(dtype))
+    settings |= dict(dtype=_name(dtype), questions=questions)
     if build is not None:
-        settings |= dict(build=str(build), questions=questions, examples=examples)
+        settings |= dict(build=str(build), examples=examples)
     _generate(loaded, samples[:limit], cache, out, settings, batch=batch)
 
 

@@ -55,6 +55,20 @@ def read_rows(source: str | Path) -> list[dict[str, Any]]:
         raise ValueError(f"{source} is neither a file nor a data set that can be loaded: {error}") from error
 
 
+def find_file(source: str | Path, name: str) -> str | Path:
+    """`source`, or where it is a folder the file `name` anywhere in it.
+
+    Raises:
+        ValueError: the folder has no such file.
+    """
+    path = Path(source)
+    if not path.is_dir():
+        return source
+    if found := sorted(path.rglob(name)):
+        return found[0]
+    raise ValueError(f"there is no {name} in {path}")
+
+
 def files_by_task(source: str | Path, names: Mapping[str, Any]) -> dict[str, Path]:
     """The files of a folder (or the one file) whose name begins with one of `names`, by that name.
 

@@ -7,7 +7,7 @@ import pytest
 
 from kivi_jax.eval import gsm8k, longbench, needle, ruler
 from kivi_jax.eval.generating import batches_of_one_width, cut, encode
-from kivi_jax.eval.samples import Sample, files_by_task, read_rows
+from kivi_jax.eval.samples import Sample, files_by_task, find_file, read_rows
 
 
 class Words:
@@ -98,6 +98,8 @@ def test_longbench_without_prompts_or_tasks_says_what_is_missing(tmp_path):
         longbench.read_samples(tmp_path, None, limit=None)
     with pytest.raises(ValueError, match="no file in"):
         files_by_task(tmp_path, longbench.METRICS)
+    with pytest.raises(ValueError, match="there is no gsm8k_30"):
+        find_file(tmp_path, "gsm8k_30.jsonl")
 
 
 def test_rows_are_json_lines(tmp_path):
