@@ -1,17 +1,21 @@
 """`kivi-jax bench`: commands that print what the documentation quotes."""
 
+import json
 import platform
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from kivi_jax.console import format_bytes
+from kivi_jax.console import format_bytes, parse_bytes
 from kivi_jax.names import parse_cache
 
 if TYPE_CHECKING:
     from kivi_jax.config import ModelConfig
+    from pallas_kernels.quantized_attention.cases import Case
 
 bench = typer.Typer(help="Measure speed and memory on this machine.", no_args_is_help=True)
 
@@ -112,6 +116,92 @@ def attention(
     from kivi_jax.bench.attention import run, table
 
     Console().print(table(run(repeats=repeats)))
+
+
+@bench.command()
+def throughput(
+    shape: Annotated[str, typer.Option(help="125m or llama-8b; random weights.")] = "llama-8b",
+    context: Annotated[int, typer.Option(help="Tokens in each row's cache when timing starts.")] = 8192,
+    new_tokens: Annotated[int, typer.Option(help="Steps to time.")] = 16,
+    memory: Annotated[str, typer.Option(help="What to fill; empty: 90 % of the device.")] = "",
+    cache: Annotated[list[str] | None, typer.Option(help="Caches to compare; may be repeated.")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, or bfloat16 on an accelerator.")] = "bfloat16",
+    out: Annotated[Path | None, typer.Option(help="A directory for the figures as JSON.")] = None,
+) -> None:
+    """Fill the memory with rows: how many fit with each cache, and how many tokens a second do they give?
+
+    Example:  kivi-jax bench throughput --shape 125m --memory 1GiB --dtype float32
+    """
+    from kivi_jax.bench.decode import throughput as run
+
+    strategies = {name: parse_cache(name) for name in cache or ["full", "kivi4", "kivi2"]}
+    limit = parse_bytes(memory) if memory else None
+    records = _written(
+        run(_shape(shape), strategies, context=context, new_tokens=new_tokens, dtype=dtype, memory=limit),
+        out and out / "throughput.json",
+    )
+    title = f"largest batch, {shape} {dtype}, {context:,} tokens a row"
+    table = Table("cache", "batch", "ms/step", "tokens/s", "cache", "peak", title=title, caption=machine())
+    for record in records:
+        table.add_row(
+            record["cache"],
+            str(record["batch"]),
+            f"{record['ms']:.2f}",
+            f"{record['tokens_per_s']:.0f}",
+            format_bytes(record["cache_bytes"]),
+            format_bytes(record["peak_bytes"]) if record["peak_bytes"] else "",
+        )
+    Console().print(table)
+
+
+@bench.command()
+def kernels(
+    aot: Annotated[bool, typer.Option("--aot", help="Compile only, and count: needs no GPU.")] = False,
+    sweep: Annotated[bool, typer.Option("--sweep", help="Time every tuning instead.")] = False,
+    case: Annotated[list[str] | None, typer.Option(help="Only cases whose name begins so.")] = None,
+    out: Annotated[Path | None, typer.Option(help="A directory for one JSON file a stage.")] = None,
+) -> None:
+    """Check and time the GPU kernels of decode attention against bfloat16.
+
+    Example:  kivi-jax bench kernels --out results
+    """
+    from pallas_kernels.quantized_attention.cases import COMPILED, GPU
+
+    def chosen(cases: "tuple[Case, ...]") -> "list[Case]":
+        return [c for c in cases if not case or any(c.name.startswith(name) for name in case)]
+
+    def stage(name: str, records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+        return list(_written(records, out and out / f"{name}.json"))
+
+    if aot:
+        from kivi_jax.bench.aot import run, table
+
+        Console(width=110).print(table(stage("aot", run(chosen(COMPILED)))))
+        return
+    import jax
+
+    from kivi_jax.bench import kernels as gpu
+
+    if jax.default_backend() != "gpu":
+        raise ValueError("there is no GPU: pass --aot to compile the kernels without one")
+    console = Console(width=110)
+    console.print(*stage("environment", gpu.environment()))
+    if sweep:
+        console.print(gpu.best_tunings(stage("sweep", gpu.sweep(chosen(GPU)))))
+        return
+    console.print(gpu.error_table(stage("correctness", gpu.correctness())))
+    console.print(gpu.table(stage("speed", gpu.speed(chosen(GPU)))))
+
+
+def _written(records: Iterable[dict[str, Any]], path: Path | None) -> Iterator[dict[str, Any]]:
+    """Pass records on; the file holds all so far, whenever the run is cut."""
+    found = []
+    for record in records:
+        found.append(record)
+        if path:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(found, indent=1) + "\n")
+        yield record
 
 
 def _shape(name: str) -> "ModelConfig":

@@ -1,9 +1,10 @@
 """Decoding speed of a whole model against its context, per cache, and against transformers on torch."""
 
+import concurrent.futures
 import functools
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -11,12 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
+from jaxtyping import Array, Int
 from rich.console import Console
 from rich.progress import track
 
 from kivi_jax.cache import CacheStrategy, KVCache, Prompt, cache_bytes
 from kivi_jax.config import ModelConfig
+from kivi_jax.console import format_bytes
 from kivi_jax.llama import Llama
+from kivi_jax.plan import largest_batch
 
 
 class Result(NamedTuple):
@@ -54,13 +58,60 @@ def run(
     model = Llama(config, dtype=dtype, rngs=nnx.Rngs(0))
     steppers: dict[str, Callable[[], Any]] = {}
     sizes: dict[str, int] = {}
-    for name, strategy in strategies.items():
-        steppers[name], sizes[name] = _ours(model, strategy, context, new_tokens, batch, dtype)
+    with concurrent.futures.ThreadPoolExecutor() as pool:  # most of the time is the compiler's
+        ours = pool.map(lambda s: _ours(model, s, context, new_tokens, batch, dtype), strategies.values())
+        for name, (step, size) in zip(strategies, ours, strict=True):
+            steppers[name], sizes[name] = step, size
     if against_torch:
         name = "transformers (torch)"
         steppers[name], sizes[name] = _transformers(config, context, batch)
     times = _take_turns(steppers, new_tokens, name="decoding")
     return [Result(name, samples, sizes[name]) for name, samples in times.items()]
+
+
+def throughput(
+    config: ModelConfig,
+    strategies: Mapping[str, CacheStrategy],
+    *,
+    context: int,
+    new_tokens: int,
+    dtype: DTypeLike,
+    memory: int | None,
+) -> Iterator[dict[str, Any]]:
+    """Decode with as many rows as fit into `memory` bytes: by default 90 % of what the device has.
+
+    Yields for each strategy: cache (its name), batch, ms (a step, median), tokens_per_s, cache_bytes,
+    peak_bytes (the device's, where it counts them; it only ever grows from one strategy to the next).
+
+    Raises:
+        ValueError: the device does not say how much memory it has; or not one row fits.
+    """
+    stats = jax.devices()[0].memory_stats() or {}
+    if memory is None:
+        if "bytes_limit" not in stats:
+            raise ValueError("this device does not say how much memory it has: pass --memory, as in 4GiB")
+        memory = int(0.9 * stats["bytes_limit"])
+    model = Llama(config, dtype=dtype, rngs=nnx.Rngs(0))
+    capacity = context + new_tokens + 8
+    for name, strategy in strategies.items():
+        batch = largest_batch(config, strategy, context=capacity, dtype=dtype, memory_bytes=memory)
+        if batch == 0:
+            raise ValueError(
+                f"not one row of {capacity:,} tokens fits into {format_bytes(memory)} with {name}"
+            )
+        step, size = _ours(model, strategy, context, new_tokens, batch, dtype)
+        (samples,) = _take_turns({name: step}, new_tokens, name=name).values()
+        ms = statistics.median(samples)
+        peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+        yield {
+            "cache": name,
+            "batch": batch,
+            "ms": ms,
+            "tokens_per_s": batch / ms * 1e3,
+            "cache_bytes": size,
+            "peak_bytes": peak,
+        }
+        del step  # and with it the cache, before the next one is made
 
 
 def filled_cache(
@@ -72,25 +123,24 @@ def filled_cache(
     batch: int,
     dtype: DTypeLike,
 ) -> KVCache:
-    """A cache that holds `context` random tokens a row."""
-    shape = (batch, config.num_kv_heads, context, config.head_dim)
-
-    lengths = jnp.full(batch, context, jnp.int32)
+    """A cache that holds `context` random tokens a row, the same in every row."""
+    shape = (1, config.num_kv_heads, context, config.head_dim)
 
     @functools.partial(jax.jit, static_argnames="index")
     def layer(index: int) -> Any:
         key, value = jax.random.normal(jax.random.key(index), (2, *shape), dtype)
         weights = jax.random.uniform(jax.random.key(index), shape[:3])
-        return strategy.hold_prompt(
-            Prompt(key, value, weights, lengths),
+        held = strategy.hold_prompt(
+            Prompt(key, value, weights, jnp.full(1, context, jnp.int32)),
             capacity=capacity,
             window=config.sliding_window,
             layer=index,
             layers=config.num_layers,
         )
+        return jax.tree.map(lambda leaf: jnp.repeat(leaf, batch, axis=0), held)
 
     layers = tuple(layer(index) for index in range(config.num_layers))
-    return KVCache(layers, lengths, strategy, capacity)
+    return KVCache(layers, jnp.full(batch, context, jnp.int32), strategy, capacity)
 
 
 def _ours(
@@ -99,14 +149,20 @@ def _ours(
     capacity = context + new_tokens + 8
     cache = filled_cache(model.config, strategy, context=context, capacity=capacity, batch=batch, dtype=dtype)
     token = jnp.zeros(batch, jnp.int32)
+    compiled = _greedy_step.lower(model, token, cache).compile()
 
     def step() -> None:
         nonlocal cache, token
-        logits, cache = model.decode(token, cache)
-        token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        token, cache = compiled(model, token, cache)
         jax.block_until_ready(token)
 
     return step, cache_bytes(cache)["total"]
+
+
+@functools.partial(jax.jit, donate_argnames=("cache",))
+def _greedy_step(model: Llama, token: Int[Array, "B"], cache: KVCache) -> tuple[Int[Array, "B"], KVCache]:
+    logits, cache = model.decode(token, cache)
+    return jnp.argmax(logits, axis=-1).astype(jnp.int32), cache
 
 
 def _transformers(config: ModelConfig, context: int, batch: int) -> tuple[Callable[[], Any], int]:

@@ -8,7 +8,7 @@ import functools
 import importlib
 import logging
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 from jaxtyping import Array, Float, Int
@@ -16,11 +16,11 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.partials import AttentionPartial
 from pallas_kernels.quantization import QuantizedTensor
 
-Implementation = Literal["xla"]
+Implementation = Literal["xla", "pallas_triton", "triton"]
 Attend = Callable[..., AttentionPartial]
 
-_MODULES: dict[str, str] = {"xla": "pallas_kernels.quantized_attention.xla"}
-_PREFERENCE: dict[str, tuple[Implementation, ...]] = {}  # platform -> order, before XLA
+# The kernels, in the order they are tried on an NVIDIA GPU, and the compute capability they need.
+_KERNELS: dict[Implementation, float] = {"pallas_triton": 8.0, "triton": 8.0}
 
 _log = logging.getLogger(__name__)
 
@@ -49,13 +49,17 @@ def quantized_attention(
     _check(query, key, value)
     if scale is None:
         scale = query.shape[-1] ** -0.5
-    order = (implementation,) if implementation else (*_PREFERENCE.get(jax.default_backend(), ()), "xla")
+    device = _device()
+    if implementation is None:
+        order: tuple[Implementation, ...] = (*_KERNELS, "xla") if device.platform == "gpu" else ("xla",)
+    else:
+        order = (implementation,)
     for name in order[:-1]:
         try:
-            return _load(name)(query, key, value, start=start, end=end, scale=scale)
+            return _load(name, device)(query, key, value, start=start, end=end, scale=scale)
         except NotImplementedError as reason:
             _log_fallback(name, str(reason))
-    return _load(order[-1])(query, key, value, start=start, end=end, scale=scale)
+    return _load(order[-1], device)(query, key, value, start=start, end=end, scale=scale)
 
 
 def _check(query: Array, key: QuantizedTensor, value: QuantizedTensor) -> None:
@@ -71,8 +75,28 @@ def _check(query: Array, key: QuantizedTensor, value: QuantizedTensor) -> None:
         raise ValueError(f"query {query.shape} [B, N, H] does not fit a cache {key.shape} [B, K, S, H]")
 
 
-def _load(name: str) -> Attend:
-    return importlib.import_module(_MODULES[name]).attend
+def _device() -> Any:
+    """The device that computations go to unless told otherwise."""
+    default = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
+    return default if isinstance(default, jax.Device) else jax.local_devices(backend=default)[0]
+
+
+def _load(name: Implementation, device: Any) -> Attend:
+    least = _KERNELS.get(name, 0.0)
+    if _compute_capability(device) < least:
+        raise NotImplementedError(f"needs an NVIDIA GPU of compute capability {least}, not {device}")
+    try:
+        return importlib.import_module(f"pallas_kernels.quantized_attention.{name}").attend
+    except ImportError as error:
+        raise NotImplementedError(f"{error}") from error
+
+
+def _compute_capability(device: Any) -> float:
+    """9.0 for an H100; 0 for what is not an NVIDIA GPU."""
+    try:
+        return float(getattr(device, "compute_capability", 0))
+    except ValueError:  # AMD GPUs have names instead
+        return 0.0
 
 
 @functools.lru_cache(maxsize=256)

@@ -71,6 +71,10 @@ class Case:
         key = jax.random.normal(at[1], store) + offset[None, None, None, :]
         return query, key, jax.random.normal(at[2], store)
 
+    def query(self, seed: int = 0) -> Float[Array, "B N H"]:
+        """The query of `dense` in the case's dtype."""
+        return self.dense(seed)[0].astype(jnp.dtype(self.query_dtype))
+
     def pack(
         self, key: Float[Array, "B K S H"], value: Float[Array, "B K S H"]
     ) -> tuple[QuantizedTensor, QuantizedTensor]:
@@ -131,4 +135,40 @@ BENCHMARK: tuple[Case, ...] = (
     Case("125M 1 x 4k", 1, 4, 3, 64, 4096),
     Case("125M 1 x 8k", 1, 4, 3, 64, 8192),
     Case("260K 1 x 512", 1, 4, 2, 8, 512, key_group=8, value_group=8),
+)
+
+# On a GPU: Llama-3.1-8B's heads, then one with a KV head for each query head, then with one for all.
+GPU: tuple[Case, ...] = (
+    Case("1 x 4k", 1, 8, 4, 128, 4096, query_dtype="bfloat16"),
+    Case("1 x 32k", 1, 8, 4, 128, 32768, query_dtype="bfloat16"),
+    Case("1 x 128k", 1, 8, 4, 128, 131072, query_dtype="bfloat16"),
+    Case("32 x 8k", 32, 8, 4, 128, 8192, query_dtype="bfloat16"),
+    Case("8 x 32k", 8, 8, 4, 128, 32768, query_dtype="bfloat16"),
+    Case("8 x 32k 4 bits", 8, 8, 4, 128, 32768, 4, 4, query_dtype="bfloat16"),
+    Case("MHA 1 x 32k", 1, 32, 1, 128, 32768, query_dtype="bfloat16"),
+    Case("MQA 8 x 32k", 8, 1, 32, 128, 32768, query_dtype="bfloat16"),
+)
+
+# What the compiler is asked for when there is no GPU: every choice that changes the kernel's code.
+COMPILED: tuple[Case, ...] = (
+    Case("2 bits", 4, 8, 4, 128, 32768, query_dtype="bfloat16"),
+    Case("2 bits, groups 64", 4, 8, 4, 128, 32768, key_group=64, value_group=64, query_dtype="bfloat16"),
+    Case("2 bits, groups 128", 4, 8, 4, 128, 32768, key_group=128, value_group=128, query_dtype="bfloat16"),
+    Case("2 bits, G 1", 4, 8, 1, 128, 32768, query_dtype="bfloat16"),
+    Case("2 bits, G 8", 4, 8, 8, 128, 32768, query_dtype="bfloat16"),
+    Case("2 bits, G 16", 4, 2, 16, 128, 32768, query_dtype="bfloat16"),
+    Case("2 bits, H 64", 4, 8, 4, 64, 32768, query_dtype="bfloat16"),
+    Case("2 bits, H 96", 4, 8, 4, 96, 32768, query_dtype="bfloat16"),
+    Case("2 bits, H 256", 4, 8, 4, 256, 32768, query_dtype="bfloat16"),
+    Case("4 bits", 4, 8, 4, 128, 32768, 4, 4, query_dtype="bfloat16"),
+    Case("4 bits, G 16", 4, 2, 16, 128, 32768, 4, 4, query_dtype="bfloat16"),
+    Case("4 bits, H 64", 4, 8, 4, 64, 32768, 4, 4, query_dtype="bfloat16"),
+    Case("4 bits, H 96", 4, 8, 4, 96, 32768, 4, 4, query_dtype="bfloat16"),
+    Case("4 bits, H 256", 4, 8, 4, 256, 32768, 4, 4, query_dtype="bfloat16"),
+    Case("8 bits", 4, 8, 4, 128, 32768, 8, 8, query_dtype="bfloat16"),
+    Case("1 bit", 4, 8, 4, 128, 32768, 1, 1, query_dtype="bfloat16"),
+    Case("keys 2, values 4 bits", 4, 8, 4, 128, 32768, 2, 4, query_dtype="bfloat16"),
+    Case("2 bits, H 64, G 16", 4, 2, 16, 64, 32768, query_dtype="bfloat16"),
+    Case("2 bits, H 96, G 16", 4, 2, 16, 96, 32768, query_dtype="bfloat16"),
+    Case("2 bits, H 256, G 16", 4, 2, 16, 256, 32768, query_dtype="bfloat16"),
 )

@@ -1,6 +1,5 @@
 """Saving and loading give the same model, and a destination is complete or as it was."""
 
-import gc
 import json
 import os
 import stat
@@ -177,4 +176,3 @@ def test_damage_is_named(tmp_path, damage):
     damage(tmp_path / "saved")
     with pytest.raises(CheckpointError, match=DAMAGE[damage]):
         load(tmp_path / "saved")
-    gc.collect()  # what orbax abandoned, here rather than in a later test

@@ -1,0 +1,286 @@
+"""Compile GPU kernels on a machine without a GPU and read what the compiler made of them.
+
+`pip install triton` brings the whole NVIDIA tool chain (Triton's compiler, ptxas, nvdisasm), and a
+CPU-only jaxlib lowers for CUDA. So registers, spills and the number of instructions in the main loop are
+known for every architecture before a GPU is at hand, and CI can refuse a change that makes them worse.
+XLA carries its own copy of Triton; the instruction counts differ from pip's by a few per cent.
+
+`python -m kivi_jax.bench.aot` prints the table of `COMPILED` cases.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import re
+import subprocess
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.table import Table
+
+from pallas_kernels.packing import PAGE
+from pallas_kernels.quantized_attention import pallas_triton, split_kv, triton
+from pallas_kernels.quantized_attention.cases import COMPILED, Case
+from pallas_kernels.quantized_attention.tuning import choose
+
+# What Pallas asks of the device while lowering, by compute capability; any device of it would do.
+DEVICES = {80: "NVIDIA A100-SXM4-80GB", 89: "NVIDIA L4", 90: "NVIDIA H100 80GB HBM3"}
+# Shorter backward branches (waits on a barrier, copies of a remainder) are not the loop over tiles.
+_SHORTEST_LOOP = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class KernelReport:
+    """What one kernel became: resources of a thread, and its loops in program order."""
+
+    name: str
+    arch: str
+    warps: int
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    loops: tuple[collections.Counter[str], ...]  # of each loop: how many instructions of each opcode
+
+    def per_code(self, codes: int) -> tuple[float, ...]:
+        """Instructions per code in each loop, for loops whose iteration consumes `codes` codes."""
+        lanes = 32 * self.warps
+        return tuple(loop.total() * lanes / codes for loop in self.loops)
+
+
+def pallas_reports(f: Callable[..., Any], *args: Any, sm: int) -> list[KernelReport]:
+    """Compile every Pallas-Triton kernel that `f(*args)` calls for compute capability `sm` (90: H100).
+
+    `args` are arrays or `jax.ShapeDtypeStruct`s.
+    """
+    return [_compile_module(*module, sm) for module in _pallas_modules(_lower(f, *args, sm=sm))]
+
+
+def triton_report(
+    kernel: Any, signature: dict[str, str], constants: dict[str, Any], *, sm: int, warps: int, stages: int
+) -> KernelReport:
+    """Compile a `triton.jit` function for compute capability `sm`."""
+    import triton  # pyright: ignore[reportMissingImports]
+    from triton.backends.compiler import GPUTarget  # pyright: ignore[reportMissingImports]
+    from triton.compiler import ASTSource  # pyright: ignore[reportMissingImports]
+
+    names = kernel.arg_names
+    signature = {name: signature.get(name, "constexpr") for name in names}
+    pointers = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n].startswith("*")}
+    source = ASTSource(kernel, signature, constants, pointers)
+    options = {"num_warps": warps, "num_stages": stages}
+    compiled = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)
+    return _read(compiled.asm["ptx"], kernel.__name__, warps, compiled.metadata.shared)
+
+
+def run(
+    cases: Sequence[Case] = COMPILED,
+    architectures: Sequence[int] = (80, 90),
+    kernels: Sequence[str] = ("pallas_triton", "triton"),
+) -> list[dict[str, Any]]:
+    """One record per kernel, case and architecture: what it becomes with the tuning chosen there.
+
+    Keys: case, kernel, arch, pages, registers, spill_bytes, shared_bytes, instructions_per_code (of the
+    loop over tiles without a mask, times the programs that share a KV head's codes), and merge_share (the
+    bytes that combining the splits writes and reads, relative to those of the packed tokens). Cases that a
+    kernel refuses are left out.
+    """
+    records = []
+    for kernel in kernels:
+        for case in cases:
+            for sm in architectures:
+                with contextlib.suppress(NotImplementedError):
+                    records.append(record(case, sm, kernel))
+    return records
+
+
+def record(case: Case, sm: int, kernel: str = "pallas_triton") -> dict[str, Any]:
+    """See `run`.
+
+    Raises:
+        NotImplementedError: the kernel refuses the case.
+    """
+    tuning = choose(
+        rows=case.batch * case.kv_heads,
+        slots=case.slots,
+        heads=case.query_groups,
+        dim=case.head_dim,
+        bits=max(case.key_bits, case.value_bits),
+        device_kind=DEVICES[sm],
+    )
+    scale = case.head_dim**-0.5
+    arguments = jax.eval_shape(lambda: (case.query(), *case.pack(*case.dense()[1:]), *case.token_ranges()))
+    if kernel == "triton":
+        from pallas_kernels.quantized_attention import triton_kernels
+
+        plans: list[split_kv.Case] = []
+
+        def keep_plan(query: Any, key: Any, value: Any) -> None:
+            plans.append(split_kv.plan(query, key, value, scale, tuning, interpret=False))
+
+        jax.eval_shape(keep_plan, *arguments[:3])
+        (plan,) = plans
+        triton.check(plan)
+        stores = case.batch * case.kv_heads
+        constants = triton.constants(plan, case.batch, stores * case.query_groups // plan.heads, stores)
+        warps, stages = tuning.warps, tuning.stages
+        report = triton_report(
+            triton_kernels.attend_split, triton.pointers(), constants, sm=sm, warps=warps, stages=stages
+        )
+    else:
+
+        def attend(query: Any, key: Any, value: Any, start: Any, end: Any) -> Any:
+            return pallas_triton.attend(query, key, value, start=start, end=end, scale=scale, tuning=tuning)
+
+        report, _ = pallas_reports(attend, *arguments, sm=sm)
+    codes = 2 * tuning.pages * PAGE * case.head_dim  # of keys and of values, in a tile
+    programs = -(-case.query_groups // tuning.heads)
+    heads = case.batch * case.kv_heads * case.query_groups
+    merge_bytes = 2 * 4 * heads * tuning.splits * (case.head_dim + 2)
+    packed_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(arguments[1:3]))
+    return {
+        "case": case.name,
+        "kernel": kernel,
+        "arch": report.arch,
+        "pages": tuning.pages,
+        "registers": report.registers,
+        "spill_bytes": report.spill_bytes,
+        "shared_bytes": report.shared_bytes,
+        "instructions_per_code": report.per_code(codes)[0] * programs,
+        "merge_share": merge_bytes / packed_bytes,
+    }
+
+
+def table(records: list[dict[str, Any]]) -> Table:
+    """The records as a table."""
+    out = Table("case", "kernel", "arch", title="decode attention, compiled without a GPU")
+    for heading in ("pages", "registers", "spilled B", "shared B", "instructions/code"):
+        out.add_column(heading, justify="right")
+    for r in records:
+        numbers = (r["pages"], r["registers"], r["spill_bytes"], r["shared_bytes"])
+        out.add_row(
+            r["case"], r["kernel"], r["arch"], *map(str, numbers), f"{r['instructions_per_code']:.2f}"
+        )
+    return out
+
+
+def _lower(f: Callable[..., Any], *args: Any, sm: int) -> Any:
+    with _abstract_device(DEVICES[sm]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The Pallas Triton backend", DeprecationWarning)
+        return jax.jit(f).trace(*args).lower(lowering_platforms=("cuda",))
+
+
+def _abstract_device(kind: str) -> contextlib.AbstractContextManager[Any]:
+    from jax import sharding
+
+    # jax 0.10 lowers without knowing the device, and has no way to say it.
+    if not hasattr(sharding, "AbstractDevice") or not hasattr(sharding, "use_abstract_mesh"):
+        return contextlib.nullcontext()
+    device = sharding.AbstractDevice(kind, None, "gpu")
+    axis_types = (sharding.AxisType.Explicit,)
+    mesh = sharding.AbstractMesh((1,), ("_",), axis_types=axis_types, abstract_device=device)
+    return sharding.use_abstract_mesh(mesh)
+
+
+def _pallas_modules(lowered: Any) -> Iterator[tuple[str, str, int, int]]:
+    """(name, Triton IR, warps, stages) of every Pallas-Triton kernel in a lowered module."""
+    from jaxlib.mlir import ir
+    from jaxlib.triton import dialect
+
+    calls: list[Any] = []
+
+    def visit(op: Any) -> Any:
+        op = getattr(op, "operation", op)
+        if op.name == "stablehlo.custom_call" and "triton" in str(op.attributes["call_target_name"]):
+            calls.append(ir.DictAttr(op.attributes["mhlo.backend_config"]))
+        return ir.WalkResult.ADVANCE
+
+    lowered.compiler_ir().operation.walk(visit)
+    for call in calls:
+        with ir.Context() as context:
+            dialect.register_dialect(context)
+            context.allow_unregistered_dialects = True
+            module = ir.Module.parse(ir.StringAttr(call["ir"]).value_bytes, context)
+            text = str(module.operation.get_asm(enable_debug_info=False))
+        warps, stages = (int(ir.IntegerAttr(call[key]).value) for key in ("num_warps", "num_stages"))
+        yield ir.StringAttr(call["name"]).value, text, warps, stages
+
+
+def _compile_module(name: str, text: str, warps: int, stages: int, sm: int) -> KernelReport:
+    """Run Triton's stages on a module of Triton IR, as XLA does with its own copy of them."""
+    from triton._C.libtriton import ir  # pyright: ignore[reportMissingImports]
+    from triton.backends.compiler import GPUTarget, Language  # pyright: ignore[reportMissingImports]
+    from triton.compiler.compiler import make_backend  # pyright: ignore[reportMissingImports]
+
+    backend: Any = make_backend(GPUTarget("cuda", sm, 32))
+    context = ir.context()
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    options = backend.parse_options({"num_warps": warps, "num_stages": stages})
+    passes: dict[str, Callable[..., Any]] = {}
+    backend.add_stages(passes, options, Language.TRITON)
+    with tempfile.NamedTemporaryFile("w", suffix=".ttir") as file:
+        file.write(text)
+        file.flush()
+        module = ir.parse_mlir_module(file.name, context)
+    module.context = context
+    metadata: dict[str, Any] = {}
+    for stage in ("ttir", "ttgir", "llir", "ptx"):
+        module = passes[stage](module, metadata)
+    return _read(module, name, warps, metadata["shared"])
+
+
+def _read(ptx: str, name: str, warps: int, shared_bytes: int) -> KernelReport:
+    import triton  # pyright: ignore[reportMissingImports]
+
+    tools = Path(str(triton.__file__)).parent / "backends/nvidia/bin"
+    arch = re.search(r"\.target (\w+)", ptx)
+    if arch is None:
+        raise ValueError("the PTX names no target")
+    with tempfile.TemporaryDirectory() as folder:
+        source, binary = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
+        source.write_text(ptx)
+        log = _run(tools / "ptxas", "-v", f"-arch={arch[1]}", source, "-o", binary)
+        sass = _run(tools / "nvdisasm", "-c", binary)
+    spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", log)
+    registers = re.findall(r"Used (\d+) registers", log)
+    return KernelReport(
+        name, arch[1], warps, max(map(int, registers)), sum(map(int, spills)), shared_bytes, _loops(sass)
+    )
+
+
+def _run(*command: str | Path) -> str:
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{command[0]} failed: {done.stderr}")
+    return done.stdout + done.stderr
+
+
+def _loops(sass: str) -> tuple[collections.Counter[str], ...]:
+    """The outermost loops of a kernel: spans that end in a branch to their own first instruction."""
+    labels: dict[str, int] = {}
+    code: list[str] = []
+    for line in sass.splitlines():
+        if label := re.match(r"\s*(\.L_\w+):", line):
+            labels[label[1]] = len(code)
+        elif instruction := re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?(.*?)\s*;", line):
+            code.append(instruction[1])
+    spans: list[tuple[int, int]] = []
+    for end, text in enumerate(code):
+        target = re.search(r"^BRA.*`\((\.L_\w+)\)", text)
+        start = labels.get(target[1], end) if target else end
+        if end - start >= _SHORTEST_LOOP:
+            spans = [span for span in spans if not start <= span[0]]
+            spans.append((start, end))
+    return tuple(
+        collections.Counter(re.split(r"[. ]", text, maxsplit=1)[0] for text in code[start : end + 1])
+        for start, end in spans
+    )
+
+
+if __name__ == "__main__":
+    Console(width=110).print(table(run()))

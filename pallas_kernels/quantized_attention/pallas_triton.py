@@ -1,0 +1,350 @@
+"""Decode attention on NVIDIA GPUs (Ampere and later) through Pallas' Triton backend.
+
+A decode step reads every byte of the cache once, and at 2 bits a GPU's memory delivers codes about as
+fast as its cores can look at them: the number of instructions per code decides the speed. So:
+
+1.  Codes are never dequantized. A masked byte `c << bits * j`, read as the bits of a float16, *is* the
+    subnormal number c * 2**(bits * j - 24), exactly, and matrix units take subnormal operands. The power
+    of two goes into the query (keys) or the final result (values).
+2.  Scales and zeros are folded into the small operands:
+        query . key           = (query * scale) . code + query . zero
+        probability . value   = (probability * scale) . code + probability . zero
+3.  Codes are the matrix unit's left operand; the query heads of one KV head are its 8 or 16 columns.
+4.  A program is one warp. It owns a run of tiles of one (row, KV head), so nothing is exchanged between
+    warps, and the parallelism comes from splitting the tokens; `_merge` combines the splits.
+5.  Tiles whose tokens are all visible carry no mask; the few at the ends of the range have their own loop.
+
+Token t is in slot t % S, so the loops run over tiles of *tokens*, and a tile's place in the ring is its
+number modulo the number of tiles: a ring costs two instructions a tile.
+
+Pallas' Triton backend is deprecated upstream (jax 0.11); `triton.py` is the same kernel without it.
+"""
+
+import functools
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.packing import PAGE
+from pallas_kernels.partials import NO_SCORE, AttentionPartial
+from pallas_kernels.quantization import QuantizedTensor
+from pallas_kernels.quantized_attention.split_kv import (
+    TILE_ROWS,
+    Case,
+    Store,
+    operands,
+    plan,
+    power_of_two,
+)
+from pallas_kernels.quantized_attention.tuning import Tuning
+
+_UNIT = 2.0**-24  # the value of float16's smallest subnormal: what a code's lowest bit is worth
+_LIFT = 8.0  # probabilities are kept times 2**8: float16 has room above 1, and none below 2**-24
+_LOWEST = -1e20  # no score, in units of `_UNIT`; finite, so that differences of maxima are
+_LOG2E = math.log2(math.e)
+_MERGED_AT_ONCE = 32  # splits whose outputs the merge holds at a time
+
+
+def attend(
+    query: Float[Array, "B N H"],
+    key: QuantizedTensor,
+    value: QuantizedTensor,
+    *,
+    start: Int[Array, "B"],
+    end: Int[Array, "B"],
+    scale: float,
+    tuning: Tuning | None = None,
+    interpret: bool = False,
+) -> AttentionPartial:
+    """See `quantized_attention`. Products are of float16 numbers, sums are float32.
+
+    Raises:
+        NotImplementedError: a group or head size that the kernel has no block for.
+    """
+    case = plan(query, key, value, scale, tuning, interpret)
+    out, top, denom = _partials(case, *operands(case, query, key, value, start, end))
+    out, top, denom = _merge(case, out, top, denom)
+    return AttentionPartial(
+        out.reshape(query.shape), top.reshape(query.shape[:2]), denom.reshape(query.shape[:2])
+    )
+
+
+def _partials(case: Case, *arrays: Array) -> tuple[Array, Array, Array]:
+    """(out, max in powers of two, denom) of every (row and head block, split, query head)."""
+    programs, splits = arrays[2].shape[0], case.tuning.splits  # one query operand for each
+
+    def of_program(array: Array) -> pl.BlockSpec:
+        """Consecutive programs share an array that has fewer rows than there are programs."""
+        rest, share = array.shape[1:], programs // array.shape[0]
+        return pl.BlockSpec((None, *rest), lambda i, split: (_div(i, share), *(0 for _ in rest)))
+
+    def of_split(*rest: int) -> pl.BlockSpec:
+        return pl.BlockSpec((None, None, *rest), lambda i, split: (i, split, *(0 for _ in rest)))
+
+    outputs = ((case.heads, case.dim), (case.heads,), (case.heads,))
+    return _call(
+        functools.partial(_attend_split, case),
+        name="quantized_attention",
+        grid=(programs, splits),
+        in_specs=[of_program(array) for array in arrays],
+        out_specs=[of_split(*shape) for shape in outputs],
+        out_shape=[jax.ShapeDtypeStruct((programs, splits, *shape), jnp.float32) for shape in outputs],
+        compiler_params=plt.CompilerParams(num_warps=case.tuning.warps, num_stages=case.tuning.stages),
+        interpret=case.interpret,
+    )(*arrays)
+
+
+def _call(kernel: Callable[..., None], **options: Any) -> Callable[..., Any]:
+    """`pl.pallas_call` without the notice of the backend's deprecation."""
+
+    def call(*operands: Array) -> Any:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The Pallas Triton backend", DeprecationWarning)
+            return pl.pallas_call(kernel, **options)(*operands)
+
+    return call
+
+
+def _attend_split(case: Case, *refs: Any) -> None:
+    """One program: the tiles of one split of one (row, KV head)."""
+    (start_ref, end_ref, q_ref, q_plain_ref, kw_ref, ks_ref, kz_ref, vw_ref, vs_ref, vz_ref) = refs[:10]
+    out_ref, max_ref, denom_ref = refs[10:]
+    lanes, pages, tile = case.lanes, case.tuning.pages, case.tile
+    up = case.scale * _LOG2E / _UNIT  # from units to powers of two: what exp2 wants
+    parts = case.value_parts
+    row16 = jnp.arange(TILE_ROWS, dtype=jnp.int32)
+
+    end = end_ref[0]
+    start = jnp.maximum(jnp.maximum(start_ref[0], 0), end - case.slots)
+    first_tile = _div(start, tile)
+    last_tile = jnp.where(start < end, _div(end + tile - 1, tile), first_tile)
+    share = _div(last_tile - first_tile + case.tuning.splits - 1, case.tuning.splits)
+    low = first_tile + pl.program_id(1) * share
+    high = jnp.minimum(low + share, last_tile)
+    lap = first_tile - jax.lax.rem(first_tile, jnp.int32(case.tiles))
+
+    def scores(t: Array, slot: Array, masked: bool) -> list[Array]:
+        """Scores [32, lanes] of every page of tile t, in units."""
+        # An index that is always 0, but not provably: a load that is the same in every iteration would
+        # be hoisted, and its layout there makes Triton shuffle query * scale into place in every tile.
+        again = jnp.minimum(t, 0)
+        query = [q_ref[again, j].T for j in range(case.key.planes)]
+        slot_group = slot if tile >= case.key.group else _div(slot, case.key.group // tile)
+        groups = case.key_groups
+        # Each group's zeros are repeated over 8 rows (16 if it is alone), so that its query . zero comes
+        # out of the matrix unit in the layout of the scores.
+        zero = _load(kz_ref, (slot_group,), (groups, case.key.planes, case.key.columns)).astype(jnp.float16)
+        repeat = max(8, TILE_ROWS // groups)
+        zero = jnp.broadcast_to(
+            zero.reshape(groups, 1, case.key.planes * case.key.columns),
+            (groups, repeat, case.key.planes * case.key.columns),
+        ).reshape(groups * repeat, case.key.planes * case.key.columns)
+        biases = jnp.split(plt.dot(zero, q_plain_ref[again].T) * _UNIT, groups)
+        biases = [
+            jnp.broadcast_to(bias[None], (PAGE // repeat, repeat, lanes)).reshape(PAGE, lanes)
+            for bias in biases
+        ]
+        found = []
+        for page in range(pages):
+            group = page * groups // pages
+            scale = _load(ks_ref, (slot_group, group), (case.key.planes, case.key.columns)).astype(
+                jnp.float16
+            )
+            size = (PAGE // case.fold, case.fold * case.key.columns)
+            words = _widen(_load(kw_ref, (slot, page), size), case)
+            score = biases[group] if case.fold == 1 else jnp.zeros((size[0], case.fold * lanes), jnp.float32)
+            for j, plane_scale in enumerate(_unstack(scale)):
+                if case.fold > 1:
+                    plane_scale = jnp.broadcast_to(plane_scale[None], (case.fold, case.key.columns))
+                    plane_scale = plane_scale.reshape(case.fold * case.key.columns)
+                score = score + plt.dot(_plane(words, j, case.key, case), query[j] * plane_scale[:, None])
+            if case.fold > 1:
+                score = score.reshape(PAGE, lanes) + biases[group]
+            if masked:
+                token = t * tile + page * PAGE + jnp.arange(PAGE, dtype=jnp.int32)
+                score = jnp.where(((token >= start) & (token < end))[:, None], score, _LOWEST)
+            found.append(score)
+        return found
+
+    def visit(t: Array, carry: Any, masked: bool) -> Any:
+        """Fold tile t into the running (accumulators, sums over zeros and ones, maximum)."""
+        accumulators, sums, top = carry
+        slot = t - lap
+        slot = jnp.where(slot >= case.tiles, slot - case.tiles, slot)
+        found = scores(t, slot, masked)
+        new_top = jnp.maximum(top, functools.reduce(jnp.maximum, found).max(0))
+        fade = _exp2((top - new_top) * up, case)[None, :]
+        accumulators, sums = [x * fade for x in accumulators], sums * fade
+        offset = (new_top * up - _LIFT)[None, :]
+        for page in range(pages):
+            weight = _exp2(found[page] * up - offset, case).astype(jnp.float16)
+            # Zeros of the groups, and below them a row of ones: the denominator.
+            zero = _load(vz_ref, (slot, page), (TILE_ROWS, PAGE)).astype(jnp.float16)
+            zero = jnp.where((row16 == case.value_groups)[:, None], jnp.float16(1), zero)
+            sums = sums + plt.dot(zero, weight)
+            # All groups' weight * scale as one block: Triton then moves the weights into the operand's
+            # layout once, before they are repeated, and not once for each group.
+            groups = power_of_two(case.value_groups)
+            scale = _load(vs_ref, (slot, page), (groups, PAGE)).astype(jnp.float16)
+            shape = (PAGE, groups, lanes)
+            scaled = jnp.broadcast_to(weight[:, None, :], shape)
+            scaled = scaled * jnp.broadcast_to(scale.T[:, :, None], shape)
+            scaled = jnp.split(scaled.reshape(PAGE, groups * lanes), groups, axis=1)
+            for row in range(0, case.value.words, case.value_rows):
+                words = _widen(_load_rows(vw_ref, (slot, page), row, case.value_rows), case)
+                for i, (j, part_row, group) in enumerate(parts):
+                    if part_row == row:
+                        accumulators[i] += plt.dot(_plane(words, j, case.value, case), scaled[group])
+        return accumulators, sums, new_top
+
+    carry = (
+        [jnp.zeros((case.value_rows, lanes), jnp.float32) for _ in parts],
+        jnp.zeros((TILE_ROWS, lanes), jnp.float32),
+        jnp.full((lanes,), _LOWEST, jnp.float32),
+    )
+    # Only the first tile of all can begin before `start`, and only the last can end after `end`. The
+    # order of tiles is free, so whole tiles go first, then the last one, and then, if need be, the first.
+    ragged = (low == first_tile) & (start > first_tile * tile) & (high > low)
+    skip = jnp.where(ragged, jnp.int32(1), jnp.int32(0))
+    whole = jnp.maximum(low + skip, jnp.minimum(high, _div(end, tile)))
+    carry = jax.lax.fori_loop(low + skip, whole, functools.partial(visit, masked=False), carry)
+    accumulators, sums, top = jax.lax.fori_loop(
+        whole,
+        jnp.maximum(high, low) + skip,
+        lambda t, carry: visit(jnp.where(t < high, t, low), carry, masked=True),
+        carry,
+    )
+
+    def sum_row(row: int) -> Array:
+        return jnp.sum(jnp.where((row16 == row)[:, None], sums, 0.0), axis=0) * 2.0**-_LIFT
+
+    head = jnp.arange(lanes, dtype=jnp.int32)
+    zero_sums = [sum_row(group) for group in range(case.value_groups)]
+    for accumulator, (j, row, group) in zip(accumulators, parts, strict=True):
+        out = accumulator * (2.0 ** -(case.value.bits * j + _LIFT) / _UNIT) + zero_sums[group][None, :]
+        at = row + jnp.arange(case.value_rows, dtype=jnp.int32)
+        channel = j * case.value.words + at
+        in_group = (channel >= group * case.value.group) & (channel < (group + 1) * case.value.group)
+        written = (head < case.heads)[:, None] & ((at < case.value.words) & in_group)[None, :]
+        plt.store(out_ref.at[head[:, None], channel[None, :]], out.T, mask=written)
+    plt.store(max_ref.at[head], top * up, mask=head < case.heads)
+    plt.store(denom_ref.at[head], sum_row(case.value_groups), mask=head < case.heads)
+
+
+def _merge(case: Case, out: Array, top: Array, denom: Array) -> tuple[Array, Array, Array]:
+    """Combine the splits in one launch; the maximum comes back in natural logarithms."""
+    programs, splits = top.shape[:2]
+
+    def of_head(*rest: int) -> pl.BlockSpec:
+        return pl.BlockSpec((None, splits, None, *rest), lambda i, head: (i, 0, head, *(0 for _ in rest)))
+
+    def merged(*rest: int) -> pl.BlockSpec:
+        return pl.BlockSpec((None, None, *rest), lambda i, head: (i, head, *(0 for _ in rest)))
+
+    outputs = ((case.dim,), (), ())
+    return _call(
+        functools.partial(_merge_splits, case),
+        name="quantized_attention_merge",
+        grid=(programs, case.heads),
+        in_specs=[of_head(*shape) for shape in outputs],
+        out_specs=[merged(*shape) for shape in outputs],
+        out_shape=[jax.ShapeDtypeStruct((programs, case.heads, *s), jnp.float32) for s in outputs],
+        compiler_params=plt.CompilerParams(num_warps=4, num_stages=2),
+        interpret=case.interpret,
+    )(out, top, denom)
+
+
+def _merge_splits(case: Case, out_ref: Any, top_ref: Any, denom_ref: Any, *merged_refs: Any) -> None:
+    """One program: one query head. The splits with no token have weight 0, or all have denominator 0."""
+    splits, some = case.tuning.splits, min(_MERGED_AT_ONCE, power_of_two(case.tuning.splits))
+    every = power_of_two(splits)
+    index = jnp.arange(every, dtype=jnp.int32)
+    lowest = jnp.full((every,), -jnp.inf, jnp.float32)
+    tops = plt.load(top_ref.at[index], mask=index < splits, other=lowest)
+    highest = tops.max(0)
+    denoms = plt.load(denom_ref.at[index], mask=index < splits, other=jnp.zeros_like(lowest))
+    denom = jnp.sum(denoms * _exp2(tops - highest, case), axis=0)
+    channels = power_of_two(case.dim)
+    channel = jnp.arange(channels, dtype=jnp.int32)
+
+    def add(i: Array, out: Array) -> Array:
+        split = i * some + jnp.arange(some, dtype=jnp.int32)
+        present = split < splits
+        tops = plt.load(top_ref.at[split], mask=present, other=jnp.full((some,), -jnp.inf, jnp.float32))
+        mask = present[:, None] & (channel < case.dim)[None, :]
+        outs = plt.load(
+            out_ref.at[split[:, None], channel[None, :]], mask=mask, other=jnp.zeros(mask.shape, jnp.float32)
+        )
+        return out + jnp.sum(outs * _exp2(tops - highest, case)[:, None], axis=0)
+
+    out = jax.lax.fori_loop(0, -(-splits // some), add, jnp.zeros((channels,), jnp.float32))
+    plt.store(merged_refs[0].at[channel], out, mask=channel < case.dim)
+    merged_refs[1][...] = jnp.where(denom > 0, highest / _LOG2E, NO_SCORE)
+    merged_refs[2][...] = denom
+
+
+def _div(x: Array, by: int) -> Array:
+    """Quotient of a number that is not negative (`//` would spend instructions on signs)."""
+    return jax.lax.div(x, jnp.asarray(by, x.dtype))
+
+
+def _load(ref: Any, index: tuple[Any, ...], size: tuple[int, ...]) -> Array:
+    """ref[*index] as a block of `size`, zero where that goes beyond the array."""
+    limits = ref.shape[len(index) :]
+    if limits == size:
+        return ref[index]
+    axes = [jax.lax.broadcasted_iota(jnp.int32, size, axis) for axis in range(len(size))]
+    mask = functools.reduce(
+        jnp.logical_and, [at < n for at, n, full in zip(axes, limits, size, strict=True) if n < full]
+    )
+    return plt.load(ref.at[(*index, *axes)], mask=mask, other=jnp.zeros(size, ref.dtype))
+
+
+def _load_rows(ref: Any, index: tuple[Any, ...], row: int, rows: int) -> Array:
+    """Rows [row, row + rows) of ref[*index], zero beyond the array."""
+    if rows > ref.shape[-2]:
+        return _load(ref, index, (rows, ref.shape[-1]))
+    return ref[(*index, slice(row, row + rows))]
+
+
+def _unstack(x: Array) -> list[Array]:
+    """The parts of `x` along its first axis, a power of two long."""
+    return [part.reshape(part.shape[1:]) for part in jnp.split(x, x.shape[0])]
+
+
+def _widen(words: Array, case: Case) -> Array:
+    """Bytes as 16-bit words; what the upper byte holds is masked away by `_plane`."""
+    if case.interpret:
+        return words.astype(jnp.int16)
+    code = "prmt.b32 $0, $2, 0, 0x4140; prmt.b32 $1, $2, 0, 0x4342;"
+    return _assembly(code, "=r,=r,r", words, jnp.int16, elements=4)
+
+
+def _plane(halves: Array, j: int, store: Store, case: Case) -> Array:
+    """The codes of plane j as float16 subnormals: each is worth 2**(bits * j) units."""
+    mask = (2**store.bits - 1) << (store.bits * j)
+    if case.interpret:
+        return jax.lax.bitcast_convert_type(halves & jnp.int16(mask), jnp.float16)
+    return _assembly(f"and.b32 $0, $1, {mask * 0x10001};", "=r,r", halves, jnp.float16, elements=2)
+
+
+def _exp2(x: Array, case: Case) -> Array:
+    if case.interpret:
+        return jnp.exp2(x)
+    return _assembly("ex2.approx.ftz.f32 $0, $1;", "=f,f", x, jnp.float32, elements=1)
+
+
+def _assembly(code: str, constraints: str, x: Array, dtype: Any, *, elements: int) -> Array:
+    """Apply PTX to `elements` neighbouring elements at a time."""
+    result = jax.ShapeDtypeStruct(x.shape, dtype)
+    (out,) = plt.elementwise_inline_asm(
+        code, args=[x], constraints=constraints, pack=elements, result_shape_dtypes=[result]
+    )
+    return out

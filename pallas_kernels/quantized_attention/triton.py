@@ -1,0 +1,123 @@
+"""Decode attention on NVIDIA GPUs (Ampere and later) through jax-triton: the way to use Triton from JAX.
+
+The same plan, operands and algorithm as `pallas_triton.py`; the kernels are in `triton_kernels.py`.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.partials import AttentionPartial
+from pallas_kernels.quantization import QuantizedTensor
+from pallas_kernels.quantized_attention.split_kv import Case, operands, plan, power_of_two
+from pallas_kernels.quantized_attention.tuning import Tuning
+
+
+def attend(
+    query: Float[Array, "B N H"],
+    key: QuantizedTensor,
+    value: QuantizedTensor,
+    *,
+    start: Int[Array, "B"],
+    end: Int[Array, "B"],
+    scale: float,
+    tuning: Tuning | None = None,
+) -> AttentionPartial:
+    """See `quantized_attention`. Products are of float16 numbers, sums are float32.
+
+    Raises:
+        NotImplementedError: a group or head size that the kernels have no block for; or jax-triton is
+            not installed, or does not fit the installed jax and Triton.
+    """
+    try:
+        import jax_triton  # pyright: ignore[reportMissingImports]
+
+        from pallas_kernels.quantized_attention import triton_kernels
+    except ImportError as error:
+        raise NotImplementedError(f"jax-triton cannot be imported: {error}") from error
+
+    case = plan(query, key, value, scale, tuning, interpret=False)
+    check(case)
+    arrays = operands(case, query, key, value, start, end)
+    programs, splits = arrays[2].shape[0], case.tuning.splits
+    partials = jax_triton.triton_call(
+        *arrays,
+        kernel=triton_kernels.attend_split,
+        out_shape=shapes(programs, splits, case.heads, dim=case.dim),
+        grid=(programs, splits),
+        num_warps=case.tuning.warps,
+        num_stages=case.tuning.stages,
+        **constants(case, *(arrays[i].shape[0] for i in (0, 2, 4))),
+    )
+    out, top, denom = jax_triton.triton_call(
+        *partials,
+        kernel=triton_kernels.merge_splits,
+        out_shape=shapes(programs, case.heads, dim=case.dim),
+        grid=(programs, case.heads),
+        num_warps=4,
+        **merge_constants(case),
+    )
+    heads = query.shape[:2]
+    return AttentionPartial(out.reshape(query.shape), top.reshape(heads), denom.reshape(heads))
+
+
+def check(case: Case) -> None:
+    """Refuse, beyond what `plan` refuses, sizes for which these kernels would need padded blocks."""
+    for store in (case.key, case.value):
+        if store.words != store.columns:
+            raise NotImplementedError(f"a token of {store.words} bytes, no power of two")
+    if any(n & (n - 1) for n in (case.value.group, case.value_groups)):
+        raise NotImplementedError(f"values in groups of {case.value.group}, no power of two")
+
+
+def shapes(*lead: int, dim: int) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """Shapes of out, max and denom of queries `lead`."""
+    return tuple(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((*lead, dim), lead, lead))
+
+
+def pointers() -> dict[str, str]:
+    """Triton's types of the array arguments of `attend_split`, for 16-bit scales."""
+    half, word, number, index = "*fp16", "*u8", "*fp32", "*i32"
+    types = (index, index, half, half, word, half, half, word, half, half, number, number, number)
+    names = ("START", "END", "Q", "Q_PLAIN", "KW", "KS", "KZ", "VW", "VS", "VZ", "OUT", "TOP", "DENOM")
+    return dict(zip(names, types, strict=True))
+
+
+def constants(case: Case, rows: int, programs: int, stores: int) -> dict[str, Any]:
+    """Compile-time arguments of `attend_split` for a batch of `rows` and `stores` (row, KV head) pairs."""
+    return {
+        "UP": case.scale * math.log2(math.e) * 2.0**24,
+        "PER_ROW": programs // rows,
+        "PER_STORE": programs // stores,
+        "SPLITS": case.tuning.splits,
+        "HEADS": case.heads,
+        "LANES": case.lanes,
+        "DIM": case.dim,
+        "PAGES": case.tuning.pages,
+        "TILES": case.tiles,
+        "KEY_BITS": case.key.bits,
+        "KEY_COLUMNS": case.key.columns,
+        "KEY_GROUP": case.key.group,
+        "FOLD": case.fold,
+        "VALUE_BITS": case.value.bits,
+        "VALUE_COLUMNS": case.value.columns,
+        "VALUE_GROUP": case.value.group,
+        "VALUE_ROWS": case.value_rows,
+        "INTERPRET": case.interpret,
+    }
+
+
+def merge_constants(case: Case) -> dict[str, Any]:
+    """Compile-time arguments of `merge_splits`."""
+    every = power_of_two(case.tuning.splits)
+    return {
+        "SPLITS": case.tuning.splits,
+        "EVERY": every,
+        "SOME": min(32, every),
+        "HEADS": case.heads,
+        "DIM": case.dim,
+        "INTERPRET": case.interpret,
+    }

@@ -1,0 +1,36 @@
+"""The compile gate: GPU kernels compiled without a GPU neither spill nor exceed their instruction budget."""
+
+import pytest
+
+from kivi_jax.bench import aot
+from pallas_kernels.quantized_attention.cases import COMPILED, GPU
+
+pytest.importorskip("triton", reason="Triton's compiler is not installed: pip install 'kivi-jax[aot]'")
+
+BUDGET = {  # instructions per code
+    "2 bits": 1.8,
+    "2 bits, groups 128": 1.5,
+    "4 bits": 2.0,
+    "2 bits, H 64": 2.5,
+    "2 bits, H 96": 2.4,
+    "2 bits, G 16": 2.4,
+}
+cases = [case for case in COMPILED if case.name in BUDGET]
+
+
+@pytest.mark.parametrize("sm", [80, 90])
+@pytest.mark.parametrize("case", cases, ids=str)
+@pytest.mark.parametrize("kernel", ["pallas_triton", "triton"])
+def test_kernels_keep_their_budget(kernel, case, sm):
+    try:
+        record = aot.record(case, sm, kernel)
+    except NotImplementedError as reason:
+        pytest.skip(str(reason))
+    assert record["arch"].startswith(f"sm_{sm}")
+    assert record["spill_bytes"] == 0
+    assert record["instructions_per_code"] <= BUDGET[case.name]
+
+
+def test_merging_is_a_small_part_of_a_long_decode_step():
+    (case,) = [case for case in GPU if case.name == "1 x 32k"]
+    assert aot.record(case, 90)["merge_share"] < 0.1
