@@ -44,7 +44,7 @@ def read_rows(source: str | Path) -> list[dict[str, Any]]:
     if path.exists() or name.count("/") > 1:
         raise ValueError(f"{path} is not a file of JSON lines")
     try:
-        from datasets import load_dataset
+        from datasets import load_dataset  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise ValueError(
             f"{path} is not a file; to read it as a data set from the hub, pip install 'kivi-jax[eval]'"
