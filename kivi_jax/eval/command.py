@@ -330,7 +330,7 @@ def study(
 def report(
     folders: Annotated[list[Path], typer.Argument(help="Folders that evaluations were written to.")],
 ) -> None:
-    """Print the tables of finished evaluations, and draw their plots into the first folder.
+    """Print the tables of finished evaluations, and draw their plots beside them.
 
     Example:  kivi-jax eval report results
     """
@@ -398,7 +398,7 @@ def _report(folders: Sequence[Path]) -> None:
     for comparison in read_comparisons(folders):
         for table in tables(comparison):
             console.print(table)
-        if picture := plot(comparison, folders[0]):
+        if picture := plot(comparison):
             console.print(f"plot: {picture}", soft_wrap=True, highlight=False)
     console.print(machine(), style="dim", highlight=False)
 

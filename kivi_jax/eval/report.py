@@ -38,6 +38,7 @@ class Comparison:
 
     settings: Record
     by_cache: dict[str, list[Record]]
+    folder: Path  # of the first file of records; the plot goes there
 
     @property
     def evaluation(self) -> str:
@@ -66,7 +67,7 @@ def read_comparisons(folders: Iterable[Path]) -> list[Comparison]:
         if not records:
             continue
         cache = settings.pop("cache", "")
-        comparison = found.setdefault(repr(sorted(settings.items())), Comparison(settings, {}))
+        comparison = found.setdefault(repr(sorted(settings.items())), Comparison(settings, {}, file.parent))
         comparison.by_cache[cache] = records
     if not found:
         raise ValueError("there are no predictions in these folders: run kivi-jax eval NAME --out DIR first")
@@ -151,8 +152,8 @@ def _noise(estimate: Estimate) -> str:
     return " noise" if estimate.noise else ""
 
 
-def plot(comparison: Comparison, folder: Path) -> Path | None:
-    """Save what there is to see as a picture: perplexity by position, heat maps, or bars.
+def plot(comparison: Comparison) -> Path | None:
+    """Save what there is to see as a picture beside the records: perplexity by position, heat maps, or bars.
 
     Raises:
         ValueError: matplotlib is not installed.
@@ -163,7 +164,7 @@ def plot(comparison: Comparison, folder: Path) -> Path | None:
     if draw is None:
         return None
     figure = draw(comparison)
-    return save_figure(figure, folder / f"{comparison.evaluation}.png")
+    return save_figure(figure, comparison.folder / f"{comparison.evaluation}.png")
 
 
 def _plot_perplexity(comparison: Comparison) -> Any:
