@@ -168,14 +168,20 @@ def plot(comparison: Comparison) -> Path | None:
 
 
 def _plot_perplexity(comparison: Comparison) -> Any:
-    figure = new_figure(7, 4)
-    axes = figure.subplots()
-    for cache, records in comparison.by_cache.items():
-        axes.plot(*perplexity.by_position(records), label=cache)
-    axes.set_xlabel("position in the window (tokens in the cache)")
-    axes.set_ylabel("perplexity")
-    axes.set_title(f"{comparison.settings['model']} on {comparison.settings['data']}", fontsize=9)
-    axes.legend()
+    """By position, and relative to the first cache: where the curves lie on one another."""
+    figure = new_figure(7, 7)
+    figure.suptitle(comparison.title, fontsize=9)
+    above, below = figure.subplots(2, 1, sharex=True)
+    curves = {cache: perplexity.by_position(rows) for cache, rows in comparison.by_cache.items()}
+    baseline, (_, reference) = next(iter(curves.items()))
+    for cache, (position, value) in curves.items():
+        above.plot(position, value, label=cache)
+        below.plot(position, 100 * (value / reference - 1))
+    above.set_yscale("log")
+    above.set_ylabel("perplexity")
+    above.legend(fontsize=8)
+    below.set_ylabel(f"perplexity vs {baseline} (%)")
+    below.set_xlabel("position in the window (tokens in the cache)")
     return figure
 
 
