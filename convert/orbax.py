@@ -22,7 +22,7 @@ from jax.typing import DTypeLike
 
 from convert.errors import CheckpointError
 from convert.hf import abstract_parameters, build, check_tokenizer
-from kivi_jax.config import ModelConfig, RopeConfig
+from kivi_jax.config import ModelConfig, config_from_dict
 from kivi_jax.llama import Llama
 
 FORMAT = 1
@@ -97,10 +97,7 @@ def read_manifest(directory: FilePath) -> tuple[ModelConfig, str]:
             raise CheckpointError(
                 f"{file} has format {manifest['format']}, this version reads up to {FORMAT}: upgrade kivi-jax"
             )
-        fields = dict(manifest["config"])
-        rope = RopeConfig(**fields.pop("rope"))
-        eos_ids = tuple(fields.pop("eos_ids"))
-        return ModelConfig(**fields, rope=rope, eos_ids=eos_ids), jnp.dtype(manifest["dtype"]).name
+        return config_from_dict(manifest["config"]), jnp.dtype(manifest["dtype"]).name
     except CheckpointError:
         raise
     except (OSError, ValueError, KeyError, TypeError) as error:

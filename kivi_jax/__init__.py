@@ -18,6 +18,9 @@ from kivi_jax.generation import Generation as Generation
 from kivi_jax.generation import generate as generate
 from kivi_jax.llama import Llama as Llama
 from kivi_jax.loading import load as load
+from kivi_jax.prefix import Prefix as Prefix
+from kivi_jax.prefix_files import load_prefix as load_prefix
+from kivi_jax.prefix_files import save_prefix as save_prefix
 from kivi_jax.sampling import Greedy as Greedy
 from kivi_jax.sampling import Sample as Sample
 from kivi_jax.selection import H2O as H2O
@@ -32,4 +35,5 @@ from kivi_jax.selection import Slide as Slide
 from kivi_jax.selection import SnapKV as SnapKV
 from kivi_jax.selection import StreamingLLM as StreamingLLM
 from kivi_jax.text import complete as complete
+from kivi_jax.text import read_prefix as read_prefix
 from kivi_jax.text import stream as stream

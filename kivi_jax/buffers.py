@@ -75,6 +75,10 @@ class Segment(Protocol):
         """After a step, do for one segment per layer what is due; `active` rows have just appended."""
         ...
 
+    def grow(self: S, tokens: int) -> S:
+        """The same tokens, with room for `tokens` more a row."""
+        ...
+
     def materialize(self) -> Tokens:
         """The tokens held, dequantized. For tests and inspection."""
         ...
@@ -121,6 +125,13 @@ class DenseTokens:
         """Nothing is ever due."""
         del active
         return tuple(segments)
+
+    def grow(self, tokens: int) -> "DenseTokens":
+        """See `Segment`: a ring smaller than the window has not wrapped, so slots are added at its end."""
+        slots = self.keys.shape[2] + tokens
+        added = (slots if self.window is None else min(slots, self.window)) - self.keys.shape[2]
+        keys, values = (jnp.pad(x, ((0, 0), (0, 0), (0, added), (0, 0))) for x in (self.keys, self.values))
+        return DenseTokens(keys, values, self.lengths, self.window)
 
     def materialize(self) -> Tokens:
         """See `Segment`."""
@@ -175,8 +186,7 @@ class KiviTokens:
         if residual_length % key_group_size:
             raise ValueError(f"{key_group_size=} must divide {residual_length=}")
         unit = math.lcm(residual_length, PAGE)
-        needed = capacity if window is None else min(capacity, window + residual_length)
-        slots = _round_up(needed, unit)
+        slots = cls._slots(capacity, window, residual_length)
         check_groups(slots, key.shape[3], bits=value_bits, group_size=value_group_size, group_axis="channel")
 
         def pack_keys(x: Array) -> QuantizedTensor:
@@ -203,6 +213,12 @@ class KiviTokens:
             lengths=lengths,
             window=window,
         )
+
+    @staticmethod
+    def _slots(capacity: int, window: int | None, residual_length: int) -> int:
+        """Packed slots: whole pages and whole residuals."""
+        needed = capacity if window is None else min(capacity, window + residual_length)
+        return _round_up(needed, math.lcm(residual_length, PAGE))
 
     @property
     def residual_length(self) -> int:
@@ -272,6 +288,18 @@ class KiviTokens:
             set_block(self.keys, slot, block, due),
             self.values,
             jnp.where(due[:, None, None, None], seen, self.key_ring),
+            self.value_ring,
+            self.lengths,
+            self.window,
+        )
+
+    def grow(self, tokens: int) -> "KiviTokens":
+        """See `Segment`: as for dense tokens, a store that can still grow has not wrapped."""
+        slots = self._slots(self.keys.shape[2] + tokens, self.window, self.residual_length)
+        return KiviTokens(
+            pad_tokens(self.keys, slots),
+            pad_tokens(self.values, slots),
+            self.key_ring,
             self.value_ring,
             self.lengths,
             self.window,

@@ -317,6 +317,17 @@ def settle(
     return tuple((*segments[:-1], last) for segments, last in zip(layers, settled, strict=True))
 
 
+def grow(cache: KVCache, tokens: int) -> KVCache:
+    """The same cache with a capacity of `tokens` more; only the last segment of a layer takes any."""
+    layers = tuple((*segments[:-1], segments[-1].grow(tokens)) for segments in cache.layers)
+    return KVCache(layers, cache.lengths, cache.strategy, cache.capacity + tokens)
+
+
+def repeat_row(cache: KVCache, rows: int) -> KVCache:
+    """A cache of one row, `rows` times."""
+    return jax.tree.map(lambda x: jnp.tile(x, (rows, *(1,) * (x.ndim - 1))), cache)
+
+
 def cache_bytes(cache: KVCache) -> dict[str, int]:
     """Bytes of the cache by part, from the arrays themselves; `total` is their sum.
 

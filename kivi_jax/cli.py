@@ -4,14 +4,18 @@ import functools
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Annotated
+from pathlib import Path as FilePath
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from convert.command import Dtype, convert
+from kivi_jax import options
 from kivi_jax.bench.command import bench
+from kivi_jax.cache_command import cache_files
+from kivi_jax.chat_command import chat
 from kivi_jax.console import format_bytes, parse_bytes, run
 from kivi_jax.eval.command import evaluate
 
@@ -19,76 +23,68 @@ if TYPE_CHECKING:
     from kivi_jax.cache import KVCache
     from kivi_jax.llama import Llama
 
+HELP = """2-bit KV caches (KIVI) and token selection (SCOPE) for Llama and Mistral in JAX.
+
+Try it:  kivi-jax generate random "Once upon a time" --cache kivi2:residual_length=32
+
+Plan memory:  kivi-jax inspect ./llama-8b --context 131072 --memory 80GB
+
+Talk:  kivi-jax chat ./llama-8b-instruct --cache kivi2
+
+Read once, ask often:  kivi-jax cache save ./llama-8b novel.txt novel.prefix
+
+A cache is a name, and fields after colons:  kivi2:group_size=64:residual_length=64 packs in 2 bits;
+scope:window=512:recent=256 bounds what is generated;
+kivi2+scope:prompt=snapkv:prompt_budget=2048 does both, and keeps 2048 tokens of a prompt.
+"""
+
 app = typer.Typer(
-    help="2-bit KV caches (KIVI) and token selection (SCOPE) for Llama and Mistral in JAX.",
+    help=HELP,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.command()(convert)
-app.add_typer(bench, name="bench")
-app.add_typer(evaluate, name="eval")
-
-ModelArgument = Annotated[
-    str,
-    typer.Argument(help="A checkpoint's directory, a hub name, or random: a small model of no use."),
-]
-CacheOption = Annotated[
-    str,
-    typer.Option(
-        help="full, kivi4, kivi2, scope, kivi2+scope; fields after colons: kivi2:group_size=64, "
-        "kivi2+scope:window=512:recent=256:prompt=snapkv:prompt_budget=2048."
-    ),
-]
-DtypeOption = Annotated[Dtype | None, typer.Option(help="By default float32 on a CPU, else bfloat16.")]
 
 
 @app.command()
 def generate(
-    model: ModelArgument,
+    model: options.ModelArgument,
     prompt: Annotated[str, typer.Argument(help="The text to continue; - reads it from standard input.")],
-    cache: CacheOption = "kivi2",
+    cache: options.CacheOrPrefixOption = None,
+    prefix: Annotated[
+        FilePath | None, typer.Option(help="What the prompt follows: made by kivi-jax cache save.")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="The most tokens to add.")] = 128,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    top_k: Annotated[int, typer.Option(help="Keep the k most likely tokens; 0 keeps all.")] = 0,
-    top_p: Annotated[float, typer.Option(help="Keep the most likely tokens up to this probability.")] = 1.0,
-    min_p: Annotated[float, typer.Option(help="Keep tokens this likely relative to the best.")] = 0.0,
-    repetition_penalty: Annotated[float, typer.Option(help="Above 1 makes seen tokens less likely.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Of random sampling.")] = 0,
-    dtype: DtypeOption = None,
+    temperature: options.TemperatureOption = 0.0,
+    top_k: options.TopKOption = 0,
+    top_p: options.TopPOption = 1.0,
+    min_p: options.MinPOption = 0.0,
+    repetition_penalty: options.PenaltyOption = 1.0,
+    seed: options.SeedOption = 0,
+    dtype: options.DtypeOption = None,
 ) -> None:
     """Continue a prompt, streaming the text, and say what it cost.
 
     Example:  kivi-jax generate ./llama-8b "Once upon a time" --cache kivi2 --max-new-tokens 64
+
+    Example:  kivi-jax generate ./llama-8b "Who is the butler?" --prefix ./novel.prefix
     """
     import jax
 
-    from kivi_jax.loading import load
     from kivi_jax.names import parse_cache
-    from kivi_jax.random_model import random_model
-    from kivi_jax.sampling import Greedy, Sample
-    from kivi_jax.text import decode_stream, stream_tokens
+    from kivi_jax.text import decode_stream, encode, stream_tokens
 
-    strategy = parse_cache(cache)
-    if temperature == 0:
-        sampler = Greedy(repetition_penalty=repetition_penalty)
-    else:
-        sampler = Sample(
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            repetition_penalty=repetition_penalty,
-        )
-    errors = Console(stderr=True)
-    with errors.status("loading"):
-        if model == "random":
-            llama, tokenizer = random_model()
-        else:
-            llama, tokenizer = load(model, dtype=None if dtype is None else dtype.value)
-    if tokenizer is None:
-        raise ValueError(f"{model} has no tokenizer files: copy the tokenizer's files there")
-    ids = tokenizer(sys.stdin.read() if prompt == "-" else prompt)["input_ids"]
+    start: dict[str, Any] = {} if cache is None else {"cache": parse_cache(cache)}
+    sampler = options.make_sampler(temperature, top_k, top_p, min_p, repetition_penalty)
+    llama, tokenizer = options.open_model(model, dtype)
+    if prefix is not None:
+        from kivi_jax.prefix_files import load_prefix
+
+        start = {"prefix": load_prefix(prefix, llama, **start)}
+    elif not start:
+        start = {"cache": parse_cache("kivi2")}
+    text = sys.stdin.read() if prompt == "-" else prompt
+    ids = encode(tokenizer, text, begins=prefix is None)
     moments = [time.perf_counter()]
     last: list[KVCache] = []
 
@@ -96,7 +92,7 @@ def generate(
         tokens = stream_tokens(
             llama,
             ids,
-            cache=strategy,
+            **start,
             max_new_tokens=max_new_tokens,
             sampler=sampler,
             key=jax.random.key(seed),
@@ -111,7 +107,7 @@ def generate(
         sys.stdout.flush()
     sys.stdout.write("\n")
     sys.stdout.flush()
-    errors.print(_cost(llama, len(ids), moments, last[0]), style="dim", highlight=False)
+    Console(stderr=True).print(_cost(llama, len(ids), moments, last[0]), style="dim", highlight=False)
 
 
 def _cost(model: "Llama", prompt_tokens: int, moments: Sequence[float], held: "KVCache") -> str:
@@ -133,7 +129,7 @@ def _cost(model: "Llama", prompt_tokens: int, moments: Sequence[float], held: "K
 
 @app.command()
 def inspect(
-    model: ModelArgument,
+    model: options.ModelArgument,
     context: Annotated[int, typer.Option(help="Tokens a row holds, prompt and output together.")] = 32768,
     prompt: Annotated[int | None, typer.Option(help="Of those, the prompt's; by default all.")] = None,
     batch: Annotated[int, typer.Option(help="Rows.")] = 1,
@@ -188,6 +184,13 @@ def inspect(
             f"{rows:,}",
         )
     Console().print(table)
+
+
+app.command()(chat)
+app.add_typer(cache_files, name="cache")
+app.command()(convert)
+app.add_typer(bench, name="bench")
+app.add_typer(evaluate, name="eval")
 
 
 def main() -> None:

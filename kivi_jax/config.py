@@ -4,8 +4,9 @@ Every field changes the compiled program, so the whole config is static under `j
 Hugging Face `config.json` into these values is the converter's job (`convert/rules.py`).
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn"]
 
@@ -86,3 +87,14 @@ class ModelConfig:
             raise ValueError(f"{self.head_dim=} must be even: RoPE rotates pairs of channels")
         if self.sliding_window is not None and self.sliding_window <= 0:
             raise ValueError(f"{self.sliding_window=} must be positive, or None for no window")
+
+
+def config_from_dict(fields: Mapping[str, Any]) -> ModelConfig:
+    """The config whose `dataclasses.asdict`, also after a journey through JSON, is `fields`.
+
+    Raises:
+        KeyError, TypeError: fields are missing, unknown, or of another type.
+        ValueError: see `ModelConfig`.
+    """
+    rope, eos_ids = RopeConfig(**fields["rope"]), tuple(fields["eos_ids"])
+    return ModelConfig(**{**fields, "rope": rope, "eos_ids": eos_ids})

@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from kivi_jax.cache import CacheStrategy, KVCache
 from kivi_jax.llama import Llama
+from kivi_jax.prefix import Prefix, extend, fork, prefill
 from kivi_jax.sampling import Greedy, Sampler, penalize
 from pallas_kernels.pytree import pytree
 
@@ -39,7 +40,8 @@ def generate(
     tokens: Int[Array, "B P"],
     lengths: Int[Array, "B"],
     *,
-    cache: CacheStrategy,
+    cache: CacheStrategy | None = None,
+    prefix: Prefix | None = None,
     max_new_tokens: int,
     sampler: Sampler | None = None,
     eos_ids: tuple[int, ...] | None = None,
@@ -55,8 +57,10 @@ def generate(
     Args:
         model: the model.
         tokens: prompts, right-padded; what stands at and after a row's length is ignored.
-        lengths: tokens of each prompt, from 1 to P.
+        lengths: tokens of each prompt, from 1 to P; after a `prefix` also 0.
         cache: how keys and values are held.
+        prefix: instead of `cache`, what was read before: the prompts follow it, through decoding steps.
+            It has a row per prompt, or one that all prompts follow, and can be used again.
         max_new_tokens: the most tokens to add to a row, at least 1.
         sampler: `Greedy()` by default.
         eos_ids: tokens that end a row; by default the model's own.
@@ -64,17 +68,55 @@ def generate(
         block_tokens: see `Llama.prefill`.
 
     Raises:
-        ValueError: shapes or lengths are off, the strategy does not fit the model, or a sampler that
-            needs a key got none.
+        ValueError: shapes or lengths are off, the strategy or the prefix does not fit the model, or a
+            sampler that needs a key got none.
     """
     if max_new_tokens < 1:
         raise ValueError(f"{max_new_tokens=} must be at least 1")
-    _check_lengths(tokens, lengths)
+    _check_lengths(tokens, lengths, least=0 if prefix is not None else 1)
+    check_start(model, cache, prefix)
     sampler = Greedy() if sampler is None else sampler
     eos_ids = model.config.eos_ids if eos_ids is None else tuple(eos_ids)
-    cache.check(model.config)
     keys = row_keys(key, tokens.shape[0])
-    return _generate(model, tokens, lengths, keys, cache, max_new_tokens, sampler, eos_ids, block_tokens)
+    return _generate(
+        model, tokens, lengths, keys, prefix, cache, max_new_tokens, sampler, eos_ids, block_tokens
+    )
+
+
+def check_start(model: Llama, cache: CacheStrategy | None, prefix: Prefix | None) -> None:
+    """Refuse a start that is not exactly one of a strategy and a prefix, or does not fit the model.
+
+    Raises:
+        ValueError: that is so.
+    """
+    if (cache is None) == (prefix is None):
+        raise ValueError("pass either cache=, a strategy, or prefix=, which brings its own")
+    if cache is not None:
+        cache.check(model.config)
+    if prefix is not None and prefix.logits.shape[1] != model.config.vocab_size:
+        raise ValueError(
+            f"the prefix was read by a model of {prefix.logits.shape[1]} tokens, this one has "
+            f"{model.config.vocab_size}: read it again with this model"
+        )
+
+
+def read(
+    model: Llama,
+    tokens: Int[Array, "B P"],
+    lengths: Int[Array, "B"],
+    *,
+    cache: CacheStrategy | None,
+    prefix: Prefix | None,
+    room: int,
+    block_tokens: int = 512,
+) -> Prefix:
+    """The prompts read, alone or after a prefix, with room for `room` tokens more a row."""
+    if prefix is not None:
+        own = fork(prefix, rows=tokens.shape[0], more=tokens.shape[1] + room)
+        return extend(model, own, tokens, lengths)
+    assert cache is not None  # `check_start`
+    capacity = tokens.shape[1] + room
+    return prefill(model, tokens, lengths, cache=cache, capacity=capacity, block_tokens=block_tokens)
 
 
 def row_keys(key: Key[Array, "..."] | None, rows: int) -> Key[Array, "B"] | None:
@@ -90,20 +132,9 @@ def row_keys(key: Key[Array, "..."] | None, rows: int) -> Key[Array, "B"] | None
     return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(rows))
 
 
-def start_drawing(
-    sampler: Sampler,
-    keys: Key[Array, "B"] | None,
-    tokens: Int[Array, "B P"],
-    lengths: Int[Array, "B"],
-    vocab: int,
-) -> Draw:
-    """What drawing the first token after the prompts needs."""
-    if sampler.repetition_penalty == 1:
-        return Draw(keys, None)
-    real = jnp.arange(tokens.shape[1])[None] < lengths[:, None]
-    rows = jnp.arange(tokens.shape[0])[:, None]
-    seen = jnp.zeros((tokens.shape[0], vocab), bool)
-    return Draw(keys, seen.at[rows, jnp.where(real, tokens, vocab)].set(True, mode="drop"))
+def start_drawing(sampler: Sampler, keys: Key[Array, "B"] | None, seen: Bool[Array, "B V"]) -> Draw:
+    """What drawing the first token after prompts that had the tokens `seen` needs."""
+    return Draw(keys, None if sampler.repetition_penalty == 1 else seen)
 
 
 def draw(
@@ -147,18 +178,23 @@ def _generate(
     prompt: Int[Array, "B P"],
     prompt_lengths: Int[Array, "B"],
     keys: Key[Array, "B"] | None,
-    strategy: CacheStrategy,
+    prefix: Prefix | None,
+    strategy: CacheStrategy | None,
     max_new_tokens: int,
     sampler: Sampler,
     eos_ids: tuple[int, ...],
     block_tokens: int,
 ) -> Generation:
-    capacity = prompt.shape[1] + max_new_tokens
-    logits, cache = model.prefill(
-        prompt, prompt_lengths, cache=strategy, capacity=capacity, block_tokens=block_tokens
+    start = read(
+        model,
+        prompt,
+        prompt_lengths,
+        cache=strategy,
+        prefix=prefix,
+        room=max_new_tokens,
+        block_tokens=block_tokens,
     )
-    state = start_drawing(sampler, keys, prompt, prompt_lengths, model.config.vocab_size)
-    token, state = draw(sampler, logits, state, 0)
+    token, state = draw(sampler, start.logits, start_drawing(sampler, keys, start.seen), 0)
     rows, padding = prompt.shape[0], (eos_ids[0] if eos_ids else 0)
     tokens = jnp.full((rows, max_new_tokens), padding, jnp.int32).at[:, 0].set(token)
     first = _Loop(
@@ -167,7 +203,7 @@ def _generate(
         active=~is_end(token, eos_ids),
         tokens=tokens,
         lengths=jnp.ones(rows, jnp.int32),
-        cache=cache,
+        cache=start.cache,
         state=state,
     )
 
@@ -192,13 +228,13 @@ def _generate(
     return Generation(last.tokens, last.lengths, last.cache)
 
 
-def _check_lengths(tokens: Int[Array, "B P"], lengths: Int[Array, "B"]) -> None:
-    """Refuse lengths outside 1..P where they are known, which is outside of a trace."""
+def _check_lengths(tokens: Int[Array, "B P"], lengths: Int[Array, "B"], *, least: int) -> None:
+    """Refuse lengths outside least..P where they are known, which is outside of a trace."""
     if isinstance(lengths, Tracer) or not lengths.size:
         return
     shortest, longest = int(lengths.min()), int(lengths.max())
-    if shortest < 1 or longest > tokens.shape[1]:
+    if shortest < least or longest > tokens.shape[1]:
         raise ValueError(
-            f"every length must be from 1 to {tokens.shape[1]} (the width of tokens), "
+            f"every length must be from {least} to {tokens.shape[1]} (the width of tokens), "
             f"got {shortest} to {longest}"
         )

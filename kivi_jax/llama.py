@@ -18,7 +18,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from kivi_jax import cache as caches
-from kivi_jax.attention import add_weights, causal_attention
+from kivi_jax.attention import add_weights, block_attention, causal_attention
 from kivi_jax.buffers import Segment, Step, attend_token
 from kivi_jax.cache import CacheStrategy, KVCache, Prompt
 from kivi_jax.config import ModelConfig
@@ -228,10 +228,11 @@ def _prefill_layer(
             jax.lax.dynamic_update_slice_in_dim(held, new.swapaxes(1, 2), first, axis=2)
             for held, new in ((keys, key), (values, value))
         )
-        attended, log_sum_exp = causal_attention(
-            query, keys, values, first=first, window=config.sliding_window
-        )
-        if observed:
+        window = config.sliding_window
+        if not observed:
+            attended = block_attention(query, keys, values, first=first, window=window)
+        else:
+            attended, log_sum_exp = causal_attention(query, keys, values, first=first, window=window)
             seen = (position >= oldest[:, None]) & (position < lengths[:, None])
             weights = add_weights(weights, query, keys, log_sum_exp, seen, first=first)
         here = layer.finish(here, attended)

@@ -67,6 +67,50 @@ def parse_cache(text: str) -> CacheStrategy:
     return scope(**selectors) if base == "scope" else full()
 
 
+def cache_name(strategy: CacheStrategy) -> str:
+    """The name that `parse_cache` reads as `strategy`; fields that have their defaults are left out.
+
+    Raises:
+        ValueError: there is none: a selector is not one of kivi_jax's.
+    """
+    name, fields = "", []
+    if (packed := strategy.quantization) is not None:
+        name = f"kivi{packed.key_bits}"
+        fields += _changed(_kivi_fields(packed), _kivi_fields(kivi(packed.key_bits).quantization), "")
+    keeps_all = selection.KeepAll()
+    if strategy.prompt != keeps_all or strategy.decode != keeps_all or strategy.pool is not None:
+        name = f"{name}+scope" if name else "scope"
+        fields += _selector_name(PROMPT, strategy.prompt, "prompt=keepall", "prompt_")
+        fields += _selector_name(DECODE, strategy.decode, "decode=slide", "")
+    if (pool := strategy.pool) is not None:
+        usual = vars(PoolQuantization(bits=pool.bits))
+        fields += [f"pool_bits={pool.bits}", *_changed(vars(pool), usual, "pool_")]
+    return ":".join([name or "full", *fields])
+
+
+def _selector_name(kinds: dict[str, Any], selector: Any, default: str, prefix: str) -> list[str]:
+    kind = next((name for name, cls in kinds.items() if cls is type(selector)), None)
+    if kind is None:
+        raise ValueError(f"{selector} has no name: it is none of {', '.join(kinds)}")
+    named = f"{default.partition('=')[0]}={kind}"
+    usual = {field.name: field.default for field in dataclasses.fields(selector)}
+    return [named] * (named != default) + _changed(vars(selector), usual, prefix)
+
+
+def _kivi_fields(quantization: Any) -> dict[str, Any]:
+    """Fields by name, with one group size where both sides have the same."""
+    fields = dict(vars(quantization))
+    if fields["key_group_size"] == fields["value_group_size"]:
+        fields["group_size"] = fields.pop("key_group_size")
+        del fields["value_group_size"]
+    return fields
+
+
+def _changed(fields: dict[str, Any], usual: dict[str, Any], prefix: str) -> list[str]:
+    """`field=value` for what is not as usual."""
+    return [f"{prefix}{name}={held}" for name, held in fields.items() if held != usual.get(name)]
+
+
 def _selector(kinds: dict[str, Any], kind: Any, options: dict[str, Any], text: str) -> Any:
     if kind not in kinds:
         raise ValueError(f"cache {text!r}: unknown selector {kind!r}: choose one of {', '.join(kinds)}")

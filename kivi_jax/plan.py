@@ -1,5 +1,7 @@
 """Memory plans: what a cache will weigh, from the shapes of the real arrays, without making any."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -29,23 +31,26 @@ def plan_cache(
         raise ValueError(f"{batch=} must be positive, and the prompt's {width} tokens from 1 to {context=}")
     strategy.check(config)
 
-    def hold() -> KVCache:
-        shape = (batch, config.num_kv_heads, width, config.head_dim)
-        lengths = jnp.full(batch, width, jnp.int32)
-        prompt = Prompt(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros(shape[:3]), lengths)
-        layers = tuple(
-            strategy.hold_prompt(
-                prompt,
-                capacity=context,
-                window=config.sliding_window,
-                layer=layer,
-                layers=config.num_layers,
-            )
-            for layer in range(config.num_layers)
-        )
-        return KVCache(layers, lengths, strategy, context)
-
+    hold = functools.partial(
+        zero_cache, config, strategy, batch=batch, width=width, capacity=context, dtype=dtype
+    )
     return cache_bytes(jax.eval_shape(hold))
+
+
+def zero_cache(
+    config: ModelConfig, strategy: CacheStrategy, *, batch: int, width: int, capacity: int, dtype: DTypeLike
+) -> KVCache:
+    """The cache of prompts of `width` tokens, which are all zeros."""
+    shape = (batch, config.num_kv_heads, width, config.head_dim)
+    lengths = jnp.full(batch, width, jnp.int32)
+    prompt = Prompt(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros(shape[:3]), lengths)
+    layers = tuple(
+        strategy.hold_prompt(
+            prompt, capacity=capacity, window=config.sliding_window, layer=layer, layers=config.num_layers
+        )
+        for layer in range(config.num_layers)
+    )
+    return KVCache(layers, lengths, strategy, capacity)
 
 
 def largest_batch(

@@ -129,6 +129,11 @@ class TokenPool:
         score = self.selector.score(self.weights, self.positions)
         return jnp.where(self.positions >= newest, jnp.inf, score)
 
+    def grow(self, tokens: int) -> "TokenPool":
+        """See `Segment`: the bound is the selector's, and there is always room."""
+        del tokens
+        return self
+
     def materialize(self) -> Tokens:
         """See `Segment`; keys in the basis they are held in."""
         return Tokens(*self.store.read(), self.positions)

@@ -22,8 +22,9 @@ CONFIG = ModelConfig(
 class AsciiTokenizer:
     """One token per byte; ids are shown as printable ASCII."""
 
-    def __call__(self, text: str) -> dict[str, list[int]]:
-        """The bytes of `text` as ids."""
+    def __call__(self, text: str, *, add_special_tokens: bool = True) -> dict[str, list[int]]:
+        """The bytes of `text` as ids; there are no special tokens."""
+        del add_special_tokens
         return {"input_ids": list(text.encode())}
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:

@@ -1,4 +1,4 @@
-"""Strings in, strings out: `complete` a list of prompts, or `stream` one."""
+"""Strings in, strings out: `complete` a list of prompts, `stream` one, or read one to ask about it often."""
 
 import functools
 from collections.abc import Iterable, Iterator, Sequence
@@ -10,8 +10,9 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from kivi_jax.cache import CacheStrategy, KVCache
-from kivi_jax.generation import Draw, draw, generate, row_keys, start_drawing
+from kivi_jax.generation import Draw, check_start, draw, generate, read, row_keys, start_drawing
 from kivi_jax.llama import Llama
+from kivi_jax.prefix import Prefix, extend, prefill
 from kivi_jax.sampling import Greedy, Sampler
 
 
@@ -19,8 +20,8 @@ from kivi_jax.sampling import Greedy, Sampler
 class Tokenizer(Protocol):
     """What is used of a Hugging Face tokenizer."""
 
-    def __call__(self, text: str) -> Any:
-        """A mapping with `input_ids`."""
+    def __call__(self, text: str, *, add_special_tokens: bool = True) -> Any:
+        """A mapping with `input_ids`; text that continues another is read without special tokens."""
         ...
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
@@ -28,26 +29,61 @@ class Tokenizer(Protocol):
         ...
 
 
-def pad_prompts(prompts: Sequence[Sequence[int]]) -> tuple[Int[np.ndarray, "B P"], Int[np.ndarray, "B"]]:
-    """Right-pad token ids to one width, and their lengths.
+def encode(tokenizer: Tokenizer, text: str, *, begins: bool = True) -> list[int]:
+    """Token ids of a text that begins a row or, without special tokens, continues one."""
+    return list((tokenizer(text) if begins else tokenizer(text, add_special_tokens=False))["input_ids"])
+
+
+def pad_prompts(
+    prompts: Sequence[Sequence[int]], *, least: int = 1
+) -> tuple[Int[np.ndarray, "B P"], Int[np.ndarray, "B"]]:
+    """Right-pad token ids to one width, and their lengths, of which each is at least `least`.
 
     The width is rounded up by at most an eighth (at least to a multiple of 32), so that prompts of similar
     lengths share a compiled program.
 
     Raises:
-        ValueError: there is no prompt, or one has no tokens.
+        ValueError: there is no prompt, or one has too few tokens.
     """
     if not prompts:
         raise ValueError("there must be at least one prompt")
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-    if not lengths.all():
+    if lengths.min() < least:
         raise ValueError(f"prompt {int(lengths.argmin())} has no tokens: pass at least one")
-    longest = int(lengths.max())
-    step = max(32, 1 << max(longest.bit_length() - 4, 0))
-    tokens = np.zeros((len(prompts), -(-longest // step) * step), np.int32)
+    tokens = np.zeros((len(prompts), _width(int(lengths.max()))), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = prompt
     return tokens, lengths
+
+
+def _width(longest: int) -> int:
+    step = max(32, 1 << max(longest.bit_length() - 4, 0))
+    return -(-longest // step) * step
+
+
+def read_prefix(
+    model: Llama,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    *,
+    cache: CacheStrategy,
+    block_tokens: int = 512,
+) -> Prefix:
+    """Read texts once, to continue them many times: one for all questions, or one per question.
+
+    Raises:
+        ValueError: see `generate` and `pad_prompts`.
+    """
+    _check_list(prompts)
+    tokens, lengths = pad_prompts([encode(tokenizer, prompt) for prompt in prompts])
+    return prefill(
+        model,
+        jnp.asarray(tokens),
+        jnp.asarray(lengths),
+        cache=cache,
+        capacity=tokens.shape[1],
+        block_tokens=block_tokens,
+    )
 
 
 def complete(
@@ -55,7 +91,8 @@ def complete(
     tokenizer: Tokenizer,
     prompts: Sequence[str],
     *,
-    cache: CacheStrategy,
+    cache: CacheStrategy | None = None,
+    prefix: Prefix | None = None,
     max_new_tokens: int,
     sampler: Sampler | None = None,
     eos_ids: tuple[int, ...] | None = None,
@@ -63,17 +100,20 @@ def complete(
 ) -> list[str]:
     """The continuation of every prompt, special tokens left out. See `generate` for the arguments.
 
+    After a `prefix`, a prompt may be empty, and is read without the special tokens that begin a text.
+
     Raises:
         ValueError: see `generate` and `pad_prompts`.
     """
-    if isinstance(prompts, str):
-        raise ValueError("prompts must be a list of strings, got one string: pass [prompt]")
-    tokens, lengths = pad_prompts([tokenizer(prompt)["input_ids"] for prompt in prompts])
+    _check_list(prompts)
+    ids = [encode(tokenizer, prompt, begins=prefix is None) for prompt in prompts]
+    tokens, lengths = pad_prompts(ids, least=0 if prefix is not None else 1)
     out = generate(
         model,
         jnp.asarray(tokens),
         jnp.asarray(lengths),
         cache=cache,
+        prefix=prefix,
         max_new_tokens=max_new_tokens,
         sampler=sampler,
         eos_ids=eos_ids,
@@ -91,7 +131,8 @@ def stream(
     tokenizer: Tokenizer,
     prompt: str,
     *,
-    cache: CacheStrategy,
+    cache: CacheStrategy | None = None,
+    prefix: Prefix | None = None,
     max_new_tokens: int,
     sampler: Sampler | None = None,
     eos_ids: tuple[int, ...] | None = None,
@@ -104,8 +145,9 @@ def stream(
     """
     tokens = stream_tokens(
         model,
-        tokenizer(prompt)["input_ids"],
+        encode(tokenizer, prompt, begins=prefix is None),
         cache=cache,
+        prefix=prefix,
         max_new_tokens=max_new_tokens,
         sampler=sampler,
         eos_ids=eos_ids,
@@ -141,7 +183,8 @@ def stream_tokens(
     model: Llama,
     prompt: Sequence[int],
     *,
-    cache: CacheStrategy,
+    cache: CacheStrategy | None = None,
+    prefix: Prefix | None = None,
     max_new_tokens: int,
     sampler: Sampler | None = None,
     eos_ids: tuple[int, ...] | None = None,
@@ -156,11 +199,40 @@ def stream_tokens(
     """
     if max_new_tokens < 1:
         raise ValueError(f"{max_new_tokens=} must be at least 1")
+    check_start(model, cache, prefix)
+    tokens, lengths = pad_prompts([prompt], least=0 if prefix is not None else 1)
+    start = read(
+        model, jnp.asarray(tokens), jnp.asarray(lengths), cache=cache, prefix=prefix, room=max_new_tokens
+    )
+    yield from stream_after(
+        model, start, max_new_tokens=max_new_tokens, sampler=sampler, eos_ids=eos_ids, key=key
+    )
+
+
+def append(model: Llama, prefix: Prefix, tokens: Sequence[int], *, chunk_tokens: int = 128) -> Prefix:
+    """`extend` one row by any number of tokens through one compiled program. The prefix is consumed."""
+    for first in range(0, len(tokens), chunk_tokens):
+        part = tokens[first : first + chunk_tokens]
+        padded = np.zeros((1, chunk_tokens), np.int32)
+        padded[0, : len(part)] = part
+        prefix = extend(model, prefix, jnp.asarray(padded), jnp.asarray([len(part)], jnp.int32))
+    return prefix
+
+
+def stream_after(
+    model: Llama,
+    start: Prefix,
+    *,
+    max_new_tokens: int,
+    sampler: Sampler | None = None,
+    eos_ids: tuple[int, ...] | None = None,
+    key: Key[Array, "..."] | None = None,
+) -> Iterator[tuple[int, KVCache]]:
+    """`stream_tokens` of one row that has been read, with room for the new tokens. The prefix is consumed."""
     sampler = Greedy() if sampler is None else sampler
     eos_ids = model.config.eos_ids if eos_ids is None else eos_ids
-    tokens, lengths = (jnp.asarray(x) for x in pad_prompts([prompt]))
-    logits, held = model.prefill(tokens, lengths, cache=cache, capacity=tokens.shape[1] + max_new_tokens)
-    state = start_drawing(sampler, row_keys(key, 1), tokens, lengths, model.config.vocab_size)
+    held, logits = start.cache, start.logits
+    state = start_drawing(sampler, row_keys(key, 1), start.seen)
     token, state = _draw(sampler, logits, state, jnp.int32(0))
     for index in range(1, max_new_tokens + 1):
         yield int(token[0]), held
@@ -175,3 +247,8 @@ def _draw(
     sampler: Sampler, logits: Float[Array, "B V"], state: Draw, index: Int[Array, ""]
 ) -> tuple[Int[Array, "B"], Draw]:
     return draw(sampler, logits, state, index)
+
+
+def _check_list(prompts: Sequence[str]) -> None:
+    if isinstance(prompts, str):
+        raise ValueError("prompts must be a list of strings, got one string: pass [prompt]")

@@ -112,10 +112,46 @@ def generation(
 def attention(
     repeats: Annotated[int, typer.Option(help="Rounds to take the median of.")] = 15,
 ) -> None:
-    """Time decode attention alone: over packed tokens, and over dense ones, taking turns."""
+    """Time decode attention alone: over packed tokens, and over dense ones, taking turns.
+
+    Example:  kivi-jax bench attention --repeats 5
+    """
     from kivi_jax.bench.attention import run, table
 
     Console().print(table(run(repeats=repeats)))
+
+
+@bench.command()
+def prefix(
+    shape: Annotated[str, typer.Option(help="125m or llama-8b; random weights.")] = "125m",
+    context: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 4096,
+    repeats: Annotated[int, typer.Option(help="Times to take the median of.")] = 3,
+    cache: Annotated[list[str] | None, typer.Option(help="Caches to compare; may be repeated.")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, or bfloat16 on an accelerator.")] = "float32",
+) -> None:
+    """Time loading a saved prompt's cache against reading the prompt again.
+
+    Example:  kivi-jax bench prefix --context 4096 --cache full --cache kivi2
+    """
+    from kivi_jax.bench.prefix import run
+
+    strategies = {name: parse_cache(name) for name in cache or ["full", "kivi2"]}
+    table = Table(title=f"a saved prefix, {shape} {dtype}, {context:,} tokens", caption=machine())
+    columns = ("read s", "load s", "faster", "first read s", "first load s", "save s", "on disk")
+    for column in ("cache", *columns):
+        table.add_column(column, justify="left" if column == "cache" else "right")
+    for result in run(_shape(shape), strategies, context=context, repeats=repeats, dtype=dtype):
+        table.add_row(
+            result.name,
+            f"{result.read_s:.2f}",
+            f"{result.load_s:.2f}",
+            f"{result.read_s / result.load_s:.1f}x",
+            f"{result.first_read_s:.2f}",
+            f"{result.first_load_s:.2f}",
+            f"{result.save_s:.2f}",
+            format_bytes(result.disk_bytes),
+        )
+    Console().print(table)
 
 
 @bench.command()

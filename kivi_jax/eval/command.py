@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from convert.command import Dtype
 from kivi_jax.bench.command import machine
 from kivi_jax.names import parse_cache
+from kivi_jax.options import DtypeOption, open_model
 
 if TYPE_CHECKING:
     from kivi_jax.eval.samples import Sample
@@ -31,7 +32,6 @@ Limit = Annotated[int | None, typer.Option(min=1, help="The most samples (of eac
 Batch = Annotated[int, typer.Option(min=1, help="Rows computed together.")]
 NewTokens = Annotated[int, typer.Option(min=1, help="The most tokens of an answer.")]
 Chat = Annotated[bool, typer.Option(help="Put prompts into the tokenizer's chat template.")]
-DtypeOption = Annotated[Dtype | None, typer.Option(help="By default float32 on a CPU, else bfloat16.")]
 
 DEFAULT_CACHES = ("full", "kivi4", "kivi2")
 
@@ -53,7 +53,7 @@ def perplexity(
     """
     from kivi_jax.eval.perplexity import read_windows, score_windows
 
-    llama, tokenizer = _load(model, dtype)
+    llama, tokenizer = open_model(model, dtype)
     windows = read_windows(tokenizer, _read_text(data), length)[:limit]
 
     def compute(name: str, path: Path, settings: dict[str, Any], progress: Progress) -> None:
@@ -97,7 +97,7 @@ def longbench(
     """
     from kivi_jax.eval.longbench import read_samples
 
-    llama, tokenizer = _load(model, dtype)
+    llama, tokenizer = open_model(model, dtype)
     samples = read_samples(data, prompts, limit=limit)
     if max_length is None:
         max_length = llama.config.max_position_embeddings - max(sample.max_new_tokens for sample in samples)
@@ -153,7 +153,7 @@ def longgenbench(
             questions_per_prompt=questions,
             max_new_tokens=max_new_tokens,
         )
-    loaded = _load(model, dtype)
+    loaded = open_model(model, dtype)
     settings: dict[str, Any] = dict(
         eval="longgenbench", model=model, data=data, max_new_tokens=max_new_tokens, chat=chat
     )
@@ -189,7 +189,7 @@ def needle(
     from kivi_jax.eval.needle import build_samples, read_samples
     from kivi_jax.eval.samples import read_rows
 
-    llama, tokenizer = _load(model, dtype)
+    llama, tokenizer = open_model(model, dtype)
     settings: dict[str, Any] = dict(
         eval="needle", model=model, data=data or "made-up text", max_new_tokens=max_new_tokens
     )
@@ -242,7 +242,7 @@ def ruler(
     settings: dict[str, Any] = dict(
         eval="ruler", model=model, data=data, max_new_tokens=max_new_tokens, dtype=_name(dtype)
     )
-    _generate(_load(model, dtype), samples, cache, out, settings, batch=batch)
+    _generate(open_model(model, dtype), samples, cache, out, settings, batch=batch)
 
 
 @evaluate.command()
@@ -274,7 +274,7 @@ def gsm8k(
         eval="gsm8k", model=model, data=data, examples=examples, max_new_tokens=max_new_tokens
     )
     settings |= dict(dtype=_name(dtype))
-    _generate(_load(model, dtype), samples, cache, out, settings, batch=batch)
+    _generate(open_model(model, dtype), samples, cache, out, settings, batch=batch)
 
 
 @evaluate.command()
@@ -301,7 +301,7 @@ def study(
     from kivi_jax.eval.perplexity import read_windows
     from kivi_jax.eval.study import Study, all_settings
 
-    llama, tokenizer = _load(model, dtype)
+    llama, tokenizer = open_model(model, dtype)
     wanted = all_settings(
         llama.config,
         bits=bits or [2, 4],
@@ -401,16 +401,6 @@ def _report(folders: Sequence[Path]) -> None:
         if picture := plot(comparison):
             console.print(f"plot: {picture}", soft_wrap=True, highlight=False)
     console.print(machine(), style="dim", highlight=False)
-
-
-def _load(model: str, dtype: Dtype | None) -> "tuple[Llama, Any]":
-    from kivi_jax.loading import load
-
-    with Console(stderr=True).status("loading"):
-        llama, tokenizer = load(model, dtype=_name(dtype))
-    if tokenizer is None:
-        raise ValueError(f"{model} has no tokenizer files: copy the tokenizer's files there")
-    return llama, tokenizer
 
 
 def _name(dtype: Dtype | None) -> str | None:

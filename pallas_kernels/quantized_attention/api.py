@@ -10,17 +10,18 @@ import logging
 from collections.abc import Callable
 from typing import Any, Literal
 
-import jax
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.device import compute_capability, default_device
 from pallas_kernels.partials import AttentionPartial
 from pallas_kernels.quantization import QuantizedTensor
 
-Implementation = Literal["xla", "pallas_triton", "triton"]
+Implementation = Literal["xla", "pallas_triton", "triton", "pallas_mosaic"]
 Attend = Callable[..., AttentionPartial]
 
-# The kernels, in the order they are tried on an NVIDIA GPU, and the compute capability they need.
-_KERNELS: dict[Implementation, float] = {"pallas_triton": 8.0, "triton": 8.0}
+# The kernels, in the order they are tried on an NVIDIA GPU (fewest instructions per code first), and the
+# compute capability they need.
+_KERNELS: dict[Implementation, float] = {"pallas_triton": 8.0, "triton": 8.0, "pallas_mosaic": 9.0}
 
 _log = logging.getLogger(__name__)
 
@@ -49,7 +50,7 @@ def quantized_attention(
     _check(query, key, value)
     if scale is None:
         scale = query.shape[-1] ** -0.5
-    device = _device()
+    device = default_device()
     if implementation is None:
         order: tuple[Implementation, ...] = (*_KERNELS, "xla") if device.platform == "gpu" else ("xla",)
     else:
@@ -75,28 +76,14 @@ def _check(query: Array, key: QuantizedTensor, value: QuantizedTensor) -> None:
         raise ValueError(f"query {query.shape} [B, N, H] does not fit a cache {key.shape} [B, K, S, H]")
 
 
-def _device() -> Any:
-    """The device that computations go to unless told otherwise."""
-    default = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
-    return default if isinstance(default, jax.Device) else jax.local_devices(backend=default)[0]
-
-
 def _load(name: Implementation, device: Any) -> Attend:
     least = _KERNELS.get(name, 0.0)
-    if _compute_capability(device) < least:
+    if compute_capability(device) < least:
         raise NotImplementedError(f"needs an NVIDIA GPU of compute capability {least}, not {device}")
     try:
         return importlib.import_module(f"pallas_kernels.quantized_attention.{name}").attend
     except ImportError as error:
         raise NotImplementedError(f"{error}") from error
-
-
-def _compute_capability(device: Any) -> float:
-    """9.0 for an H100; 0 for what is not an NVIDIA GPU."""
-    try:
-        return float(getattr(device, "compute_capability", 0))
-    except ValueError:  # AMD GPUs have names instead
-        return 0.0
 
 
 @functools.lru_cache(maxsize=256)

@@ -123,6 +123,13 @@ CORRECTNESS: tuple[Case, ...] = (
     Case("scale_bfloat16", 2, 2, 2, 64, 96, scale_dtype="bfloat16"),
     Case("scale_float32", 2, 2, 2, 64, 96, scale_dtype="float32"),
     Case("query_bfloat16", 2, 2, 2, 64, 96, query_dtype="bfloat16"),
+    # Stores of whole tiles of 64 or 128 tokens, which some kernels need.
+    Case("tiles_wrapped", 3, 1, 2, 64, 384, ranges="wrapped", scale_dtype="bfloat16"),
+    Case("tiles_empty_row", 3, 1, 2, 128, 192, ranges="empty", query_dtype="bfloat16"),
+    Case("tiles_bits_4", 2, 1, 4, 128, 192, 4, 4, ranges="ragged"),
+    Case("tiles_bits_8", 2, 1, 2, 128, 128, 8, 8, ranges="ragged"),
+    Case("tiles_head_256", 1, 1, 2, 256, 128),
+    Case("tiles_mqa", 1, 1, 32, 128, 128),
 )
 
 BENCHMARK: tuple[Case, ...] = (
