@@ -41,8 +41,8 @@ def read_rows(source: str | Path) -> list[dict[str, Any]]:
             raise ValueError(f"{path} is not a file of JSON lines: {error}") from None
     name, _, rest = str(source).partition(":")
     config, _, split = rest.partition(":")
-    if path.exists() or name.count("/") > 1:
-        raise ValueError(f"{path} is not a file of JSON lines")
+    if path.exists() or path.suffix in (".jsonl", ".json", ".txt") or name.count("/") > 1:
+        raise ValueError(f"{path} is not a file of JSON lines: pass one, or a data set's name on the hub")
     try:
         from datasets import load_dataset  # pyright: ignore[reportMissingImports]
     except ImportError:

@@ -111,6 +111,8 @@ def test_rows_are_json_lines(tmp_path):
         read_rows(path)
     with pytest.raises(ValueError, match="not a file of JSON lines"):
         read_rows(tmp_path)
+    with pytest.raises(ValueError, match="not a file of JSON lines"):
+        read_rows("nowhere.jsonl")
 
 
 def test_long_prompts_lose_their_middle_if_they_may():
