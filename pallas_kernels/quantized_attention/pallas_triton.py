@@ -36,6 +36,7 @@ from pallas_kernels.packing import PAGE
 from pallas_kernels.partials import NO_SCORE, AttentionPartial
 from pallas_kernels.quantization import QuantizedTensor
 from pallas_kernels.quantized_attention.split_kv import (
+    MERGED_CHANNELS,
     TILE_ROWS,
     Case,
     Store,
@@ -49,7 +50,6 @@ _UNIT = 2.0**-24  # the value of float16's smallest subnormal: what a code's low
 _LIFT = 8.0  # probabilities are kept times 2**8: float16 has room above 1, and none below 2**-24
 _LOWEST = -1e20  # no score, in units of `_UNIT`; finite, so that differences of maxima are
 _LOG2E = math.log2(math.e)
-_MERGED_AT_ONCE = 32  # splits whose outputs the merge holds at a time
 
 
 def attend(
@@ -243,16 +243,18 @@ def _merge(case: Case, out: Array, top: Array, denom: Array) -> tuple[Array, Arr
     programs, splits = top.shape[:2]
 
     def of_head(*rest: int) -> pl.BlockSpec:
-        return pl.BlockSpec((None, splits, None, *rest), lambda i, head: (i, 0, head, *(0 for _ in rest)))
+        return pl.BlockSpec(
+            (None, splits, None, *rest), lambda i, head, block: (i, 0, head, *(0 for _ in rest))
+        )
 
     def merged(*rest: int) -> pl.BlockSpec:
-        return pl.BlockSpec((None, None, *rest), lambda i, head: (i, head, *(0 for _ in rest)))
+        return pl.BlockSpec((None, None, *rest), lambda i, head, block: (i, head, *(0 for _ in rest)))
 
     outputs = ((case.dim,), (), ())
     return _call(
         functools.partial(_merge_splits, case),
         name="quantized_attention_merge",
-        grid=(programs, case.heads),
+        grid=(programs, case.heads, -(-case.dim // MERGED_CHANNELS)),
         in_specs=[of_head(*shape) for shape in outputs],
         out_specs=[merged(*shape) for shape in outputs],
         out_shape=[jax.ShapeDtypeStruct((programs, case.heads, *s), jnp.float32) for s in outputs],
@@ -262,31 +264,21 @@ def _merge(case: Case, out: Array, top: Array, denom: Array) -> tuple[Array, Arr
 
 
 def _merge_splits(case: Case, out_ref: Any, top_ref: Any, denom_ref: Any, *merged_refs: Any) -> None:
-    """One program: one query head. The splits with no token have weight 0, or all have denominator 0."""
-    splits, some = case.tuning.splits, min(_MERGED_AT_ONCE, power_of_two(case.tuning.splits))
-    every = power_of_two(splits)
-    index = jnp.arange(every, dtype=jnp.int32)
-    lowest = jnp.full((every,), -jnp.inf, jnp.float32)
-    tops = plt.load(top_ref.at[index], mask=index < splits, other=lowest)
+    """One program: some channels of a query head. Splits without tokens weigh 0 or have denominator 0."""
+    split = jnp.arange(power_of_two(case.tuning.splits), dtype=jnp.int32)
+    channel = pl.program_id(2) * MERGED_CHANNELS + jnp.arange(MERGED_CHANNELS, dtype=jnp.int32)
+    present, inside = split < case.tuning.splits, channel < case.dim
+    lowest = jnp.full(split.shape, -jnp.inf, jnp.float32)
+    tops = plt.load(top_ref.at[split], mask=present, other=lowest)
+    denoms = plt.load(denom_ref.at[split], mask=present, other=jnp.zeros_like(lowest))
+    mask = present[:, None] & inside[None, :]
+    nothing = jnp.zeros(mask.shape, jnp.float32)
+    outs = plt.load(out_ref.at[split[:, None], channel[None, :]], mask=mask, other=nothing)
     highest = tops.max(0)
-    denoms = plt.load(denom_ref.at[index], mask=index < splits, other=jnp.zeros_like(lowest))
-    denom = jnp.sum(denoms * _exp2(tops - highest, case), axis=0)
-    channels = power_of_two(case.dim)
-    channel = jnp.arange(channels, dtype=jnp.int32)
-
-    def add(i: Array, out: Array) -> Array:
-        split = i * some + jnp.arange(some, dtype=jnp.int32)
-        present = split < splits
-        tops = plt.load(top_ref.at[split], mask=present, other=jnp.full((some,), -jnp.inf, jnp.float32))
-        mask = present[:, None] & (channel < case.dim)[None, :]
-        outs = plt.load(
-            out_ref.at[split[:, None], channel[None, :]], mask=mask, other=jnp.zeros(mask.shape, jnp.float32)
-        )
-        return out + jnp.sum(outs * _exp2(tops - highest, case)[:, None], axis=0)
-
-    out = jax.lax.fori_loop(0, -(-splits // some), add, jnp.zeros((channels,), jnp.float32))
-    plt.store(merged_refs[0].at[channel], out, mask=channel < case.dim)
-    merged_refs[1][...] = jnp.where(denom > 0, highest / _LOG2E, NO_SCORE)
+    weights = _exp2(tops - highest, case)
+    denom = jnp.sum(denoms * weights, axis=0)
+    plt.store(merged_refs[0].at[channel], jnp.sum(outs * weights[:, None], axis=0), mask=inside)
+    merged_refs[1][...] = jnp.where(denom > 0, highest / _LOG2E, NO_SCORE)  # the same from every program
     merged_refs[2][...] = denom
 
 

@@ -11,6 +11,7 @@ from pallas_kernels.quantization import QuantizedTensor
 from pallas_kernels.quantized_attention.tuning import Tuning, choose
 
 TILE_ROWS = 16  # rows of the matrix unit's left operand
+MERGED_CHANNELS = 32  # channels that a program combines
 MIN_DEPTH = 32  # and its smallest inner size for operands loaded as bytes
 
 

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.partials import AttentionPartial
 from pallas_kernels.quantization import QuantizedTensor
-from pallas_kernels.quantized_attention.split_kv import Case, operands, plan, power_of_two
+from pallas_kernels.quantized_attention.split_kv import MERGED_CHANNELS, Case, operands, plan, power_of_two
 from pallas_kernels.quantized_attention.tuning import Tuning
 
 
@@ -56,7 +56,7 @@ def attend(
         *partials,
         kernel=triton_kernels.merge_splits,
         out_shape=shapes(programs, case.heads, dim=case.dim),
-        grid=(programs, case.heads),
+        grid=merge_grid(case, programs),
         num_warps=4,
         **merge_constants(case),
     )
@@ -110,13 +110,17 @@ def constants(case: Case, rows: int, programs: int, stores: int) -> dict[str, An
     }
 
 
+def merge_grid(case: Case, programs: int) -> tuple[int, int, int]:
+    """Programs of `merge_splits` after `programs` of `attend_split`."""
+    return programs, case.heads, -(-case.dim // MERGED_CHANNELS)
+
+
 def merge_constants(case: Case) -> dict[str, Any]:
     """Compile-time arguments of `merge_splits`."""
-    every = power_of_two(case.tuning.splits)
     return {
         "SPLITS": case.tuning.splits,
-        "EVERY": every,
-        "SOME": min(32, every),
+        "EVERY": power_of_two(case.tuning.splits),
+        "CHANNELS": MERGED_CHANNELS,
         "HEADS": case.heads,
         "DIM": case.dim,
         "INTERPRET": case.interpret,

@@ -325,27 +325,24 @@ def attend_split(
 @no_type_check
 def merge_splits(
     OUT, TOP, DENOM, OUT_MERGED, TOP_MERGED, DENOM_MERGED,
-    SPLITS: tl.constexpr, EVERY: tl.constexpr, SOME: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr,
-    INTERPRET: tl.constexpr,
+    SPLITS: tl.constexpr, EVERY: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr,
+    CHANNELS: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """One program: one query head. EVERY and SOME are powers of two: SPLITS rounded up, and a part of it."""
+    """One program: CHANNELS of a query head. EVERY is SPLITS rounded up to a power of two."""
     program = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
-    at = program * SPLITS * HEADS + head
-    index = tl.arange(0, EVERY)
-    tops = tl.load(TOP + at + index * HEADS, mask=index < SPLITS, other=float("-inf"))
-    denoms = tl.load(DENOM + at + index * HEADS, mask=index < SPLITS, other=0.0)
+    split = tl.arange(0, EVERY)
+    channel = tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)
+    at = program * SPLITS * HEADS + head + split * HEADS
+    present = split < SPLITS
+    mask = present[:, None] & (channel < DIM)[None, :]
+    tops = tl.load(TOP + at, mask=present, other=float("-inf"))
+    denoms = tl.load(DENOM + at, mask=present, other=0.0)
+    outs = tl.load(OUT + at[:, None] * DIM + channel[None, :], mask=mask, other=0.0)
     highest = tl.max(tops, 0)
-    denom = tl.sum(denoms * _exp2(tops - highest, INTERPRET), 0)
-    dim = tl.arange(0, DIM)
-    out = tl.zeros((DIM,), tl.float32)
-    for first in tl.range(0, SPLITS, SOME):
-        split = first + tl.arange(0, SOME)
-        some_tops = tl.load(TOP + at + split * HEADS, mask=split < SPLITS, other=float("-inf"))
-        pointers = OUT + (at + split[:, None] * HEADS) * DIM + dim[None, :]
-        outs = tl.load(pointers, mask=tl.broadcast_to((split < SPLITS)[:, None], (SOME, DIM)), other=0.0)
-        out += tl.sum(outs * _exp2(some_tops - highest, INTERPRET)[:, None], 0)
+    weights = _exp2(tops - highest, INTERPRET)
+    denom = tl.sum(denoms * weights, 0)
     merged = program * HEADS + head
-    tl.store(OUT_MERGED + merged * DIM + dim, out)
+    tl.store(OUT_MERGED + merged * DIM + channel, tl.sum(outs * weights[:, None], 0), mask=channel < DIM)
     tl.store(TOP_MERGED + merged, tl.where(denom > 0, highest * LN2, NO_SCORE))
     tl.store(DENOM_MERGED + merged, denom)

@@ -1,8 +1,8 @@
 """How the GPU kernels cut up the work, by device and shape. Read `pallas_triton.py` next.
 
-Nothing here changes what is computed. The numbers come from compile reports (`kivi-jax bench kernels
---aot`) and one run of a sketch on an H100; `kivi-jax bench kernels --sweep` measures them on a GPU and
-prints the lines to put here.
+Nothing here changes what is computed. The numbers for 2 and 4 bits at head_dim 128 come from a sweep on an
+H100 (docs/results-gpu.md), the others from compile reports (`kivi-jax bench kernels --aot`);
+`kivi-jax bench kernels --sweep` measures them on a GPU and prints the fastest.
 """
 
 import dataclasses
@@ -36,8 +36,11 @@ class Tuning:
 # Programs that run at once: multiprocessors x what registers (8) and shared memory let on one.
 _PROGRAMS = {"A100": 108 * 7, "L4": 58 * 4, "L40": 142 * 4, "H100": 132 * 8, "H200": 132 * 8}
 _UNKNOWN_DEVICE = 108 * 7
-# A split shorter than this costs more in merging than it gains in parallelism.
-_LEAST_TILES = 4
+# A split shorter than this costs more in merging than it gains in parallelism; and more of them than this
+# would not fit in the registers of the program that merges them.
+_LEAST_TILES, _MOST_SPLITS = 2, 256
+# With fewer tokens than this for each program of a wave, latency counts, and tiles are smaller.
+_FEW_TOKENS, _FEW_PAGES = 512, 2
 # (bits, head_dim, more than 8 query heads for a KV head) -> pages, heads. The fewest instructions per
 # code that compile without spills for sm_80 and sm_90 and leave room for 8 programs.
 _TILES = {
@@ -46,6 +49,7 @@ _TILES = {
     (2, 256, False): (2, 16),
     (2, 256, True): (2, 8),
     (4, 96, True): (4, 8),
+    (4, 128, False): (2, 16),
     (4, 128, True): (2, 16),
     (4, 256, False): (2, 16),
     (4, 256, True): (2, 8),
@@ -65,7 +69,10 @@ def choose(
     pages, most_heads = _TILES.get((bits, dim, heads > 8), default)
     words = (device_kind or jax.devices()[0].device_kind).replace("-", " ").split()
     programs = next((n for name, n in _PROGRAMS.items() if name in words), _UNKNOWN_DEVICE)
+    rows *= -(-heads // most_heads)
+    if rows * slots < _FEW_TOKENS * programs:
+        pages = min(pages, _FEW_PAGES)
     tiles = -(-slots // (32 * pages))
     # One wave: a second, partly filled one would double the time.
-    splits = programs // (rows * -(-heads // most_heads))
-    return Tuning(splits=max(1, min(splits, tiles // _LEAST_TILES)), pages=pages, heads=most_heads)
+    splits = min(programs // rows, tiles // _LEAST_TILES, _MOST_SPLITS)
+    return Tuning(splits=max(1, splits), pages=pages, heads=most_heads)

@@ -76,7 +76,7 @@ def attend(case: Case) -> tuple[AttentionPartial, AttentionPartial]:
     constants = backend.constants(planned, rows, programs, stores)
     grid = (programs, tuning.splits)
     triton_kernels.attend_split[grid](*map(HostArray, arrays), *partials, **constants)
-    grid = (programs, planned.heads)
+    grid = backend.merge_grid(planned, programs)
     triton_kernels.merge_splits[grid](*partials, *merged, **backend.merge_constants(planned))
     out, top, denom = (jnp.asarray(x.array) for x in merged)
     heads = query.shape[:2]
