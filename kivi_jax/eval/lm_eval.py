@@ -206,6 +206,7 @@ class KiviJax(TemplateLM):
         def compute(batch: Sequence[tuple[int, list[int]]]) -> list[str]:
             padded = [*batch, *[batch[0]] * (self.rows - len(batch))]
             tokens, lengths = (jnp.asarray(array) for array in pad_prompts([ids for _, ids in padded]))
+            draws = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
             numbers = jnp.asarray([index for index, _ in padded])
             out = generate(
                 self.model,
@@ -214,7 +215,7 @@ class KiviJax(TemplateLM):
                 cache=self.strategy,
                 max_new_tokens=most,
                 sampler=sampler,
-                key=jax.vmap(jax.random.fold_in, in_axes=(None, 0))(self.key, numbers),
+                key=None if isinstance(sampler, Greedy) else draws(self.key, numbers),
             )
             new, count = np.asarray(out.tokens), np.asarray(out.lengths)
             texts = [

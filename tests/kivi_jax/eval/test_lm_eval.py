@@ -112,8 +112,8 @@ def test_the_harness_runs_a_local_task_over_gsm8k_offline(shared, tmp_path, cach
         model_args=f"pretrained={directory},cache={cache},max_length=1024",
         tasks=["questions"],
         task_manager=TaskManager(include_path=str(tmp_path), include_defaults=False),
-        limit=2,
-        batch_size=2,
+        limit=1,
+        batch_size=1,
     )
     assert results["results"]["questions"]["exact_match,none"] == 0
     model, tokenizer = kj.load(directory)
