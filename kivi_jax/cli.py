@@ -18,6 +18,7 @@ from kivi_jax.cache_command import cache_files
 from kivi_jax.chat_command import chat
 from kivi_jax.console import format_bytes, parse_bytes, run
 from kivi_jax.demo.command import demo, evaluation
+from kivi_jax.eval.command import evaluate
 
 if TYPE_CHECKING:
     from kivi_jax.cache import KVCache
@@ -190,8 +191,9 @@ app.command()(demo)
 app.command()(chat)
 app.add_typer(cache_files, name="cache")
 app.command()(convert)
-app.add_typer(evaluation, name="eval")
 app.add_typer(bench, name="bench")
+evaluate.add_typer(evaluation)
+app.add_typer(evaluate, name="eval")
 
 
 def main() -> None:

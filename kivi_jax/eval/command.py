@@ -1,0 +1,414 @@
+"""`kivi-jax eval`: the papers' evaluations, and their reports."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from convert.command import Dtype
+from kivi_jax.bench.command import machine
+from kivi_jax.names import parse_cache
+from kivi_jax.options import DtypeOption, open_model
+
+if TYPE_CHECKING:
+    from kivi_jax.eval.samples import Sample
+    from kivi_jax.llama import Llama
+
+evaluate = typer.Typer(
+    help="Run the papers' evaluations. What is done is kept: run the same command again after a cut.",
+    no_args_is_help=True,
+)
+
+Model = Annotated[str, typer.Option(help="A checkpoint's directory or hub name.")]
+Caches = Annotated[
+    list[str] | None, typer.Option("--cache", help="May be repeated; by default full, kivi4, kivi2.")
+]
+Data = Annotated[str, typer.Option(help="A local file or folder, or a data set's name on the hub.")]
+Out = Annotated[Path, typer.Option(help="The folder for predictions; a folder for each evaluation.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="The most samples (of each task); by default all.")]
+Batch = Annotated[int, typer.Option(min=1, help="Rows computed together.")]
+NewTokens = Annotated[int, typer.Option(min=1, help="The most tokens of an answer.")]
+Chat = Annotated[bool, typer.Option(help="Put prompts into the tokenizer's chat template.")]
+
+DEFAULT_CACHES = ("full", "kivi4", "kivi2")
+
+
+@evaluate.command()
+def perplexity(
+    model: Model,
+    data: Annotated[str, typer.Option(help="A text file.")],
+    out: Out,
+    cache: Caches = None,
+    length: Annotated[int, typer.Option(help="Tokens of a window.")] = 512,
+    limit: Limit = None,
+    batch: Batch = 8,
+    dtype: DtypeOption = None,
+) -> None:
+    """Perplexity by position in a long text, every token decoded from the cache.
+
+    Example:  kivi-jax eval perplexity --model ./llama-8b --data book.txt --out results
+    """
+    from kivi_jax.eval.perplexity import read_windows, score_windows
+
+    llama, tokenizer = open_model(model, dtype)
+    windows = read_windows(tokenizer, _read_text(data), length)[:limit]
+
+    def compute(name: str, path: Path, settings: dict[str, Any], progress: Progress) -> None:
+        score_windows(
+            llama,
+            windows,
+            cache=parse_cache(name),
+            path=path,
+            settings=settings,
+            batch_size=batch,
+            progress=progress,
+        )
+
+    settings: dict[str, Any] = dict(
+        eval="perplexity", model=model, data=data, length=length, dtype=_name(dtype)
+    )
+    _compare(compute, llama, cache, out, settings)
+
+
+@evaluate.command()
+def longbench(
+    model: Model,
+    data: Data,
+    out: Out,
+    cache: Caches = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help="The folder of dataset2prompt.json and dataset2maxlen.json."),
+    ] = None,
+    max_length: Annotated[
+        int | None, typer.Option(min=2, help="Longer prompts lose their middle; by default what fits.")
+    ] = None,
+    chat: Chat = False,
+    limit: Limit = None,
+    batch: Batch = 1,
+    dtype: DtypeOption = None,
+) -> None:
+    """LongBench, the tasks of KIVI's tables: NAME.jsonl files in --data.
+
+    Example:  kivi-jax eval longbench --model ./llama-8b --data ./LongBench --chat --out results
+    """
+    from kivi_jax.eval.longbench import read_samples
+
+    llama, tokenizer = open_model(model, dtype)
+    samples = read_samples(data, prompts, limit=limit)
+    if max_length is None:
+        max_length = llama.config.max_position_embeddings - max(sample.max_new_tokens for sample in samples)
+        if max_length < 2:
+            raise ValueError(
+                f"the model has {llama.config.max_position_embeddings} positions, no more than answers need: "
+                "pass --max-length"
+            )
+    settings: dict[str, Any] = dict(
+        eval="longbench", model=model, data=data, max_length=max_length, chat=chat
+    )
+    settings |= dict(dtype=_name(dtype))
+    _generate((llama, tokenizer), samples, cache, out, settings, batch=batch)
+
+
+@evaluate.command()
+def longgenbench(
+    model: Model,
+    data: Annotated[str, typer.Option(help="Built prompts (gsm8k_30.jsonl), or with --build questions.")],
+    out: Out,
+    cache: Caches = None,
+    task: Annotated[str, typer.Option(help="gsm8k, mmlu or csqa.")] = "gsm8k",
+    build: Annotated[
+        Path | None, typer.Option(help="Build prompts of --data's questions after the examples in this file.")
+    ] = None,
+    questions: Annotated[int, typer.Option(min=1, help="Questions in a prompt.")] = 30,
+    examples: Annotated[int, typer.Option(min=1, help="Examples in a prompt, with --build.")] = 8,
+    max_new_tokens: NewTokens = 4096,
+    chat: Chat = False,
+    limit: Limit = None,
+    batch: Batch = 1,
+    dtype: DtypeOption = None,
+) -> None:
+    """LongGenBench: many questions in one prompt, answered in one long output (SCOPE's evaluation).
+
+    Tasks run one after another into one folder are reported together.
+
+    Example:  kivi-jax eval longgenbench --model ./llama-8b --data gsm8k_30.jsonl --cache scope --out out
+    """
+    from kivi_jax.eval import longgenbench as bench
+    from kivi_jax.eval.samples import find_file, read_rows
+
+    if task not in bench.TASKS:
+        raise ValueError(f"unknown task {task!r}: choose one of {', '.join(bench.TASKS)}")
+    if build is None:
+        rows = read_rows(find_file(data, f"{task}_{questions}.jsonl"))
+        samples = bench.read_samples(task, rows, max_new_tokens=max_new_tokens)
+    else:
+        samples = bench.build_samples(
+            task,
+            read_rows(data),
+            examples=read_rows(build)[:examples],
+            questions_per_prompt=questions,
+            max_new_tokens=max_new_tokens,
+        )
+    loaded = open_model(model, dtype)
+    settings: dict[str, Any] = dict(
+        eval="longgenbench", model=model, data=data, max_new_tokens=max_new_tokens, chat=chat
+    )
+    settings |= dict(dtype=_name(dtype), questions=questions)
+    if build is not None:
+        settings |= dict(build=str(build), examples=examples)
+    _generate(loaded, samples[:limit], cache, out, settings, batch=batch)
+
+
+@evaluate.command()
+def needle(
+    model: Model,
+    out: Out,
+    cache: Caches = None,
+    data: Annotated[
+        str | None,
+        typer.Option(help="A text to hide keys in, or recorded prompts (.jsonl)."),
+    ] = None,
+    length: Annotated[
+        list[int] | None, typer.Option(min=1, help="Tokens of a prompt; may be repeated.")
+    ] = None,
+    depths: Annotated[int, typer.Option(min=1, help="Places of the key, from start to end.")] = 5,
+    repeats: Annotated[int, typer.Option(min=1, help="Prompts per length and depth.")] = 1,
+    max_new_tokens: NewTokens = 8,
+    limit: Limit = None,
+    batch: Batch = 4,
+    dtype: DtypeOption = None,
+) -> None:
+    """A pass key hidden at every depth of prompts of every length; a heat map per cache.
+
+    Example:  kivi-jax eval needle --model ./llama-8b --length 4096 --length 32768 --out results
+    """
+    from kivi_jax.eval.needle import build_samples, read_samples
+    from kivi_jax.eval.samples import read_rows
+
+    llama, tokenizer = open_model(model, dtype)
+    settings: dict[str, Any] = dict(
+        eval="needle", model=model, data=data or "made-up text", max_new_tokens=max_new_tokens
+    )
+    settings |= dict(dtype=_name(dtype))
+    if data is not None and data.endswith(".jsonl"):
+        samples = read_samples(tokenizer, read_rows(data), max_new_tokens=max_new_tokens)
+    else:
+        lengths = length or [256, 512, 1024]
+        samples = build_samples(
+            tokenizer,
+            lengths=lengths,
+            depths=depths,
+            repeats=repeats,
+            haystack=None if data is None else _read_text(data),
+            max_new_tokens=max_new_tokens,
+        )
+        settings |= dict(depths=depths)
+    _generate((llama, tokenizer), samples[:limit], cache, out, settings, batch=batch)
+
+
+@evaluate.command()
+def ruler(
+    model: Model,
+    data: Data,
+    out: Out,
+    cache: Caches = None,
+    max_new_tokens: NewTokens = 128,
+    limit: Limit = None,
+    batch: Batch = 1,
+    dtype: DtypeOption = None,
+) -> None:
+    """RULER's needle tasks, from the files that its own scripts write (niah_*.jsonl).
+
+    Example:  kivi-jax eval ruler --model ./llama-8b --data ./niah_multikey_3.jsonl --out results
+    """
+    from kivi_jax.eval.ruler import build_samples
+    from kivi_jax.eval.samples import read_rows
+
+    path = Path(data)
+    files = sorted(path.rglob("*.jsonl")) if path.is_dir() else [path]
+    samples = [
+        sample
+        for file in files
+        for sample in build_samples(file.stem, read_rows(file)[:limit], max_new_tokens=max_new_tokens)
+    ]
+    if not samples:
+        raise ValueError(
+            f"there are no samples in {data}: pass a folder of niah_*.jsonl files, or one of them"
+        )
+    settings: dict[str, Any] = dict(
+        eval="ruler", model=model, data=data, max_new_tokens=max_new_tokens, dtype=_name(dtype)
+    )
+    _generate(open_model(model, dtype), samples, cache, out, settings, batch=batch)
+
+
+@evaluate.command()
+def gsm8k(
+    model: Model,
+    data: Annotated[str, typer.Option(help="Folder of train.jsonl and test.jsonl, or openai/gsm8k:main.")],
+    out: Out,
+    cache: Caches = None,
+    examples: Annotated[int, typer.Option(min=0, help="Worked examples before each question.")] = 5,
+    max_new_tokens: NewTokens = 256,
+    limit: Limit = None,
+    batch: Batch = 4,
+    dtype: DtypeOption = None,
+) -> None:
+    """GSM8K with worked examples in the prompt, as in KIVI's example.
+
+    Example:  kivi-jax eval gsm8k --model ./llama-8b --data ./gsm8k --cache full --cache kivi2 --out results
+    """
+    from kivi_jax.eval.gsm8k import build_samples
+    from kivi_jax.eval.samples import read_rows
+
+    path = Path(data)
+    shown, asked = (
+        read_rows(path / f"{split}.jsonl" if path.is_dir() else f"{data}:{split}")
+        for split in ("train", "test")
+    )
+    samples = build_samples(asked[:limit], examples=shown[:examples], max_new_tokens=max_new_tokens)
+    settings: dict[str, Any] = dict(
+        eval="gsm8k", model=model, data=data, examples=examples, max_new_tokens=max_new_tokens
+    )
+    settings |= dict(dtype=_name(dtype))
+    _generate(open_model(model, dtype), samples, cache, out, settings, batch=batch)
+
+
+@evaluate.command()
+def study(
+    model: Model,
+    data: Annotated[str, typer.Option(help="A text file.")],
+    out: Out,
+    bits: Annotated[list[int] | None, typer.Option(help="May be repeated; by default 2 and 4.")] = None,
+    group_size: Annotated[list[int] | None, typer.Option(help="May be repeated; by default 32.")] = None,
+    residual_length: Annotated[
+        list[int] | None, typer.Option(help="May be repeated; by default 32 and 128.")
+    ] = None,
+    length: Annotated[int, typer.Option(help="Tokens of a window.")] = 512,
+    windows: Annotated[int, typer.Option(min=1, help="Windows of the text.")] = 4,
+    dtype: DtypeOption = None,
+) -> None:
+    """The quantizer's errors on real activations, keys and values per channel and per token.
+
+    Example:  kivi-jax eval study --model ./llama-8b --data book.txt --bits 2 --group-size 32 --out results
+    """
+    import jax.numpy as jnp
+
+    from kivi_jax.eval.jobs import finish
+    from kivi_jax.eval.perplexity import read_windows
+    from kivi_jax.eval.study import Study, all_settings
+
+    llama, tokenizer = open_model(model, dtype)
+    wanted = all_settings(
+        llama.config,
+        bits=bits or [2, 4],
+        group_sizes=group_size or [32],
+        residual_lengths=residual_length or [32, 128],
+    )
+    texts = read_windows(tokenizer, _read_text(data), length)[:windows]
+    rows = [(context + tokens)[:length] for _, context, tokens in texts]
+    measured = Study(llama, jnp.asarray(rows, jnp.int32))
+    settings = dict(
+        eval="study", model=model, data=data, length=length, windows=len(rows), dtype=_name(dtype)
+    )
+    with _progress() as progress:
+        finish(
+            out / "study" / "study.jsonl",
+            settings,
+            [[setting] for setting in wanted],
+            lambda batch: [measured.measure(setting) for setting in batch],
+            identify=lambda setting: setting.name,
+            progress=progress,
+        )
+    _report([out / "study"])
+
+
+@evaluate.command()
+def report(
+    folders: Annotated[list[Path], typer.Argument(help="Folders that evaluations were written to.")],
+) -> None:
+    """Print the tables of finished evaluations, and draw their plots beside them.
+
+    Example:  kivi-jax eval report results
+    """
+    _report(folders)
+
+
+def _generate(
+    loaded: "tuple[Llama, Any]",
+    samples: "Sequence[Sample]",
+    caches: Sequence[str] | None,
+    out: Path,
+    settings: dict[str, Any],
+    *,
+    batch: int,
+) -> None:
+    """Predict all samples under all caches, and report. `settings` are what predictions depend on."""
+    from kivi_jax.eval.generating import predict
+
+    llama, tokenizer = loaded
+
+    def compute(cache: str, path: Path, settings: dict[str, Any], progress: Progress) -> None:
+        predict(
+            llama,
+            tokenizer,
+            samples,
+            cache=parse_cache(cache),
+            path=path,
+            settings=settings,
+            batch_size=batch,
+            max_length=settings.get("max_length"),
+            chat=settings.get("chat", False),
+            progress=progress,
+        )
+
+    _compare(compute, llama, caches, out, settings)
+
+
+def _compare(
+    compute: Callable[[str, Path, dict[str, Any], Progress], None],
+    llama: "Llama",
+    caches: Sequence[str] | None,
+    out: Path,
+    settings: dict[str, Any],
+) -> None:
+    """Compute one file of records per cache, and report on them."""
+    names = list(dict.fromkeys(caches or DEFAULT_CACHES))
+    for cache in names:  # a mistake in the last one should not cost the time of the first
+        parse_cache(cache).check(llama.config)
+    with _progress() as progress:
+        for cache in names:
+            path = out / settings["eval"] / f"{cache.replace(':', ',')}.jsonl"
+            compute(cache, path, settings | {"cache": cache}, progress)
+    _report([out / settings["eval"]])
+
+
+def _progress() -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=Console(stderr=True), transient=True)
+
+
+def _report(folders: Sequence[Path]) -> None:
+    from kivi_jax.eval.report import plot, read_comparisons, tables
+
+    console = Console()
+    for comparison in read_comparisons(folders):
+        for table in tables(comparison):
+            console.print(table)
+        if picture := plot(comparison):
+            console.print(f"plot: {picture}", soft_wrap=True, highlight=False)
+    console.print(machine(), style="dim", highlight=False)
+
+
+def _name(dtype: Dtype | None) -> str | None:
+    return None if dtype is None else dtype.value
+
+
+def _read_text(path: str) -> str:
+    try:
+        return Path(path).read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} cannot be read as text: {error}") from None

@@ -1,0 +1,138 @@
+"""Samples to predictions: greedy, batched, resumed where a file already holds some."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from rich.progress import Progress
+
+from kivi_jax.cache import CacheStrategy
+from kivi_jax.eval.jobs import Record, finish
+from kivi_jax.eval.samples import Sample
+from kivi_jax.generation import generate
+from kivi_jax.llama import Llama
+from kivi_jax.text import pad_prompts
+
+Encoded = tuple[Sample, list[int]]
+
+
+def predict(
+    model: Llama,
+    tokenizer: Any,
+    samples: Sequence[Sample],
+    *,
+    cache: CacheStrategy,
+    path: Path,
+    settings: Record,
+    batch_size: int,
+    max_length: int | None,
+    chat: bool,
+    progress: Progress,
+) -> list[Record]:
+    """A record per sample, in `path` and returned.
+
+    Samples of one padded width are computed together; a batch that is not full is padded with rows that
+    are thrown away, so a prediction does not depend on where an earlier run was cut off.
+
+    Args:
+        model: the model.
+        tokenizer: a Hugging Face tokenizer, or one like it.
+        samples: what to ask.
+        cache: how keys and values are held.
+        path: the file of records, see `jobs.finish`.
+        settings: what the records depend on.
+        batch_size: rows computed together.
+        max_length: tokens to which prompts that may be truncated are cut; None: they are not.
+        chat: put prompts into the tokenizer's chat template where samples allow it.
+        progress: shows how far it is.
+
+    Raises:
+        ValueError: the tokenizer has no chat template but one is asked for; or see `jobs.finish`.
+    """
+    encoded = [(sample, encode(tokenizer, sample, max_length=max_length, chat=chat)) for sample in samples]
+
+    def compute(batch: Sequence[Encoded]) -> list[Record]:
+        prompts = [ids for _, ids in batch]
+        rows = continue_prompts(
+            model, prompts, cache=cache, max_new_tokens=batch[0][0].max_new_tokens, rows=batch_size
+        )
+        return [
+            record(sample, len(ids), new, cut(tokenizer.decode(new, skip_special_tokens=True), sample.stop))
+            for (sample, ids), new in zip(batch, rows, strict=True)
+        ]
+
+    batches = batches_of_one_width(encoded, batch_size)
+    return finish(path, settings, batches, compute, identify=lambda item: item[0].id, progress=progress)
+
+
+def encode(tokenizer: Any, sample: Sample, *, max_length: int | None, chat: bool) -> list[int]:
+    """The prompt's token ids, its middle left out if it is too long and may be truncated.
+
+    As in LongBench, the halves that are kept are turned into text again before the chat template.
+
+    Raises:
+        ValueError: the tokenizer has no chat template but one is asked for.
+    """
+    prompt = sample.prompt
+    ids = tokenizer(prompt)["input_ids"]
+    if sample.truncate and max_length is not None and len(ids) > max_length:
+        head, tail = ids[: max_length // 2], ids[len(ids) - max_length // 2 :]
+        prompt = "".join(tokenizer.decode(half, skip_special_tokens=True) for half in (head, tail))
+        ids = tokenizer(prompt)["input_ids"]
+    if not (chat and sample.chat):
+        return ids
+    if not getattr(tokenizer, "chat_template", None):
+        raise ValueError("the model's tokenizer has no chat template: leave out --chat")
+    message = [{"role": "user", "content": prompt}]
+    text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]  # the template writes them itself
+
+
+def continue_prompts(
+    model: Llama,
+    prompts: Sequence[Sequence[int]],
+    *,
+    cache: CacheStrategy,
+    max_new_tokens: int,
+    rows: int,
+) -> list[list[int]]:
+    """The new tokens of every prompt, greedy; computed as a batch of `rows` rows."""
+    padded = [*prompts, *[prompts[0]] * (rows - len(prompts))]
+    tokens, lengths = (jnp.asarray(array) for array in pad_prompts(padded))
+    out = generate(model, tokens, lengths, cache=cache, max_new_tokens=max_new_tokens)
+    new, count = np.asarray(out.tokens), np.asarray(out.lengths)
+    return [row[:n].tolist() for row, n in zip(new, count, strict=True)][: len(prompts)]
+
+
+def batches_of_one_width(encoded: Sequence[Encoded], batch_size: int) -> list[list[Encoded]]:
+    """Samples in batches that share a compiled program, the widest first: what does not fit shows at once."""
+    groups: dict[tuple[int, int], list[Encoded]] = {}
+    for sample, ids in encoded:
+        width = pad_prompts([ids])[0].shape[1]
+        groups.setdefault((width, sample.max_new_tokens), []).append((sample, ids))
+    return [
+        group[begin : begin + batch_size]
+        for _, group in sorted(groups.items(), key=lambda entry: entry[0], reverse=True)
+        for begin in range(0, len(group), batch_size)
+    ]
+
+
+def cut(text: str, stop: Sequence[str]) -> str:
+    """`text` before the first of the stop strings."""
+    for end in stop:
+        text = text.split(end)[0]
+    return text
+
+
+def record(sample: Sample, prompt_tokens: int, new: Sequence[int], prediction: str) -> Record:
+    """What is kept of one prediction: enough to score it again without the data."""
+    return {
+        "task": sample.task,
+        "prediction": prediction,
+        "answers": sample.answers,
+        "prompt_tokens": prompt_tokens,
+        "new_tokens": len(new),
+        **sample.info,
+    }

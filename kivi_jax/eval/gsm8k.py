@@ -1,0 +1,48 @@
+"""GSM8K with worked examples in the prompt, as in KIVI's example (its repository's `example.py`)."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from kivi_jax.eval.samples import Sample
+
+
+def build_samples(
+    questions: Sequence[Mapping[str, Any]], *, examples: Sequence[Mapping[str, Any]], max_new_tokens: int
+) -> list[Sample]:
+    """A prompt per question: the examples with their answers, then the question."""
+    shown = "".join(f"Question: {row['question']}\nAnswer: {row['answer']}\n" for row in examples)
+    return [
+        Sample(
+            id=str(index),
+            task="gsm8k",
+            prompt=f"{shown}Question: {row['question']}\nAnswer:",
+            answers=[row["answer"]],
+            max_new_tokens=max_new_tokens,
+            stop=("\nQuestion:",),
+            chat=False,
+        )
+        for index, row in enumerate(questions)
+    ]
+
+
+def strict(record: Mapping[str, Any]) -> float:
+    """1 if the number behind #### is the answer's."""
+    return float(_after_mark(record["prediction"]) == _after_mark(record["answers"][0]))
+
+
+def flexible(record: Mapping[str, Any]) -> float:
+    """1 if the number behind ####, or else the last number, is the answer's."""
+    prediction = record["prediction"]
+    numbers = re.findall(r"-?\d[\d,]*(?:\.\d+)?", prediction)
+    found = _after_mark(prediction) or (_plain(numbers[-1]) if numbers else None)
+    return float(found == _after_mark(record["answers"][0]))
+
+
+def _after_mark(text: str) -> str | None:
+    match = re.search(r"####\s*\$?(-?\d[\d,]*(?:\.\d+)?)", text)
+    return _plain(match[1]) if match else None
+
+
+def _plain(number: str) -> str:
+    return f"{float(number.replace(',', '')):.10g}"

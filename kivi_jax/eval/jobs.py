@@ -1,0 +1,84 @@
+"""Long jobs that survive being killed: one JSON line per finished item, never computed twice.
+
+A file's first line holds the settings that its records were computed with; lines are appended and
+flushed to disk batch by batch. A line that a cut tore is dropped when the file is opened again.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from rich.progress import Progress
+
+Record = dict[str, Any]
+Item = TypeVar("Item")
+
+
+def read_records(path: Path) -> tuple[Record, list[Record]]:
+    """A file's settings and its records; an absent or empty file has neither.
+
+    Raises:
+        ValueError: a line other than a torn last one is not JSON, or the settings are missing.
+    """
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []  # a torn line has no end
+    try:
+        settings, *records = [json.loads(line) for line in lines] or [{}]
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}): move it away") from None
+    if lines and "settings" not in settings:
+        raise ValueError(f"{path} does not begin with settings: it was not written by kivi-jax eval")
+    return settings.get("settings", {}), records
+
+
+def finish(
+    path: Path,
+    settings: Record,
+    batches: Sequence[Sequence[Item]],
+    compute: Callable[[Sequence[Item]], Iterable[Record]],
+    *,
+    identify: Callable[[Item], str],
+    progress: Progress,
+) -> list[Record]:
+    """All records of all items, computing and appending those that `path` does not hold.
+
+    `compute` gets whole batches where nothing of them is done, else what is left of them, and gives a
+    record per item, to which `id` is added.
+
+    Raises:
+        ValueError: the file holds records of other settings; or see `read_records`.
+    """
+    held, records = read_records(path)
+    if held and held != settings:
+        names = sorted(name for name in held.keys() | settings.keys() if held.get(name) != settings.get(name))
+        changed = ", ".join(f"{name}={held.get(name)!r}, not {settings.get(name)!r}" for name in names)
+        raise ValueError(f"{path} was computed with {changed}: choose another --out, or move it away")
+    done = {record["id"]: record for record in records}
+    wanted = [identify(item) for batch in batches for item in batch]
+    bar = progress.add_task(path.stem, total=len(wanted), completed=sum(name in done for name in wanted))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab") as file:
+        file.truncate(_end_of_last_line(path))
+        if not held:
+            _write(file, [{"settings": settings}])
+        for batch in batches:
+            left = [item for item in batch if identify(item) not in done]
+            if not left:
+                continue
+            new = [{"id": identify(item)} | record for item, record in zip(left, compute(left), strict=True)]
+            _write(file, new)
+            done |= {record["id"]: record for record in new}
+            progress.advance(bar, len(left))
+    return [done[name] for name in wanted]
+
+
+def _end_of_last_line(path: Path) -> int:
+    return path.read_bytes().rfind(b"\n") + 1
+
+
+def _write(file: Any, records: Iterable[Record]) -> None:
+    """Append in one piece, and wait until it is on disk."""
+    file.write(b"".join(json.dumps(record, ensure_ascii=False).encode() + b"\n" for record in records))
+    file.flush()
+    os.fsync(file.fileno())

@@ -1,0 +1,214 @@
+"""Tables and plots of finished evaluations, from their files alone.
+
+Scores are in percent. A difference from the first cache whose 95 % bootstrap interval over samples holds 0
+is marked as noise: do not rank by it.
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+from kivi_jax.eval import gsm8k, longbench, longgenbench, needle, perplexity, ruler, study
+from kivi_jax.eval.figures import new_figure, save_figure
+from kivi_jax.eval.jobs import Record, read_records
+from kivi_jax.eval.statistics import Estimate, bootstrap
+
+Score = Callable[[Mapping[str, Any]], float]
+
+SCORES: dict[str, dict[str, Score]] = {
+    "longbench": {"": longbench.score},
+    "longgenbench": {
+        "published scorer": longgenbench.published,
+        "answers by number": longgenbench.by_number,
+    },
+    "needle": {"": needle.score},
+    "ruler": {"": ruler.score},
+    "gsm8k": {"strict": gsm8k.strict, "flexible": gsm8k.flexible},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """Records of one evaluation, by cache; whatever else they depend on is the same."""
+
+    settings: Record
+    by_cache: dict[str, list[Record]]
+    folder: Path  # of the first file of records; the plot goes there
+
+    @property
+    def evaluation(self) -> str:
+        """The evaluation's name."""
+        return self.settings["eval"]
+
+    @property
+    def title(self) -> str:
+        """What was evaluated on what."""
+        named = ("eval", "model", "data")
+        options = (f"{name}={value}" for name, value in self.settings.items() if value and name not in named)
+        shown = "".join(f", {option}" for option in options)
+        return f"{self.evaluation}: {self.settings['model']} on {self.settings['data']}{shown}"
+
+
+def read_comparisons(folders: Iterable[Path]) -> list[Comparison]:
+    """What the record files in `folders` compare; the full cache first, then by file name.
+
+    Raises:
+        ValueError: there are no record files; or see `read_records`.
+    """
+    found: dict[str, Comparison] = {}
+    files = [file for folder in folders for file in sorted(folder.rglob("*.jsonl"))]
+    for file in sorted(files, key=lambda file: (file.stem != "full", str(file))):
+        settings, records = read_records(file)
+        if not records:
+            continue
+        cache = settings.pop("cache", "")
+        comparison = found.setdefault(repr(sorted(settings.items())), Comparison(settings, {}, file.parent))
+        comparison.by_cache[cache] = records
+    if not found:
+        raise ValueError("there are no predictions in these folders: run kivi-jax eval NAME --out DIR first")
+    return list(found.values())
+
+
+def tables(comparison: Comparison) -> list[Table]:
+    """One table per way to score."""
+    if comparison.evaluation == "perplexity":
+        return [_perplexity_table(comparison)]
+    if comparison.evaluation == "study":
+        return [study.table(comparison.title, records) for records in comparison.by_cache.values()]
+    return [_score_table(comparison, name, score) for name, score in SCORES[comparison.evaluation].items()]
+
+
+def _perplexity_table(comparison: Comparison) -> Table:
+    records = comparison.by_cache
+    baseline = next(iter(records))
+    tokens = sum(len(record["nll"]) for record in records[baseline])
+    table = Table(title=f"{comparison.title}, {tokens:,} tokens", caption="[...]: 95 % bootstrap interval")
+    for column in ("cache", "perplexity", "interval", f"vs {baseline}", "interval"):
+        table.add_column(column, justify="left" if column == "cache" else "right")
+    for cache, rows in records.items():
+        value = perplexity.perplexity(rows)
+        cells = [cache, f"{value.mean:.4f}", f"[{value.low:.3f}, {value.high:.3f}]".replace("[", r"\[")]
+        if cache != baseline:
+            change = perplexity.relative_change(*_paired(rows, records[baseline]))
+            cells += [f"{change.mean:+.3%}", rf"\[{change.low:+.3%}, {change.high:+.3%}]{_noise(change)}"]
+        table.add_row(*cells)
+    return table
+
+
+def _score_table(comparison: Comparison, name: str, score: Score) -> Table:
+    records = comparison.by_cache
+    baseline = next(iter(records))
+    tasks = sorted({row["task"] for rows in records.values() for row in rows}, key=_natural)
+    table = Table(
+        title=comparison.title + (f", {name}" if name else ""),
+        caption=f"percent; 95 % bootstrap intervals; ~ differs from {baseline} by no more than noise",
+    )
+    table.add_column("cache")
+    for task in tasks:
+        table.add_column(task, justify="right")
+    for column in ("average", "interval", f"vs {baseline}", "interval"):
+        table.add_column(column, justify="right")
+    for cache, rows in records.items():
+        held = {task: [score(row) for row in rows if row["task"] == task] for task in tasks}
+        differences: dict[str, list[float]] = {}
+        if cache != baseline:
+            for row, other in zip(*_paired(rows, records[baseline]), strict=True):
+                differences.setdefault(row["task"], []).append(score(row) - score(other))
+        cells = [cache]
+        for task in tasks:
+            mark = "~" if task in differences and bootstrap(differences[task]).noise else ""
+            cells.append(f"{100 * bootstrap(held[task]).mean:.2f}{mark}" if held[task] else "-")
+        average = bootstrap(*(values for values in held.values() if values))
+        cells += [f"{100 * average.mean:.2f}", _interval(average)]
+        if differences:
+            change = bootstrap(*differences.values())
+            cells += [f"{100 * change.mean:+.2f}", _interval(change) + _noise(change)]
+        table.add_row(*cells)
+    return table
+
+
+def _natural(name: str) -> list[str | int]:
+    """A key that sorts "512 tokens" before "1024 tokens"."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+
+
+def _paired(rows: Sequence[Record], others: Sequence[Record]) -> tuple[list[Record], list[Record]]:
+    """The records of both that have the same ids, in one order."""
+    by_id = {other["id"]: other for other in others}
+    common = [row for row in rows if row["id"] in by_id]
+    return common, [by_id[row["id"]] for row in common]
+
+
+def _interval(estimate: Estimate) -> str:
+    return rf"\[{100 * estimate.low:.1f}, {100 * estimate.high:.1f}]"
+
+
+def _noise(estimate: Estimate) -> str:
+    return " noise" if estimate.noise else ""
+
+
+def plot(comparison: Comparison) -> Path | None:
+    """Save what there is to see as a picture beside the records: perplexity by position, heat maps, or bars.
+
+    Raises:
+        ValueError: matplotlib is not installed.
+    """
+    draw = {"perplexity": _plot_perplexity, "needle": _plot_needle, "study": _plot_study}.get(
+        comparison.evaluation
+    )
+    if draw is None:
+        return None
+    figure = draw(comparison)
+    return save_figure(figure, comparison.folder / f"{comparison.evaluation}.png")
+
+
+def _plot_perplexity(comparison: Comparison) -> Any:
+    """By position, and relative to the first cache: where the curves lie on one another."""
+    figure = new_figure(7, 7)
+    figure.suptitle(comparison.title, fontsize=9)
+    above, below = figure.subplots(2, 1, sharex=True)
+    curves = {cache: perplexity.by_position(rows) for cache, rows in comparison.by_cache.items()}
+    baseline, (_, reference) = next(iter(curves.items()))
+    for cache, (position, value) in curves.items():
+        above.plot(position, value, label=cache)
+        below.plot(position, 100 * (value / reference - 1))
+    above.set_yscale("log")
+    above.set_ylabel("perplexity")
+    above.legend(fontsize=8)
+    below.set_ylabel(f"perplexity vs {baseline} (%)")
+    below.set_xlabel("position in the window (tokens in the cache)")
+    return figure
+
+
+def _plot_study(comparison: Comparison) -> Any:
+    return study.draw(comparison.title, comparison.by_cache[""])
+
+
+def _plot_needle(comparison: Comparison) -> Any:
+    caches = comparison.by_cache
+    figure = new_figure(4 * len(caches) + 1, 4)
+    panels = figure.subplots(1, len(caches), squeeze=False)[0]
+    image = None
+    for axes, (cache, records) in zip(panels, caches.items(), strict=True):
+        lengths = sorted({record["length"] for record in records})
+        depths = sorted({record["depth"] for record in records})
+        cells: dict[tuple[float, int], list[float]] = {}
+        for record in records:
+            cells.setdefault((record["depth"], record["length"]), []).append(needle.score(record))
+        grid = [
+            [100 * float(np.mean(cells.get((depth, length), np.nan))) for length in lengths]
+            for depth in depths
+        ]
+        image = axes.imshow(grid, vmin=0, vmax=100, cmap="RdYlGn", aspect="auto")
+        axes.set_title(cache, fontsize=9)
+        axes.set_xticks(range(len(lengths)), [str(length) for length in lengths], rotation=45)
+        axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
+        axes.set_xlabel("prompt (tokens)")
+    panels[0].set_ylabel("depth of the needle")
+    figure.colorbar(image, ax=list(panels), label="found (%)")
+    return figure

@@ -1,0 +1,123 @@
+"""`kivi-jax eval`: predictions that survive a cut, and what the report says of them."""
+
+import json
+import sys
+
+import pytest
+
+from kivi_jax.cli import app
+from kivi_jax.console import run
+from kivi_jax.eval import generating
+from kivi_jax.eval.jobs import read_records
+from tests.convert.checkpoints import LLAMA, write_checkpoint
+
+pytest.importorskip("matplotlib", reason="plots need the extra eval")
+
+CACHES = ("full", "kivi2:group_size=8:residual_length=8")
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """The command line in this process: exit code, stdout and stderr, without colors and 200 wide."""
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("NO_COLOR", "1")
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["kivi-jax", "eval", *map(str, arguments)])
+        with pytest.raises(SystemExit) as caught:
+            run(app)
+        return caught.value.code, *capsys.readouterr()
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    config = LLAMA | dict(eos_token_id=None, num_hidden_layers=1)
+    return write_checkpoint(tmp_path_factory.mktemp("eval") / "model", config, tokens=61)
+
+
+def needle(model, out):
+    options = [option for cache in CACHES for option in ("--cache", cache)]
+    lengths = ("--length", 60, "--length", 64)  # of one padded width
+    return ("needle", "--model", model, "--out", out, *lengths, "--depths", 3, "--batch", 2, *options)
+
+
+def test_an_evaluation_cut_off_is_finished_with_the_same_predictions(command, model, tmp_path, monkeypatch):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    code, out, _ = command(*needle(model, whole))
+    assert code == 0
+    names = [f"{cache.replace(':', ',')}.jsonl" for cache in CACHES]
+    for name in names:  # the first in the middle of a line, the second before its first record
+        data = (whole / "needle" / name).read_bytes()
+        (cut / "needle").mkdir(parents=True, exist_ok=True)
+        (cut / "needle" / name).write_bytes(data[: len(data) * 2 // 3] if name == names[0] else data[:10])
+    held = len(read_records(cut / "needle" / names[0])[1])
+    computed = []
+    original = generating.continue_prompts
+
+    def counting(model, prompts, **options):
+        computed.extend(prompts)
+        return original(model, prompts, **options)
+
+    monkeypatch.setattr(generating, "continue_prompts", counting)
+    code, again, _ = command(*needle(model, cut))
+    assert code == 0
+    assert 0 < held < 6
+    assert len(computed) == 12 - held
+    for name in names:
+        assert (cut / "needle" / name).read_bytes() == (whole / "needle" / name).read_bytes()
+    assert again.replace(str(cut), str(whole)) == out
+    assert "60 tokens" in out
+    assert "vs full" in out
+    assert (whole / "needle" / "needle.png").read_bytes().startswith(b"\x89PNG")
+    code, reported, _ = command("report", whole)
+    assert code == 0
+    assert "60 tokens" in reported
+
+
+def write_records(path, cache, scores, evaluation="ruler"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [{"settings": {"eval": evaluation, "model": "m", "data": "d", "cache": cache}}]
+    lines += [
+        {"id": str(i), "task": "niah", "prediction": "yes" if score else "no", "answers": ["yes"]}
+        for i, score in enumerate(scores)
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_the_report_marks_differences_within_noise(command, tmp_path):
+    write_records(tmp_path / "full.jsonl", "full", [1] * 30 + [0] * 10)
+    write_records(tmp_path / "near.jsonl", "near", [1] * 29 + [0] * 11)
+    write_records(tmp_path / "far.jsonl", "far", [1] * 5 + [0] * 35)
+    code, out, _ = command("report", tmp_path)
+    assert code == 0
+    rows = {line.split("│")[1].strip(): line for line in out.splitlines() if line.startswith("│")}
+    assert "75.00" in rows["full"]
+    assert "72.50~" in rows["near"]
+    assert "noise" in rows["near"]
+    assert "12.50" in rows["far"]
+    assert "-62.50" in rows["far"]
+    assert "~" not in rows["far"]
+    assert "noise" not in rows["far"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("report", "nowhere"), "no predictions"),
+        (("needle", "--model", "MODEL", "--out", "o", "--cache", "kivi3"), "unknown cache 'kivi3'"),
+        (("needle", "--model", "MODEL", "--out", "o", "--length", "5"), "no text fits"),
+        (("perplexity", "--model", "MODEL", "--out", "o", "--data", "nowhere.txt"), "cannot be read"),
+        (
+            ("longgenbench", "--model", "MODEL", "--out", "o", "--data", "d", "--task", "x"),
+            "unknown task",
+        ),
+    ],
+)
+def test_mistakes_end_in_one_line(command, model, arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, _, error = command(*(str(model) if word == "MODEL" else word for word in arguments))
+    assert code == 2
+    assert message in error
+    assert len(error.splitlines()) == 1

@@ -1,0 +1,103 @@
+"""Jobs survive being killed: nothing is lost, nothing is computed twice."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from rich.progress import Progress
+
+from kivi_jax.eval.jobs import finish, read_records
+
+SETTINGS = {"eval": "test", "cache": "full"}
+BATCHES = [["a", "b"], ["c", "d"], ["e"]]
+
+
+def run(path, batches=BATCHES, settings=SETTINGS):
+    """The records, and the items that were computed for them."""
+    computed = []
+
+    def compute(batch):
+        computed.extend(batch)
+        return [{"prediction": item.upper() + "é"} for item in batch]
+
+    with Progress(disable=True) as progress:
+        records = finish(path, settings, batches, compute, identify=str, progress=progress)
+    return records, computed
+
+
+def test_records_come_in_the_items_order_and_once(tmp_path):
+    records, computed = run(tmp_path / "r" / "full.jsonl")
+    assert [record["id"] for record in records] == computed == ["a", "b", "c", "d", "e"]
+    assert run(tmp_path / "r" / "full.jsonl") == (records, [])
+    assert read_records(tmp_path / "r" / "full.jsonl") == (SETTINGS, records)
+
+
+@pytest.mark.parametrize("kept", range(0, 200, 7))
+def test_a_file_cut_anywhere_is_finished_as_if_it_had_not_been(tmp_path, kept):
+    whole, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
+    records, _ = run(whole)
+    cut.write_bytes(whole.read_bytes()[:kept])
+    held = {record["id"] for record in read_records(cut)[1]}
+    again, computed = run(cut)
+    assert again == records
+    assert sorted([*held, *computed]) == ["a", "b", "c", "d", "e"]
+    assert cut.read_bytes() == whole.read_bytes()
+
+
+def test_more_items_are_added_and_other_settings_refused(tmp_path):
+    path = tmp_path / "full.jsonl"
+    run(path, BATCHES[:1])
+    assert run(path)[1] == ["c", "d", "e"]
+    with pytest.raises(ValueError, match="cache='full', not 'kivi2': choose another --out"):
+        run(path, settings=SETTINGS | {"cache": "kivi2"})
+
+
+def test_a_damaged_or_foreign_file_is_refused(tmp_path):
+    path = tmp_path / "full.jsonl"
+    path.write_text('{"settings": {}}\nnot json\n')
+    with pytest.raises(ValueError, match="is damaged"):
+        read_records(path)
+    path.write_text('{"id": 1}\n')
+    with pytest.raises(ValueError, match="does not begin with settings"):
+        read_records(path)
+
+
+SCRIPT = """
+import pathlib, sys, time
+from rich.progress import Progress
+from kivi_jax.eval.jobs import finish
+path, log = map(pathlib.Path, sys.argv[1:])
+
+def compute(batch):
+    time.sleep(0.02)
+    with log.open("a") as file:
+        print(*batch, file=file)
+    return [{"prediction": item * 1000} for item in batch]
+
+with Progress(disable=True) as progress:
+    finish(path, {"eval": "x"}, [[str(i)] for i in range(40)], compute, identify=str, progress=progress)
+"""
+
+
+def test_a_killed_process_leaves_what_it_finished(tmp_path):
+    whole, cut, log = (tmp_path / name for name in ("whole.jsonl", "cut.jsonl", "log"))
+    command = [sys.executable, "-c", SCRIPT]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])}
+    process = subprocess.Popen([*command, cut, log], env=environment)
+    deadline = time.monotonic() + 120
+    while not (cut.exists() and cut.read_bytes().count(b"\n") > 5):
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    held = [record["id"] for record in read_records(cut)[1]]
+    assert 5 <= len(held) < 40
+    log.write_text("")
+    subprocess.run([*command, cut, log], env=environment, check=True)
+    assert sorted(map(int, log.read_text().split())) == [i for i in range(40) if str(i) not in held]
+    subprocess.run([*command, whole, log], env=environment, check=True)
+    assert cut.read_bytes() == whole.read_bytes()

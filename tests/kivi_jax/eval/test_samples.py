@@ -1,0 +1,149 @@
+"""What evaluations ask: prompts built from data, and how prompts are cut and put into templates."""
+
+import json
+import re
+
+import pytest
+
+from kivi_jax.eval import gsm8k, longbench, needle, ruler
+from kivi_jax.eval.generating import batches_of_one_width, cut, encode
+from kivi_jax.eval.samples import Sample, files_by_task, find_file, read_rows
+
+
+class Words:
+    """A tokenizer of one token per word, and a begin token, 0."""
+
+    def __init__(self, chat_template=None):
+        self.words = ["<s>"]
+        self.chat_template = chat_template
+
+    def __call__(self, text, add_special_tokens=True):
+        for word in text.split():
+            if word not in self.words:
+                self.words.append(word)
+        return {"input_ids": [0] * add_special_tokens + [self.words.index(word) for word in text.split()]}
+
+    def decode(self, ids, *, skip_special_tokens):
+        return " ".join(self.words[i] for i in ids if i or not skip_special_tokens) + " "
+
+    def apply_chat_template(self, messages, *, tokenize, add_generation_prompt):
+        assert (tokenize, add_generation_prompt) == (False, True)
+        return f"<s> user {messages[0]['content']} model"
+
+
+def sample(prompt="one two three", **changes):
+    return Sample(id="0", task="t", prompt=prompt, answers=["x"], max_new_tokens=3, **changes)
+
+
+def test_a_needle_stands_at_its_depth_and_the_prompt_fits():
+    samples = needle.build_samples(
+        Words(), lengths=[60, 200], depths=3, repeats=2, haystack=None, max_new_tokens=4
+    )
+    assert len(samples) == 12
+    assert len({item.id for item in samples}) == 12
+    for item in samples:
+        length, depth = item.info["length"], item.info["depth"]
+        assert length - 10 < len(Words()(item.prompt)["input_ids"]) <= length
+        assert item.prompt.count(item.answers[0]) == 2  # named and repeated, in the needle only
+        place = item.prompt.index(item.answers[0]) / len(item.prompt)
+        assert abs(place - depth) < 0.45
+        assert (depth == 0) == item.prompt.startswith("The pass key is")
+
+
+def test_a_haystack_of_ones_own_is_used_and_too_little_of_it_refused():
+    text = " ".join(f"Sentence number {i} is here." for i in range(100))
+    numbers = dict(depths=1, repeats=1, haystack=text, max_new_tokens=4)
+    (item,) = needle.build_samples(Words(), lengths=[90], **numbers)
+    assert len(re.findall(r"Sentence number \d+ is here\.", item.prompt)) == 13
+    for length, match in ((2000, "shorter than"), (20, "no text fits")):
+        with pytest.raises(ValueError, match=match):
+            needle.build_samples(Words(), lengths=[length], **numbers)
+
+
+def test_recorded_pass_keys_are_read(shared):
+    rows = read_rows(shared / "data" / "passkey" / "passkey_examples.jsonl")
+    samples = needle.read_samples(Words(), rows, max_new_tokens=5)
+    assert len(samples) == 5
+    assert all(
+        item.prompt.endswith("The pass key is ") and item.answers[0] in item.prompt for item in samples
+    )
+
+
+def test_ruler_rows_become_samples(shared):
+    rows = read_rows(shared / "data" / "ruler" / "niah_multikey_3.jsonl")
+    samples = ruler.build_samples("niah_multikey_3", rows, max_new_tokens=128)
+    assert len({item.id for item in samples}) == 500
+    assert ruler.score({"prediction": samples[0].prompt, "answers": samples[0].answers}) == 1
+
+
+def test_gsm8k_shows_examples_and_asks(shared):
+    rows = read_rows(shared / "data" / "gsm8k" / "test.jsonl")
+    item = gsm8k.build_samples(rows[5:7], examples=rows[:2], max_new_tokens=3)[1]
+    assert item.prompt.startswith(f"Question: {rows[0]['question']}\nAnswer: {rows[0]['answer']}\nQuestion: ")
+    assert item.prompt.endswith(f"Question: {rows[6]['question']}\nAnswer:")
+    assert gsm8k.strict({"prediction": rows[6]["answer"], "answers": item.answers}) == 1
+
+
+def test_longbench_reads_its_own_prompts(shared):
+    samples = longbench.read_samples(shared / "data" / "longbench", None, limit=3)
+    assert [item.task for item in samples] == ["multi_news"] * 3 + ["passage_retrieval_zh"] * 3
+    assert [item.max_new_tokens for item in samples] == [512] * 3 + [32] * 3
+    for item in samples:
+        best = {"task": item.task, "prediction": item.answers[0], "answers": item.answers}
+        assert longbench.score(best) == pytest.approx(1, abs=1e-6)
+
+
+def test_longbench_without_prompts_or_tasks_says_what_is_missing(tmp_path):
+    with pytest.raises(ValueError, match=r"dataset2prompt\.json cannot be read"):
+        longbench.read_samples(tmp_path, None, limit=None)
+    with pytest.raises(ValueError, match="no file in"):
+        files_by_task(tmp_path, longbench.METRICS)
+    with pytest.raises(ValueError, match="there is no gsm8k_30"):
+        find_file(tmp_path, "gsm8k_30.jsonl")
+
+
+def test_rows_are_json_lines(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"a": 1}) + "\n\n")
+    assert read_rows(path) == [{"a": 1}]
+    path.write_text("no json")
+    with pytest.raises(ValueError, match="not a file of JSON lines"):
+        read_rows(path)
+    with pytest.raises(ValueError, match="not a file of JSON lines"):
+        read_rows(tmp_path)
+    with pytest.raises(ValueError, match="not a file of JSON lines"):
+        read_rows("nowhere.jsonl")
+
+
+def test_long_prompts_lose_their_middle_if_they_may():
+    prompt = " ".join(f"word{i}" for i in range(50))
+    tokenizer = Words()
+    ids = encode(tokenizer, sample(prompt, truncate=True), max_length=10, chat=False)
+    kept = "word0 word1 word2 word3 word45 word46 word47 word48 word49"
+    assert tokenizer.decode(ids, skip_special_tokens=True).strip() == kept
+    assert len(encode(tokenizer, sample(prompt), max_length=10, chat=False)) == 51
+
+
+def test_a_chat_template_is_used_where_it_may_be():
+    tokenizer = Words(chat_template="any")
+    text = tokenizer.decode(
+        encode(tokenizer, sample(), max_length=None, chat=True), skip_special_tokens=False
+    )
+    assert text.split() == ["<s>", "user", "one", "two", "three", "model"]
+    assert len(encode(tokenizer, sample(chat=False), max_length=None, chat=True)) == 4
+    with pytest.raises(ValueError, match="no chat template"):
+        encode(Words(), sample(), max_length=None, chat=True)
+
+
+def test_predictions_end_at_the_first_stop_string():
+    assert cut("a\nQ: b", ("\nQ:", "b")) == "a"
+    assert cut("a b", ()) == "a b"
+
+
+def test_batches_share_a_width_and_come_widest_first():
+    encoded = [(sample(), [1] * size) for size in (5, 40, 6, 7, 33)]
+    assert [[len(ids) for _, ids in batch] for batch in batches_of_one_width(encoded, 2)] == [
+        [40, 33],
+        [5, 6],
+        [7],
+    ]
