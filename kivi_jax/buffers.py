@@ -37,6 +37,10 @@ from pallas_kernels.ring import fill, newest_token
 
 S = TypeVar("S", bound="Segment")
 
+# On a GPU, XLA splits attention's sum over many tokens; where it cannot do so evenly, it first copies the
+# values, padded: a third of a decode step at 128k tokens.
+LONG, TILE = 4096, 256
+
 
 class Step(NamedTuple):
     """What one decode step offers a segment: the new token of each row, and how its query attended."""
@@ -104,7 +108,8 @@ class DenseTokens:
         window: int | None,
     ) -> "DenseTokens":
         """Hold a right-padded prompt, with room for `capacity` tokens a row."""
-        slots = capacity if window is None else min(capacity, window)
+        slots = _round_up(capacity, TILE) if capacity >= LONG else capacity
+        slots = slots if window is None else min(slots, window)
         return cls(fill(key, lengths, slots), fill(value, lengths, slots), lengths, window)
 
     def attend(self, query: Float[Array, "B N H"]) -> AttentionPartial:

@@ -47,7 +47,9 @@ def decode(
         against_torch=torch and _has_torch(),
     )
     table = Table(title=f"decode, {shape} {dtype}, {context:,} tokens x {batch} rows", caption=machine())
-    for column in ("cache", "median ms/step", "fastest", "tokens/s", f"vs {results[0].name}", "cache size"):
+    columns = ["cache", "median ms/step", "fastest", "tokens/s", f"vs {results[0].name}", "cache size"]
+    on_gpu = results[0].device_ms is not None
+    for column in [*columns, "GPU ms/step"] if on_gpu else columns:
         table.add_column(column, justify="left" if column == "cache" else "right")
     for result in results:
         table.add_row(
@@ -57,6 +59,7 @@ def decode(
             f"{batch * 1e3 / result.median_ms:.1f}",
             f"{results[0].median_ms / result.median_ms:.2f}x",
             format_bytes(result.cache_bytes),
+            *([f"{result.device_ms:.2f}"] if result.device_ms is not None else []),
         )
     Console().print(table)
 

@@ -16,6 +16,7 @@ from jaxtyping import Array, Int
 from rich.console import Console
 from rich.progress import track
 
+from kivi_jax.bench.kernels import profiled
 from kivi_jax.cache import CacheStrategy, KVCache, Prompt, cache_bytes
 from kivi_jax.config import ModelConfig
 from kivi_jax.console import format_bytes
@@ -29,6 +30,7 @@ class Result(NamedTuple):
     name: str
     steps_ms: list[float]
     cache_bytes: int
+    device_ms: float | None = None  # of a step: what a GPU works, without waiting for the host
 
     @property
     def median_ms(self) -> float:
@@ -66,7 +68,13 @@ def run(
         name = "transformers (torch)"
         steppers[name], sizes[name] = _transformers(config, context, batch)
     times = _take_turns(steppers, new_tokens, name="decoding")
-    return [Result(name, samples, sizes[name]) for name, samples in times.items()]
+    return [Result(name, samples, sizes[name], _device_ms(steppers[name])) for name, samples in times.items()]
+
+
+def _device_ms(step: Callable[[], Any]) -> float | None:
+    if jax.default_backend() != "gpu":
+        return None
+    return 1e3 * sum(profiled(step).values())
 
 
 def throughput(
@@ -146,7 +154,7 @@ def filled_cache(
 def _ours(
     model: Llama, strategy: CacheStrategy, context: int, new_tokens: int, batch: int, dtype: DTypeLike
 ) -> tuple[Callable[[], Any], int]:
-    capacity = context + new_tokens + 8
+    capacity = context + new_tokens + 8  # with the steps that warm up and that are profiled
     cache = filled_cache(model.config, strategy, context=context, capacity=capacity, batch=batch, dtype=dtype)
     token = jnp.zeros(batch, jnp.int32)
     compiled = _greedy_step.lower(model, token, cache).compile()

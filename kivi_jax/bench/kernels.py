@@ -200,11 +200,18 @@ def kernel_seconds(compiled: Any, buffers: Sequence[tuple[Any, ...]]) -> dict[st
     """
     calls = list(buffers) * max(1, round(_LEAST_CALLS / len(buffers)))
     jax.block_until_ready(compiled(*calls[0]))
+    found = profiled(lambda: [jax.block_until_ready(compiled(*arguments)) for arguments in calls])
+    if not found:
+        raise NotImplementedError("the profiler saw no GPU")
+    return {name: seconds / len(calls) for name, seconds in found.items()}
+
+
+def profiled(work: Callable[[], Any]) -> dict[str, float]:
+    """Seconds that a GPU spends on kernels and copies while `work` is done, by name; empty without a GPU."""
     found: collections.Counter[str] = collections.Counter()
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
-            for arguments in calls:
-                jax.block_until_ready(compiled(*arguments))
+            jax.block_until_ready(work())
         (trace,) = Path(folder).rglob("*.xplane.pb")
         for plane in jax.profiler.ProfileData.from_file(str(trace)).planes:
             if plane.name.startswith("/device:GPU"):
@@ -212,9 +219,7 @@ def kernel_seconds(compiled: Any, buffers: Sequence[tuple[Any, ...]]) -> dict[st
                     if line.name.startswith("Stream"):
                         for event in line.events:
                             found[event.name] += int(event.duration_ns)
-    if not found:
-        raise NotImplementedError("the profiler saw no GPU")
-    return {name: nanoseconds / len(calls) / 1e9 for name, nanoseconds in found.items()}
+    return {name: nanoseconds / 1e9 for name, nanoseconds in found.items()}
 
 
 def _wall_seconds(f: Callable[..., Any], *arguments: Any) -> float:

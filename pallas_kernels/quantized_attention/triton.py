@@ -32,6 +32,8 @@ def attend(
         NotImplementedError: a group or head size that the kernels have no block for; or jax-triton is
             not installed, or does not fit the installed jax and Triton.
     """
+    if jax.__version_info__ >= (0, 12):
+        raise NotImplementedError(f"jax-triton does not work with jax {jax.__version__}, only below 0.12")
     try:
         import jax_triton  # pyright: ignore[reportMissingImports]
 
