@@ -327,6 +327,45 @@ def study(
 
 
 @evaluate.command()
+def kept(
+    model: Model = "demo",
+    cache: Annotated[list[str] | None, typer.Option(help="May be repeated; by default SCOPE's.")] = None,
+    questions: Annotated[int, typer.Option(min=1, help="Of the demo's task of numbered questions.")] = 30,
+    seed: Annotated[int, typer.Option(min=0, help="Of the problem.")] = 0,
+    out: Annotated[Path, typer.Option(help="The folder for the plots.")] = Path("kept"),
+    dtype: DtypeOption = None,
+) -> None:
+    """Which tokens caches hold while decoding, against what full attention looks at; and its drift.
+
+    Example:  kivi-jax eval kept --model demo --cache scope:window=64:recent=32
+    """
+    from kivi_jax.demo import tasks
+    from kivi_jax.eval.kept import draw_drift, draw_maps, drift, kept_weight, study, table
+
+    llama, tokenizer = open_model(model, dtype)
+    problem = tasks.questions(seed, count=questions)
+    prompt = tokenizer(problem.prompt)["input_ids"]
+    answer = tokenizer(problem.answer, add_special_tokens=False)["input_ids"]
+    equal = len(prompt) + 64  # as many tokens as the others hold in all
+    names = cache or [
+        "scope:window=64:recent=32",
+        f"scope:decode=adaptive:window=64:recent=32:max_new_tokens={len(answer)}",
+        f"scope:decode=discontinuous:window=64:recent=32:max_new_tokens={len(answer)}",
+        f"scope:decode=h2o:budget={equal}:recent=32",
+    ]
+    weights, held = study(llama, prompt, answer, {name: parse_cache(name) for name in names})
+    Console().print(table({name: kept_weight(weights, seen) for name, seen in held.items()}))
+    last = llama.config.num_layers - 1
+    heads = [(0, 0), (last // 2, 0), (last, 0)]
+    short = {name.split(":recent")[0]: seen for name, seen in held.items()}
+    out.mkdir(parents=True, exist_ok=True)
+    draw_maps(weights, short, heads).savefig(out / "kept.png", dpi=110)
+    counts = [count for count in (16, 32, 64) if count < len(prompt)]
+    draw_drift({n: drift(weights, len(prompt), n) for n in counts}).savefig(out / "drift.png", dpi=110)
+    Console(stderr=True).print(f"wrote {out / 'kept.png'} and {out / 'drift.png'}", markup=False)
+
+
+@evaluate.command()
 def report(
     folders: Annotated[list[Path], typer.Argument(help="Folders that evaluations were written to.")],
 ) -> None:
