@@ -32,5 +32,7 @@ def test_kernels_keep_their_budget(kernel, case, sm):
 
 
 def test_merging_is_a_small_part_of_a_long_decode_step():
-    (case,) = [case for case in GPU if case.name == "1 x 32k"]
-    assert aot.record(case, 90)["merge_share"] < 0.1
+    """By bytes. One row is the worst case: many splits of few tokens (a tenth of the time on an H100)."""
+    one, eight = (next(case for case in GPU if case.name == name) for name in ("1 x 32k", "8 x 32k"))
+    assert aot.record(one, 90)["merge_share"] < 0.2
+    assert aot.record(eight, 90)["merge_share"] < 0.05
