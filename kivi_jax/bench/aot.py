@@ -11,6 +11,7 @@ XLA carries its own copy of Triton; the instruction counts differ from pip's by 
 import collections
 import contextlib
 import dataclasses
+import os
 import re
 import subprocess
 import tempfile
@@ -30,6 +31,8 @@ from pallas_kernels.quantized_attention.tuning import choose
 
 # What Pallas asks of the device while lowering, by compute capability; any device of it would do.
 DEVICES = {80: "NVIDIA A100-SXM4-80GB", 89: "NVIDIA L4", 90: "NVIDIA H100 80GB HBM3"}
+# What XLA's copy of Triton does, too; left unset, Triton 3.9 warns that its default will change.
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 # Shorter backward branches (waits on a barrier, copies of a remainder) are not the loop over tiles.
 _SHORTEST_LOOP = 64
 
