@@ -17,6 +17,7 @@ from rich.table import Table
 
 from kivi_jax.cache import CacheStrategy, KVCache
 from kivi_jax.eval.study import forward
+from kivi_jax.figures import new_figure
 from kivi_jax.llama import Llama
 from kivi_jax.pool import TokenPool
 from kivi_jax.selection import KeepAll
@@ -124,9 +125,7 @@ def draw_maps(
 
     What a cache no longer holds is grey.
     """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(3.4 * len(heads), 2.6 * len(held)), layout="constrained")
+    figure = new_figure(3.4 * len(heads), 2.6 * len(held))
     axes = figure.subplots(len(held), len(heads), squeeze=False)
     for row, (name, seen) in zip(axes, held.items(), strict=True):
         for axis, (layer, head) in zip(row, heads, strict=True):
@@ -146,9 +145,7 @@ def draw_maps(
 
 def draw_drift(drifts: Mapping[int, Float[np.ndarray, "steps"]]) -> Any:
     """The overlap of `drift` against the decoding step, a line for each count of tokens."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5, 3), layout="constrained")
+    figure = new_figure(5, 3)
     axis = figure.subplots()
     for count, overlap in drifts.items():
         axis.plot(np.arange(1, len(overlap) + 1), 100 * overlap, label=f"the {count} heaviest")
