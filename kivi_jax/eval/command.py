@@ -18,11 +18,16 @@ if TYPE_CHECKING:
     from kivi_jax.llama import Llama
 
 evaluate = typer.Typer(
-    help="Run the papers' evaluations. What is done is kept: run the same command again after a cut.",
+    help="""Run the papers' evaluations, or the demo's tasks, through any caches.
+
+    Predictions are kept as they come: run the same command again after a cut.
+
+    Example:  kivi-jax eval passkey --model demo --tokens 2048 --cache kivi2
+    """,
     no_args_is_help=True,
 )
 
-Model = Annotated[str, typer.Option(help="A checkpoint's directory or hub name.")]
+Model = Annotated[str, typer.Option(help="A checkpoint's directory, a hub name, or demo.")]
 Caches = Annotated[
     list[str] | None, typer.Option("--cache", help="May be repeated; by default full, kivi4, kivi2.")
 ]
@@ -49,7 +54,7 @@ def perplexity(
 ) -> None:
     """Perplexity by position in a long text, every token decoded from the cache.
 
-    Example:  kivi-jax eval perplexity --model ./llama-8b --data book.txt --out results
+    Example:  kivi-jax eval perplexity --model demo --data book.txt --out results
     """
     from kivi_jax.eval.perplexity import read_windows, score_windows
 
@@ -93,7 +98,7 @@ def longbench(
 ) -> None:
     """LongBench, the tasks of KIVI's tables: NAME.jsonl files in --data.
 
-    Example:  kivi-jax eval longbench --model ./llama-8b --data ./LongBench --chat --out results
+    Example:  kivi-jax eval longbench --model ./llama-8b --data ./data --out out
     """
     from kivi_jax.eval.longbench import read_samples
 
@@ -135,7 +140,7 @@ def longgenbench(
 
     Tasks run one after another into one folder are reported together.
 
-    Example:  kivi-jax eval longgenbench --model ./llama-8b --data gsm8k_30.jsonl --cache scope --out out
+    Example:  kivi-jax eval longgenbench --model ./llama-8b --data ./lgb --out out
     """
     from kivi_jax.eval import longgenbench as bench
     from kivi_jax.eval.samples import find_file, read_rows
@@ -184,7 +189,7 @@ def needle(
 ) -> None:
     """A pass key hidden at every depth of prompts of every length; a heat map per cache.
 
-    Example:  kivi-jax eval needle --model ./llama-8b --length 4096 --length 32768 --out results
+    Example:  kivi-jax eval needle --model demo --length 1024 --depths 5 --out out
     """
     from kivi_jax.eval.needle import build_samples, read_samples
     from kivi_jax.eval.samples import read_rows
@@ -223,7 +228,7 @@ def ruler(
 ) -> None:
     """RULER's needle tasks, from the files that its own scripts write (niah_*.jsonl).
 
-    Example:  kivi-jax eval ruler --model ./llama-8b --data ./niah_multikey_3.jsonl --out results
+    Example:  kivi-jax eval ruler --model ./llama-8b --data ./ruler --out results
     """
     from kivi_jax.eval.ruler import build_samples
     from kivi_jax.eval.samples import read_rows
@@ -259,7 +264,7 @@ def gsm8k(
 ) -> None:
     """GSM8K with worked examples in the prompt, as in KIVI's example.
 
-    Example:  kivi-jax eval gsm8k --model ./llama-8b --data ./gsm8k --cache full --cache kivi2 --out results
+    Example:  kivi-jax eval gsm8k --model ./llama-8b --data ./gsm8k --out results
     """
     from kivi_jax.eval.gsm8k import build_samples
     from kivi_jax.eval.samples import read_rows
@@ -293,7 +298,7 @@ def study(
 ) -> None:
     """The quantizer's errors on real activations, keys and values per channel and per token.
 
-    Example:  kivi-jax eval study --model ./llama-8b --data book.txt --bits 2 --group-size 32 --out results
+    Example:  kivi-jax eval study --model demo --data book.txt --out results
     """
     import jax.numpy as jnp
 
@@ -341,6 +346,7 @@ def kept(
     """
     from kivi_jax.demo import tasks
     from kivi_jax.eval.kept import draw_drift, draw_maps, drift, kept_weight, study, table
+    from kivi_jax.figures import save_figure
 
     llama, tokenizer = open_model(model, dtype)
     problem = tasks.questions(seed, count=questions)
@@ -358,10 +364,9 @@ def kept(
     last = llama.config.num_layers - 1
     heads = [(0, 0), (last // 2, 0), (last, 0)]
     short = {name.split(":recent")[0]: seen for name, seen in held.items()}
-    out.mkdir(parents=True, exist_ok=True)
-    draw_maps(weights, short, heads).savefig(out / "kept.png", dpi=110)
+    save_figure(draw_maps(weights, short, heads), out / "kept.png")
     counts = [count for count in (16, 32, 64) if count < len(prompt)]
-    draw_drift({n: drift(weights, len(prompt), n) for n in counts}).savefig(out / "drift.png", dpi=110)
+    save_figure(draw_drift({n: drift(weights, len(prompt), n) for n in counts}), out / "drift.png")
     Console(stderr=True).print(f"wrote {out / 'kept.png'} and {out / 'drift.png'}", markup=False)
 
 
