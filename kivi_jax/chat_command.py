@@ -38,7 +38,7 @@ def chat(
 
     Messages are put into the tokenizer's chat template, if it has one; else they are read as they are.
     /stats shows what the cache weighs, /reset forgets everything, /quit ends.
-    demo is no chat model; it knows a few tasks, such as: Copy: moon owl lemon. Copied:
+    demo is no chat model. Type one of its tasks, such as  Copy: moon owl. Copied:
 
     Example:  kivi-jax chat ./llama-8b-instruct --cache kivi2 --context 32768
 

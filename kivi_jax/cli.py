@@ -36,16 +36,13 @@ Talk:  kivi-jax chat ./llama-8b-instruct --cache kivi2
 
 Read once, ask often:  kivi-jax cache save ./llama-8b novel.txt novel.prefix
 
-A model is a directory (Hugging Face's, or converted), a hub name, or demo: a small one in this package that
-knows a few tasks. A cache is a name, and fields after colons:
+A model is a directory, a hub name, or demo: the small one in this package.
 
+A cache is a name, and fields after colons:
 full keeps every token as it is;
-
 kivi2:group_size=64:residual_length=64 packs in 2 bits, kivi4 in 4;
-
 scope:window=512:recent=256 bounds what is generated;
-
-kivi2+scope:prompt=snapkv:prompt_budget=2048 does both, and keeps 2048 tokens of a prompt.
+kivi2+scope:prompt=snapkv:prompt_budget=2048 also selects from the prompt.
 """
 
 app = typer.Typer(
@@ -259,15 +256,12 @@ def _plot_plan(
     errors.print(f"wrote {file}", markup=False, highlight=False, soft_wrap=True)
 
 
-# In the order of a first hour.
-for command in (demo, generate, chat):
-    app.command()(command)
-app.add_typer(cache_files, name="cache")
-for command in (inspect, convert):
+# In the order of a first hour; groups are listed after commands.
+for command in (demo, generate, chat, inspect, convert):
     app.command()(command)
 evaluate.add_typer(evaluation)
-app.add_typer(evaluate, name="eval")
-app.add_typer(bench, name="bench")
+for name, group in {"cache": cache_files, "eval": evaluate, "bench": bench}.items():
+    app.add_typer(group, name=name)
 
 
 def main() -> None:
