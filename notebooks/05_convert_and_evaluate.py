@@ -104,7 +104,7 @@ problem = tasks.questions(seed=1, count=10)
 texts = []
 for path in (checkpoint, converted):
     model, tokenizer = kj.load(path, dtype="float32")
-    texts += kj.complete(model, tokenizer, [problem.prompt], cache=kj.kivi(bits=4), max_new_tokens=100)
+    texts += kj.complete(model, tokenizer, [problem.prompt], cache=kj.kivi(bits=4), max_new_tokens=60)
 assert texts[0] == texts[1]
 print(texts[1])
 
@@ -118,7 +118,7 @@ print(texts[1])
 # %%
 folder = work / "tasks"
 folder.mkdir()
-problems = [tasks.passkey(seed=seed, tokens=512) for seed in range(16)]
+problems = [tasks.passkey(seed=seed, tokens=512) for seed in range(8)]
 rows = [{"prompt": problem.prompt, "key": problem.answer.strip(" .")} for problem in problems]
 (folder / "passkeys.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 (folder / "passkeys.yaml").write_text(f"""
@@ -196,7 +196,7 @@ command(
 
 # %%
 command(
-    *("kivi_jax.cli", "eval", "longgen", "--model", converted, "--problems", 8),
+    *("kivi_jax.cli", "eval", "longgen", "--model", converted, "--problems", 4),
     *("--cache", "kivi2:residual_length=32", "--cache", "scope:window=32:recent=16"),
 )
 
