@@ -171,6 +171,7 @@ print("planned bytes = held bytes in all", len(measured), "cases")
 # device, measured here. A point on the line cannot be made faster without reading less; the distance above it is what
 # computing, unpacking and launching add. Rows of a batch (hollow) share the weights' reading and compute for each row. On a
 # CPU, unpacking a number costs more than reading a whole one: there a smaller cache saves memory, not time.
+# A point below the line says that something else was running while the bandwidth was measured.
 
 # %%
 side = 8192 if on_cpu else 16384

@@ -189,7 +189,7 @@ def _plot_needle(comparison: Comparison) -> Any:
     caches = comparison.by_cache
     figure = new_figure(4 * len(caches) + 1, 4)
     panels = figure.subplots(1, len(caches), squeeze=False)[0]
-    image = None
+    image: Any = None
     for axes, (cache, records) in zip(panels, caches.items(), strict=True):
         lengths = sorted({record["length"] for record in records})
         depths = sorted({record["depth"] for record in records})
