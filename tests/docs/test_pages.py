@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import itertools
 import re
 import shlex
 import typing
@@ -41,7 +42,9 @@ def messages() -> set[str]:
     nodes = [node for file in files for node in ast.walk(ast.parse(file.read_text("utf-8")))]
     calls = [node for node in nodes if isinstance(node, ast.Call) and node.args]
     found = {
-        written(call.args[0]) for call in calls if getattr(call.func, "id", getattr(call.func, "attr", "")) in ERRORS
+        written(call.args[0])
+        for call in calls
+        if getattr(call.func, "id", getattr(call.func, "attr", "")) in ERRORS
     }
     return {text for text in found - NEVER_SEEN if re.search(r"\w", text)}
 
@@ -49,7 +52,9 @@ def messages() -> set[str]:
 def test_every_message_has_its_cause_and_cure():
     rows = re.findall(r"^\| `(.+?)` \| (.*?) \| (.*?) \|$", TROUBLESHOOT.read_text("utf-8"), re.MULTILINE)
     assert messages() - {message for message, _, _ in rows} == set()  # add a row to the page
-    assert {message for message, _, _ in rows} - messages() == set()  # remove it, or spell it as the code does
+    assert {
+        message for message, _, _ in rows
+    } - messages() == set()  # remove it, or spell it as the code does
     assert all(cause or cure for _, cause, cure in rows)
 
 
@@ -84,24 +89,27 @@ def test_every_file_and_test_named_is_there():
     assert missing == []
 
 
-def commands() -> list[str]:
-    lines = [
-        line
-        for page in [*PAGES, ROOT / "README.md"]
-        for block in blocks(page.read_text("utf-8"), "bash")
-        for line in block.replace("\\\n", " ").splitlines()
-    ]
-    called = [part.strip() for line in lines for part in re.split(r"&&|\||;", line)]
-    return sorted({line.split(" #")[0] for line in called if line.startswith("kivi-jax ")})
+def commands() -> list[tuple[str, ...]]:
+    """The words of every call of `kivi-jax` in a page's shell blocks."""
+    called = set()
+    for page in [*PAGES, ROOT / "README.md"]:
+        for block in blocks(page.read_text("utf-8"), "bash"):
+            lexer = shlex.shlex(block.replace("\\\n", " "), posix=True, punctuation_chars="\n;&|<>")
+            lexer.whitespace, lexer.whitespace_split = " \t", True
+            for separator, words in itertools.groupby(lexer, lambda word: not word.strip("\n;&|<>")):
+                words = tuple(words)
+                if not separator and words[0] == "kivi-jax":
+                    called.add(words)
+    return sorted(called)
 
 
-@pytest.mark.parametrize("line", commands())
-def test_commands_are_spelled_as_the_command_line_reads_them(line):
+@pytest.mark.parametrize("words", commands(), ids=" ".join)
+def test_commands_are_spelled_as_the_command_line_reads_them(words):
     command: typing.Any = typer.main.get_command(app)
-    _, *words = shlex.split(line.split(" >")[0])
+    name, *words = words
     while hasattr(command, "commands"):
         command, words = command.commands[words[0]], words[1:]
-    command.make_context(line, words)
+    command.make_context(name, words)
 
 
 @pytest.mark.parametrize(
