@@ -115,8 +115,10 @@ def test_commands_are_spelled_as_the_command_line_reads_them(words):
 @pytest.mark.parametrize(
     "page", [page for page in PAGES if blocks(page.read_text("utf-8"), "python")], ids=lambda page: page.stem
 )
-def test_examples_run(page, monkeypatch, tmp_path):
-    """The Python of a page, from top to bottom; what it asserts holds."""
+def test_examples_run(page, monkeypatch, tmp_path, capsys):
+    """The Python of a page, from top to bottom: what it asserts holds, and it prints what the page shows."""
     monkeypatch.chdir(tmp_path)
-    code = "\n".join(blocks(page.read_text("utf-8"), "python"))
-    exec(compile(code, str(page), "exec"), {"__name__": "__main__"})
+    text = page.read_text("utf-8")
+    exec(compile("\n".join(blocks(text, "python")), str(page), "exec"), {"__name__": "__main__"})
+    printed = capsys.readouterr().out
+    assert [shown for shown in blocks(text, "text") if shown not in printed] == []
