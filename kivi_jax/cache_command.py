@@ -37,7 +37,7 @@ def save(
     """
     import jax
 
-    from convert.orbax import replacing
+    from convert.files import replacing
     from kivi_jax.names import parse_cache
     from kivi_jax.prefix_files import save_prefix
     from kivi_jax.text import read_prefix
