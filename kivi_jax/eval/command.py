@@ -86,6 +86,10 @@ def longbench(
     max_length: Annotated[
         int | None, typer.Option(min=2, help="Longer prompts lose their middle; by default what fits.")
     ] = None,
+    task: Annotated[
+        list[str] | None,
+        typer.Option(help="May be repeated; by default all in --data, and on the hub KIVI's 15."),
+    ] = None,
     chat: Chat = False,
     limit: Limit = None,
     batch: Batch = 1,
@@ -95,12 +99,12 @@ def longbench(
 
     Example:  kivi-jax eval longbench --model ./llama-8b --data ./LongBench --chat --out results
     """
-    from kivi_jax.eval.longbench import read_samples
+    from kivi_jax.eval.longbench import LONGEST_ANSWER, read_samples
 
+    samples = read_samples(data, prompts, limit=limit, tasks=task or ())
     llama, tokenizer = open_model(model, dtype)
-    samples = read_samples(data, prompts, limit=limit)
-    if max_length is None:
-        max_length = llama.config.max_position_embeddings - max(sample.max_new_tokens for sample in samples)
+    if max_length is None:  # the same for all tasks, which may run one by one
+        max_length = llama.config.max_position_embeddings - LONGEST_ANSWER
         if max_length < 2:
             raise ValueError(
                 f"the model has {llama.config.max_position_embeddings} positions, no more than answers need: "
@@ -121,7 +125,10 @@ def longgenbench(
     cache: Caches = None,
     task: Annotated[str, typer.Option(help="gsm8k, mmlu or csqa.")] = "gsm8k",
     build: Annotated[
-        Path | None, typer.Option(help="Build prompts of --data's questions after the examples in this file.")
+        str | None,
+        typer.Option(
+            help="Build prompts: questions from --data (GSM8K, MMLU, CommonsenseQA), examples from here."
+        ),
     ] = None,
     questions: Annotated[int, typer.Option(min=1, help="Questions in a prompt.")] = 30,
     examples: Annotated[int, typer.Option(min=1, help="Examples in a prompt, with --build.")] = 8,
@@ -143,13 +150,14 @@ def longgenbench(
     if task not in bench.TASKS:
         raise ValueError(f"unknown task {task!r}: choose one of {', '.join(bench.TASKS)}")
     if build is None:
-        rows = read_rows(find_file(data, f"{task}_{questions}.jsonl"))
+        rows = read_rows(find_file(data, f"{task}_{questions}.jsonl"), "prompt", "answers")
         samples = bench.read_samples(task, rows, max_new_tokens=max_new_tokens)
     else:
         samples = bench.build_samples(
             task,
-            read_rows(data),
-            examples=read_rows(build)[:examples],
+            read_rows(data, "question"),
+            examples=read_rows(build, "question"),
+            example_count=examples,
             questions_per_prompt=questions,
             max_new_tokens=max_new_tokens,
         )
@@ -159,7 +167,7 @@ def longgenbench(
     )
     settings |= dict(dtype=_name(dtype), questions=questions)
     if build is not None:
-        settings |= dict(build=str(build), examples=examples)
+        settings |= dict(build=build, examples=examples)
     _generate(loaded, samples[:limit], cache, out, settings, batch=batch)
 
 
@@ -195,7 +203,7 @@ def needle(
     )
     settings |= dict(dtype=_name(dtype))
     if data is not None and data.endswith(".jsonl"):
-        samples = read_samples(tokenizer, read_rows(data), max_new_tokens=max_new_tokens)
+        samples = read_samples(tokenizer, read_rows(data, "input", "target"), max_new_tokens=max_new_tokens)
     else:
         lengths = length or [256, 512, 1024]
         samples = build_samples(
@@ -233,7 +241,9 @@ def ruler(
     samples = [
         sample
         for file in files
-        for sample in build_samples(file.stem, read_rows(file)[:limit], max_new_tokens=max_new_tokens)
+        for sample in build_samples(
+            file.stem, read_rows(file, "input", "outputs")[:limit], max_new_tokens=max_new_tokens
+        )
     ]
     if not samples:
         raise ValueError(
@@ -266,7 +276,7 @@ def gsm8k(
 
     path = Path(data)
     shown, asked = (
-        read_rows(path / f"{split}.jsonl" if path.is_dir() else f"{data}:{split}")
+        read_rows(path / f"{split}.jsonl" if path.is_dir() else f"{data}:{split}", "question", "answer")
         for split in ("train", "test")
     )
     samples = build_samples(asked[:limit], examples=shown[:examples], max_new_tokens=max_new_tokens)

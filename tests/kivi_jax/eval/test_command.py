@@ -1,12 +1,10 @@
 """`kivi-jax eval`: predictions that survive a cut, and what the report says of them."""
 
+import functools
 import json
-import sys
 
 import pytest
 
-from kivi_jax.cli import app
-from kivi_jax.console import run
 from kivi_jax.eval import generating
 from kivi_jax.eval.jobs import read_records
 from tests.convert.checkpoints import LLAMA, write_checkpoint
@@ -17,18 +15,9 @@ CACHES = ("full", "kivi2:group_size=8:residual_length=8")
 
 
 @pytest.fixture
-def command(monkeypatch, capsys):
-    """The command line in this process: exit code, stdout and stderr, without colors and 200 wide."""
-    monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setenv("NO_COLOR", "1")
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["kivi-jax", "eval", *map(str, arguments)])
-        with pytest.raises(SystemExit) as caught:
-            run(app)
-        return caught.value.code, *capsys.readouterr()
-
-    return call
+def command(command):
+    """`kivi-jax eval` in this process."""
+    return functools.partial(command, "eval")
 
 
 @pytest.fixture(scope="module")
@@ -113,10 +102,22 @@ def test_the_report_marks_differences_within_noise(command, tmp_path):
             ("longgenbench", "--model", "MODEL", "--out", "o", "--data", "d", "--task", "x"),
             "unknown task",
         ),
+        (
+            ("gsm8k", "--model", "MODEL", "--out", "o", "--data", "rows"),
+            "rows/train.jsonl: row 1 has no field",
+        ),
+        *(
+            ((name, "--model", "MODEL", "--out", "o", "--data", "rows/train.jsonl"), "row 1 has no field")
+            for name in ("ruler", "needle", "longgenbench")
+        ),
+        (("study", "--model", "MODEL", "--out", "o", "--data", "rows/train.jsonl"), "the text has"),
+        (("kept", "--model", "MODEL", "--cache", "scope:window=4"), "recent=256 and window=4"),
     ],
 )
 def test_mistakes_end_in_one_line(command, model, arguments, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / "train.jsonl").write_text('{"other": 1}\n')
     code, _, error = command(*(str(model) if word == "MODEL" else word for word in arguments))
     assert code == 2
     assert message in error
