@@ -105,7 +105,8 @@ def drift(weights: Float[Array, "L K T T"], prompt: int, count: int) -> Float[np
 
 def table(shares: Mapping[str, Float[np.ndarray, "L K steps"]]) -> Table:
     """A row for each cache: the weight on what it holds, on average, late, and in the worst head."""
-    out = Table("cache", title="full attention's weight on the tokens held, %")
+    out = Table(title="full attention's weight on the tokens held, %")
+    out.add_column("cache", overflow="fold")
     for heading in ("mean", "last quarter", "worst head"):
         out.add_column(heading, justify="right")
     for name, share in shares.items():

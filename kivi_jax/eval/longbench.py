@@ -70,9 +70,8 @@ def read_samples(
         if task not in templates or task not in most:
             raise ValueError(f"{folder} has no prompt or no answer length of {task} in dataset2*.json")
         classes = ("all_classes",) if METRICS[task] is None else ()
-        for index, row in enumerate(
-            read_rows(sources[task], "context", "input", "answers", *classes)[:limit]
-        ):
+        rows = read_rows(sources[task], "context", "input", "answers", *classes)
+        for index, row in enumerate(rows[:limit]):
             samples.append(
                 Sample(
                     id=f"{task}-{row.get('_id', index)}",

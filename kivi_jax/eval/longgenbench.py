@@ -107,8 +107,8 @@ def build_samples(
 ) -> list[Sample]:
     """Prompts of `questions_per_prompt` questions each, after answered examples; a rest is left out.
 
-    Rows that name a `subject`, as MMLU's do, share prompts within it, after examples of the same one. For rows
-    see `read_question`.
+    Rows that name a `subject`, as MMLU's do, share prompts within it, after examples of the same one.
+    `read_question` says what rows may be.
 
     Raises:
         ValueError: there are fewer questions than a prompt has, or no examples for them.

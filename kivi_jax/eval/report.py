@@ -88,8 +88,9 @@ def _perplexity_table(comparison: Comparison) -> Table:
     baseline = next(iter(records))
     tokens = sum(len(record["nll"]) for record in records[baseline])
     table = Table(title=f"{comparison.title}, {tokens:,} tokens", caption="[...]: 95 % bootstrap interval")
-    for column in ("cache", "perplexity", "interval", f"vs {baseline}", "interval"):
-        table.add_column(column, justify="left" if column == "cache" else "right")
+    table.add_column("cache", overflow="fold")
+    for column in ("perplexity", "interval", f"vs {baseline}", "interval"):
+        table.add_column(column, justify="right")
     for cache, rows in records.items():
         value = perplexity.perplexity(rows)
         cells = [cache, f"{value.mean:.4f}", f"[{value.low:.3f}, {value.high:.3f}]".replace("[", r"\[")]
@@ -108,7 +109,7 @@ def _score_table(comparison: Comparison, name: str, score: Score) -> Table:
         title=comparison.title + (f", {name}" if name else ""),
         caption=f"percent; 95 % bootstrap intervals; ~ differs from {baseline} by no more than noise",
     )
-    table.add_column("cache")
+    table.add_column("cache", overflow="fold")
     for task in tasks:
         table.add_column(task, justify="right")
     for column in ("average", "interval", f"vs {baseline}", "interval"):
