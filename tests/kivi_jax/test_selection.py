@@ -11,7 +11,10 @@ from hypothesis import strategies as st
 
 import kivi_jax as kj
 from kivi_jax.attention import add_weights, causal_attention
+from kivi_jax.names import parse_cache
+from kivi_jax.plan import plan_cache
 from kivi_jax.selection import ALL_QUERIES, drop_lowest, drop_one, pool_neighbours, pyramid_budget
+from tests.models import config
 
 WIDTH, HEADS, DIM = 96, 4, 16
 
@@ -227,3 +230,23 @@ def test_a_pyramid_has_the_budgets_of_the_original():
         budgets = [int(pyramid_budget(selector, jnp.asarray([96]), layer, 2)[0]) for layer in range(2)]
         assert budgets == [79, 48]
         assert [selector.most(layer, 2, 96) for layer in range(2)] == [79, 48]
+
+
+@pytest.mark.parametrize(
+    "name", ["scope", "scope:prompt=snapkv:prompt_budget=64:decode=keepall", "kivi2+scope"]
+)
+def test_models_with_a_sliding_window_are_refused_before_anything_is_computed(name):
+    with pytest.raises(ValueError, match="within sliding_window=16 tokens, on which selecting tokens is not"):
+        plan_cache(config(sliding_window=16), parse_cache(name), batch=1, context=8, dtype="float32")
+
+
+def test_a_prompt_that_fills_a_pool_that_it_shares_is_refused():
+    """With what to do; and taken if a prompt selector makes it small enough."""
+    options = dict(batch=1, context=64, prompt_tokens=40, dtype="float32")
+    shared = "scope:decode=h2o:budget=32:recent=8"
+    with pytest.raises(ValueError, match=r"the prompt may keep 40 tokens, .* pass a prompt= selector"):
+        plan_cache(config(), parse_cache(shared), **options)
+    planned = plan_cache(
+        config(), parse_cache(f"{shared}:prompt=h2o:prompt_budget=32:prompt_recent=8"), **options
+    )
+    assert planned["pool"] == 2 * 2 * 2 * 33 * 8 * 4  # layers, K and V, heads, slots, channels, bytes
