@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from kivi_jax.eval.samples import Sample
 
 TASKS = {"gsm8k": "GSM8K+", "mmlu": "MMLU+", "csqa": "CSQA+"}
+QUESTIONS = {"gsm8k": 30, "mmlu": 30, "csqa": 40}  # in a prompt, for 4,096 new tokens
 _LETTERS = "ABCDEFGHIJ"
 SYSTEM = (
     "Answer each question step by step, in the format of the examples. Begin each answer with 'Answer_' and "
@@ -147,11 +148,16 @@ def _prompt(examples: Sequence[Question], asked: Sequence[Question]) -> str:
     return f"{SYSTEM}\n\nExamples:\n{shown}Following Question:\n{following}\n"
 
 
+def papers_questions(task: str, max_new_tokens: int) -> int:
+    """Questions in a prompt of the papers' 4K setting or, for more new tokens than that, of their 8K one."""
+    return QUESTIONS[task] * (1 if max_new_tokens <= 4096 else 2)
+
+
 def read_samples(task: str, rows: Sequence[Mapping[str, Any]], *, max_new_tokens: int) -> list[Sample]:
-    """Samples of prompts that were built before (rows with prompt, questions and answers)."""
+    """Samples of prompts that were built before (rows with prompt and answers)."""
     return [
         Sample(
-            id=f"{task}-{index}",
+            id=f"{task}-{len(row['answers'])}-{index}",
             task=TASKS[task],
             prompt=f"{SYSTEM}\n\n{row['prompt']}",
             answers=list(row["answers"]),

@@ -46,7 +46,8 @@ def read_rows(source: str | Path, *fields: str) -> list[dict[str, Any]]:
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:
     try:
-        rows = [json.loads(line) for line in path.read_text("utf-8").splitlines() if line.strip()]
+        # Not splitlines(): a line of JSON may hold other separators of lines (as MMLU's questions do).
+        rows = [json.loads(line) for line in path.read_text("utf-8").split("\n") if line.strip()]
     except ValueError as error:
         raise ValueError(f"{path} is not a file of JSON lines: {error}") from None
     if any(not isinstance(row, dict) for row in rows):

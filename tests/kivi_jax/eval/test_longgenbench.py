@@ -1,5 +1,6 @@
 """LongGenBench: published generations score as published, and built prompts are what the papers ask."""
 
+import itertools
 import json
 
 import pytest
@@ -104,6 +105,13 @@ def test_prompts_stay_within_a_subject():
         longgenbench.build_samples(
             "mmlu", rows, examples=rows[:1], example_count=1, questions_per_prompt=2, max_new_tokens=10
         )
+
+
+def test_the_papers_prompts_have_these_numbers_of_questions(shared):
+    for task, most in itertools.product(longgenbench.TASKS, (4096, 8192)):
+        count = longgenbench.papers_questions(task, most)
+        row = read_rows(shared / f"data/longgenbench/data/{task}/{task}_{count}.jsonl")[0]
+        assert len(row["answers"]) == count
 
 
 def test_prompts_without_numbered_questions_are_refused():

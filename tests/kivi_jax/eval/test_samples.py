@@ -134,6 +134,8 @@ def test_rows_are_json_lines(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"a": 1}) + "\n\n")
     assert read_rows(path) == [{"a": 1}]
+    path.write_text('{"a": "one\x85two\u2028three"}\n', "utf-8")
+    assert read_rows(path) == [{"a": "one\x85two\u2028three"}]
     path.write_text("no json")
     with pytest.raises(ValueError, match="not a file of JSON lines"):
         read_rows(path)
