@@ -155,9 +155,9 @@ def inspect(
         title=f"{context:,} tokens x {batch} rows, {dtype.value}; weights {format_bytes(weights * width)}",
         caption=f"max batch: rows of {context:,} tokens that fit into {memory} beside the weights",
     )
-    for column in ("cache", "bytes/token", "total", "smaller", "packed", "scales", "full prec.", "pool"):
-        table.add_column(column, justify="left" if column == "cache" else "right")
-    table.add_column("max batch", justify="right")
+    table.add_column("cache", overflow="fold")  # names differ at their ends
+    for column in ("bytes/token", "total", "smaller", "packed", "scales", "full prec.", "pool", "max batch"):
+        table.add_column(column, justify="right")
     size = functools.partial(
         plan_cache, config, batch=batch, context=context, dtype=dtype.value, prompt_tokens=prompt
     )

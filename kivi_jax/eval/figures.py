@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 
-def new_figure(width: int, height: int) -> Any:
+def new_figure(width: int | float, height: int | float) -> Any:
     """An empty figure, sizes in inches.
 
     Raises:
