@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from kivi_jax.llama import Llama
 
 evaluate = typer.Typer(
-    help="Run the papers' evaluations. What is done is kept: run the same command again after a cut.",
+    help="Run the papers' evaluations. Those of data sets go on where they were cut: run them again.",
     no_args_is_help=True,
 )
 

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kivi_jax.buffers import DenseTokens, Step, attend_token
+from kivi_jax.cache import PoolQuantization
 from kivi_jax.pool import TokenPool
 from kivi_jax.selection import H2O, Adaptive, Discontinuous, Slide, StreamingLLM
 from kivi_jax.stores import DenseStore, PackedStore, hadamard
@@ -261,3 +262,9 @@ def test_a_packed_pool_holds_what_it_was_given(bits, error):
 def test_hadamard_is_orthonormal(size):
     matrix = hadamard(size)
     np.testing.assert_allclose(matrix @ matrix.T, np.eye(size), atol=1e-12)
+
+
+@pytest.mark.parametrize(("field", "value"), [("bits", 3), ("group_size", 0)])
+def test_what_a_pool_cannot_be_packed_as_is_said_at_once(field, value):
+    with pytest.raises(ValueError, match=f"{field}={value!r} must be"):
+        PoolQuantization(**{field: value})
