@@ -31,6 +31,15 @@ def format_bytes(count: int | float) -> str:
     return f"{count:.4g} TiB"
 
 
+def compare_bytes(size: int, full: int) -> str:
+    """What a cache weighs beside a full one: "cache 1 MiB, full cache 5 MiB (5.00x smaller)".
+
+    Short rows may weigh more than in a full cache: a residual or a pool has its size from the start.
+    """
+    ratio = f"{full / size:.2f}x smaller" if full >= size else f"{size / full:.2f}x larger"
+    return f"cache {format_bytes(size)}, full cache {format_bytes(full)} ({ratio})"
+
+
 def parse_bytes(text: str) -> int:
     """The bytes that "24GiB", "500 MB" or "1e9" mean.
 

@@ -33,6 +33,7 @@ from kivi_jax.demo.batches import Batch
 from kivi_jax.demo.export import export
 from kivi_jax.demo.initialize import initialize
 from kivi_jax.demo.recipe import Recipe, model_config
+from kivi_jax.figures import new_figure, save_figure
 from kivi_jax.llama import Llama
 from kivi_jax.loading import load
 
@@ -194,9 +195,7 @@ def _write_curve(directory: Path, curve: list[Measure]) -> None:
 
 
 def _plot(curve: list[Measure], file: Path) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 4), layout="constrained")
+    figure = new_figure(8, 4)
     axes = figure.subplots()
     for name in batches.TASKS:
         measured = [m for m in curve if name in m]  # a curve goes on where a task was added
@@ -207,7 +206,7 @@ def _plot(curve: list[Measure], file: Path) -> None:
             axes.axvline(before["step"], color="lightgray")
             axes.text(before["step"], 0.02, f"{after['tokens']:.0f} tokens", rotation=90, fontsize="small")
     axes.legend(loc="center right")
-    figure.savefig(file, dpi=120)
+    save_figure(figure, file)
 
 
 def _progress() -> Progress:

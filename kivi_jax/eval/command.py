@@ -18,11 +18,16 @@ if TYPE_CHECKING:
     from kivi_jax.llama import Llama
 
 evaluate = typer.Typer(
-    help="Run the papers' evaluations. Those of data sets go on where they were cut: run them again.",
+    help="""Run the papers' evaluations, or the demo's tasks, through any caches.
+
+    Those of data sets keep predictions as they come: run the same command again after a cut.
+
+    Example:  kivi-jax eval passkey --model demo --tokens 2048 --cache kivi2
+    """,
     no_args_is_help=True,
 )
 
-Model = Annotated[str, typer.Option(help="A checkpoint's directory or hub name.")]
+Model = Annotated[str, typer.Option(help="A checkpoint's directory, a hub name, or demo.")]
 Caches = Annotated[
     list[str] | None, typer.Option("--cache", help="May be repeated; by default full, kivi4, kivi2.")
 ]
@@ -49,7 +54,7 @@ def perplexity(
 ) -> None:
     """Perplexity by position in a long text, every token decoded from the cache.
 
-    Example:  kivi-jax eval perplexity --model ./llama-8b --data book.txt --out results
+    Example:  kivi-jax eval perplexity --model demo --data book.txt --out results
     """
     from kivi_jax.eval.perplexity import read_windows, score_windows
 
@@ -97,7 +102,7 @@ def longbench(
 ) -> None:
     """LongBench, the tasks of KIVI's tables: NAME.jsonl files in --data.
 
-    Example:  kivi-jax eval longbench --model ./llama-8b --data ./LongBench --chat --out results
+    Example:  kivi-jax eval longbench --model ./llama-8b --data ./data --out out
     """
     from kivi_jax.eval.longbench import LONGEST_ANSWER, read_samples
 
@@ -147,7 +152,9 @@ def longgenbench(
 ) -> None:
     """LongGenBench: many questions in one prompt, answered in one long output (SCOPE's evaluation).
 
-    Example:  kivi-jax eval longgenbench --model ./llama-8b --data ./prompts --task csqa --out results
+    Tasks run one after another into one folder are reported together.
+
+    Example:  kivi-jax eval longgenbench --model ./llama-8b --data ./prompts --task csqa --out out
     """
     from kivi_jax.eval import longgenbench as bench
     from kivi_jax.eval.samples import find_file, read_rows
@@ -203,7 +210,7 @@ def needle(
 ) -> None:
     """A pass key hidden at every depth of prompts of every length; a heat map per cache.
 
-    Example:  kivi-jax eval needle --model ./llama-8b --length 4096 --length 32768 --out results
+    Example:  kivi-jax eval needle --model demo --length 1024 --depths 5 --out out
     """
     from kivi_jax.eval.needle import build_samples, read_samples
     from kivi_jax.eval.samples import read_rows
@@ -242,7 +249,7 @@ def ruler(
 ) -> None:
     """RULER's needle tasks, from the files that its own scripts write (niah_*.jsonl).
 
-    Example:  kivi-jax eval ruler --model ./llama-8b --data ./niah_multikey_3.jsonl --out results
+    Example:  kivi-jax eval ruler --model ./llama-8b --data ./ruler --out results
     """
     from kivi_jax.eval.ruler import build_samples
     from kivi_jax.eval.samples import read_rows
@@ -280,7 +287,7 @@ def gsm8k(
 ) -> None:
     """GSM8K with worked examples in the prompt, as in KIVI's example.
 
-    Example:  kivi-jax eval gsm8k --model ./llama-8b --data ./gsm8k --cache full --cache kivi2 --out results
+    Example:  kivi-jax eval gsm8k --model ./llama-8b --data ./gsm8k --out results
     """
     from kivi_jax.eval.gsm8k import build_samples
     from kivi_jax.eval.samples import read_rows
@@ -314,7 +321,7 @@ def study(
 ) -> None:
     """The quantizer's errors on real activations, keys and values per channel and per token.
 
-    Example:  kivi-jax eval study --model ./llama-8b --data book.txt --bits 2 --group-size 32 --out results
+    Example:  kivi-jax eval study --model demo --data book.txt --out results
     """
     import jax.numpy as jnp
 
@@ -361,8 +368,8 @@ def kept(
     Example:  kivi-jax eval kept --model demo --cache scope:window=64:recent=32
     """
     from kivi_jax.demo import tasks
-    from kivi_jax.eval.figures import save_figure
     from kivi_jax.eval.kept import draw_drift, draw_maps, drift, kept_weight, study, table
+    from kivi_jax.figures import save_figure
 
     llama, tokenizer = open_model(model, dtype)
     problem = tasks.questions(seed, count=questions)

@@ -18,6 +18,7 @@ from rich.table import Table
 from kivi_jax.cache import CacheStrategy, KVCache
 from kivi_jax.eval.figures import new_figure
 from kivi_jax.eval.study import forward
+from kivi_jax.figures import new_figure
 from kivi_jax.llama import Llama
 from kivi_jax.pool import TokenPool
 from kivi_jax.selection import KeepAll

@@ -14,9 +14,9 @@ import numpy as np
 from rich.table import Table
 
 from kivi_jax.eval import gsm8k, longbench, longgenbench, needle, perplexity, ruler, study
-from kivi_jax.eval.figures import new_figure, save_figure
 from kivi_jax.eval.jobs import Record, read_records
 from kivi_jax.eval.statistics import Estimate, bootstrap
+from kivi_jax.figures import new_figure, save_figure
 
 Score = Callable[[Mapping[str, Any]], float]
 
@@ -155,11 +155,7 @@ def _noise(estimate: Estimate) -> str:
 
 
 def plot(comparison: Comparison) -> Path | None:
-    """Save what there is to see as a picture beside the records: perplexity by position, heat maps, or bars.
-
-    Raises:
-        ValueError: matplotlib is not installed.
-    """
+    """Save a picture of what there is to see beside the records: perplexity by position, heat maps, bars."""
     draw = {"perplexity": _plot_perplexity, "needle": _plot_needle, "study": _plot_study}.get(
         comparison.evaluation
     )

@@ -91,7 +91,15 @@ def test_no_row_fits_where_the_weights_do_not():
 def test_parameters_are_counted():
     leaves = jax.tree.leaves(random_llama(config(tie_word_embeddings=True)))
     assert parameter_count(config(tie_word_embeddings=True)) == sum(leaf.size for leaf in leaves)
-    assert parameter_count(LLAMA_8B) == 8_030_261_248
+
+
+@pytest.mark.parametrize(
+    ("shape", "parameters"),
+    [("llama-1b", 1_235_814_400), ("mistral-7b", 7_248_023_552), ("llama-8b", 8_030_261_248)],
+)
+def test_shapes_have_their_models_parameters(shape, parameters):
+    """As the published checkpoints count them."""
+    assert parameter_count(SHAPES[shape]) == parameters
 
 
 @pytest.mark.parametrize("numbers", [dict(batch=0, context=8), dict(batch=1, context=0)], ids=str)
