@@ -30,6 +30,7 @@ class Cycle:
 
     stages: tuple[Stage, ...]
     rates: tuple[tuple[int, float], ...]
+    average: bool = False  # whether the cycle results in the mean of the weights it began and ended with
 
     @property
     def steps(self) -> int:
@@ -66,6 +67,7 @@ class Recipe:
                 Stage(steps=100, rows=2, tokens=2048, tasks=DIGITS),
             ),
             rates=((0, 0.0), (10, 0.3), (100, 0.3), (200, 0.0)),
+            average=True,  # few rows a step leave noise in the weights
         ),
     )
     muon_rate: float = 0.02

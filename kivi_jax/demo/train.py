@@ -41,10 +41,11 @@ Measure = dict[str, int | float]  # of one step: its number, seconds since the s
 
 
 class TrainState(NamedTuple):
-    """What training changes: the model's parameters and the optimizer's moments."""
+    """What training changes, and what the end of a cycle needs."""
 
     parameters: optax.Params
     optimizer: optax.OptState
+    began: optax.Params  # the parameters when the cycle began
 
 
 def train(
@@ -89,6 +90,9 @@ def train(
             state, loss = update(graph, optimizer, state, jax.device_put(batch, rows))
             bar.update(task, advance=1, tokens=stage.tokens)
             done = step + 1
+            if recipe.cycles[number].average and done == recipe.first_step(number + 1):
+                mean = jax.tree.map(lambda a, b: (a + b) / 2, state.began, state.parameters)
+                state = state._replace(parameters=mean)
             if done % measure_every == 0 or done == recipe.steps:
                 accuracy = held_out(graph, state.parameters, encoder, stage.tokens)
                 seconds = round(time.monotonic() - begin, 1)
@@ -101,7 +105,8 @@ def train(
 
 
 def _fresh(optimizer: optax.GradientTransformation, parameters: optax.Params) -> TrainState:
-    return TrainState(parameters, optimizer.init(parameters))
+    own, began = (jax.tree.map(jnp.copy, parameters) for _ in range(2))  # a step consumes its state
+    return TrainState(own, optimizer.init(parameters), began)
 
 
 @functools.cache
@@ -134,7 +139,7 @@ def update(
     """One training step: the new state, and the loss before it. The state passed in is consumed."""
     loss, gradient = jax.value_and_grad(weighted_loss)(state.parameters, graph, batch)
     change, moments = optimizer.update(gradient, state.optimizer, state.parameters)
-    return TrainState(optax.apply_updates(state.parameters, change), moments), loss
+    return TrainState(optax.apply_updates(state.parameters, change), moments, state.began), loss
 
 
 def weighted_loss(parameters: optax.Params, graph: nnx.GraphDef[Llama], batch: Batch) -> Float[Array, ""]:

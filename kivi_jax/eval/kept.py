@@ -16,7 +16,6 @@ from jaxtyping import Array, Bool, Float, Int
 from rich.table import Table
 
 from kivi_jax.cache import CacheStrategy, KVCache
-from kivi_jax.eval.figures import new_figure
 from kivi_jax.eval.study import forward
 from kivi_jax.figures import new_figure
 from kivi_jax.llama import Llama

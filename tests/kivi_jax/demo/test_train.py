@@ -68,11 +68,22 @@ def test_a_cycle_needs_only_the_model_that_the_one_before_ends_with(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, nnx.state(whole), nnx.state(second))
     assert [measure["step"] for measure in curve] == [4]
 
+    mean, _ = train(
+        Recipe(cycles=(cycle, dataclasses.replace(cycle, average=True))),
+        tmp_path / "mean",
+        start=first,
+        cycle=1,
+    )
+    jax.tree.map(
+        lambda got, a, b: np.testing.assert_allclose(got, (a + b) / 2, atol=1e-6),
+        *(nnx.state(model) for model in (mean, first, second)),
+    )
+
 
 def test_a_step_lowers_the_loss():
     graph, parameters = nnx.split(initialize(model_config(), 0))
     optimizer = make_optimizer(SHORT, 0)
-    state = TrainState(parameters, optimizer.init(parameters))
+    state = TrainState(parameters, optimizer.init(parameters), began=jax.tree.map(jnp.copy, parameters))
     batch = training_batch(tokenizer.build(), 0, rows=4, tokens=96, names=EVEN)
     losses = []
     for _ in range(SHORT.steps):
