@@ -191,7 +191,7 @@ def _plot_needle(comparison: Comparison) -> Any:
     caches = comparison.by_cache
     figure = new_figure(4 * len(caches) + 1, 4)
     panels = figure.subplots(1, len(caches), squeeze=False)[0]
-    image = None
+    images = []
     for axes, (cache, records) in zip(panels, caches.items(), strict=True):
         lengths = sorted({record["length"] for record in records})
         depths = sorted({record["depth"] for record in records})
@@ -202,11 +202,11 @@ def _plot_needle(comparison: Comparison) -> Any:
             [100 * float(np.mean(cells.get((depth, length), np.nan))) for length in lengths]
             for depth in depths
         ]
-        image = axes.imshow(grid, vmin=0, vmax=100, cmap="RdYlGn", aspect="auto")
+        images.append(axes.imshow(grid, vmin=0, vmax=100, cmap="RdYlGn", aspect="auto"))
         axes.set_title(cache, fontsize=9)
         axes.set_xticks(range(len(lengths)), [str(length) for length in lengths], rotation=45)
         axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
         axes.set_xlabel("prompt (tokens)")
     panels[0].set_ylabel("depth of the needle")
-    figure.colorbar(image, ax=list(panels), label="found (%)")
+    figure.colorbar(images[-1], ax=list(panels), label="found (%)")
     return figure
