@@ -180,7 +180,7 @@ def inspect(
         title=f"{rows_of}, {dtype.value}; weights {format_bytes(weights)}",
         caption=f"max batch: rows of {context:,} tokens that fit into {memory or '24GiB'} beside the weights",
     )
-    table.add_column("cache", overflow="fold")
+    table.add_column("cache", overflow="fold")  # names differ at their ends
     columns = ("bytes/token", "total", "smaller", "packed", "scales", "full prec.", "pool", "max batch")
     for column in columns:
         table.add_column(column.replace(" ", "\n").replace("/", "/\n"), justify="right", no_wrap=True)

@@ -2,13 +2,14 @@
 
 import os
 import sys
+from collections.abc import Callable
+from typing import Any
 
-import typer
 from rich.console import Console
 from rich.markup import escape
 
 
-def run(app: typer.Typer) -> None:
+def run(app: Callable[[], Any]) -> None:
     """Run a command line; a user's mistake becomes one line on stderr and exit code 2."""
     try:
         app()

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 evaluate = typer.Typer(
     help="""Run the papers' evaluations, or the demo's tasks, through any caches.
 
-    Predictions are kept as they come: run the same command again after a cut.
+    Those of data sets keep predictions as they come: run the same command again after a cut.
 
     Example:  kivi-jax eval passkey --model demo --tokens 2048 --cache kivi2
     """,
@@ -91,6 +91,10 @@ def longbench(
     max_length: Annotated[
         int | None, typer.Option(min=2, help="Longer prompts lose their middle; by default what fits.")
     ] = None,
+    task: Annotated[
+        list[str] | None,
+        typer.Option(help="May be repeated; by default all in --data, and on the hub KIVI's 15."),
+    ] = None,
     chat: Chat = False,
     limit: Limit = None,
     batch: Batch = 1,
@@ -100,12 +104,12 @@ def longbench(
 
     Example:  kivi-jax eval longbench --model ./llama-8b --data ./data --out out
     """
-    from kivi_jax.eval.longbench import read_samples
+    from kivi_jax.eval.longbench import LONGEST_ANSWER, read_samples
 
+    samples = read_samples(data, prompts, limit=limit, tasks=task or ())
     llama, tokenizer = open_model(model, dtype)
-    samples = read_samples(data, prompts, limit=limit)
-    if max_length is None:
-        max_length = llama.config.max_position_embeddings - max(sample.max_new_tokens for sample in samples)
+    if max_length is None:  # the same for all tasks, which may run one by one
+        max_length = llama.config.max_position_embeddings - LONGEST_ANSWER
         if max_length < 2:
             raise ValueError(
                 f"the model has {llama.config.max_position_embeddings} positions, no more than answers need: "
@@ -121,14 +125,24 @@ def longbench(
 @evaluate.command()
 def longgenbench(
     model: Model,
-    data: Annotated[str, typer.Option(help="Built prompts (gsm8k_30.jsonl), or with --build questions.")],
+    data: Annotated[
+        str, typer.Option(help="Folder of built prompts (gsm8k_30.jsonl), or with --build questions.")
+    ],
     out: Out,
     cache: Caches = None,
-    task: Annotated[str, typer.Option(help="gsm8k, mmlu or csqa.")] = "gsm8k",
-    build: Annotated[
-        Path | None, typer.Option(help="Build prompts of --data's questions after the examples in this file.")
+    task: Annotated[
+        list[str] | None, typer.Option(help="gsm8k, mmlu or csqa; may be repeated; by default gsm8k.")
     ] = None,
-    questions: Annotated[int, typer.Option(min=1, help="Questions in a prompt.")] = 30,
+    build: Annotated[
+        str | None,
+        typer.Option(
+            help="Build prompts: questions from --data (GSM8K, MMLU, CommonsenseQA), examples from here."
+        ),
+    ] = None,
+    questions: Annotated[
+        int | None,
+        typer.Option(min=1, help="Questions in a prompt; by default 30 (csqa 40), twice that for 8K."),
+    ] = None,
     examples: Annotated[int, typer.Option(min=1, help="Examples in a prompt, with --build.")] = 8,
     max_new_tokens: NewTokens = 4096,
     chat: Chat = False,
@@ -140,32 +154,39 @@ def longgenbench(
 
     Tasks run one after another into one folder are reported together.
 
-    Example:  kivi-jax eval longgenbench --model ./llama-8b --data ./lgb --out out
+    Example:  kivi-jax eval longgenbench --model ./llama-8b --data ./prompts --task csqa --out out
     """
     from kivi_jax.eval import longgenbench as bench
     from kivi_jax.eval.samples import find_file, read_rows
 
-    if task not in bench.TASKS:
-        raise ValueError(f"unknown task {task!r}: choose one of {', '.join(bench.TASKS)}")
-    if build is None:
-        rows = read_rows(find_file(data, f"{task}_{questions}.jsonl"))
-        samples = bench.read_samples(task, rows, max_new_tokens=max_new_tokens)
-    else:
-        samples = bench.build_samples(
-            task,
-            read_rows(data),
-            examples=read_rows(build)[:examples],
-            questions_per_prompt=questions,
-            max_new_tokens=max_new_tokens,
-        )
+    tasks = list(dict.fromkeys(task or ["gsm8k"]))
+    if unknown := [name for name in tasks if name not in bench.TASKS]:
+        raise ValueError(f"unknown task {', '.join(unknown)}: choose from {', '.join(bench.TASKS)}")
+    if len(tasks) > 1 and (build is not None or not Path(data).is_dir()):
+        raise ValueError("several tasks need --data a folder of built prompts: run them one by one otherwise")
+    samples: list[Sample] = []
+    for name in tasks:
+        count = questions or bench.papers_questions(name, max_new_tokens)
+        if build is None:
+            rows = read_rows(find_file(data, f"{name}_{count}.jsonl"), "prompt", "answers")
+            samples += bench.read_samples(name, rows[:limit], max_new_tokens=max_new_tokens)
+        else:
+            samples += bench.build_samples(
+                name,
+                read_rows(data, "question"),
+                examples=read_rows(build, "question"),
+                example_count=examples,
+                questions_per_prompt=count,
+                max_new_tokens=max_new_tokens,
+            )[:limit]
     loaded = open_model(model, dtype)
     settings: dict[str, Any] = dict(
         eval="longgenbench", model=model, data=data, max_new_tokens=max_new_tokens, chat=chat
     )
     settings |= dict(dtype=_name(dtype), questions=questions)
     if build is not None:
-        settings |= dict(build=str(build), examples=examples)
-    _generate(loaded, samples[:limit], cache, out, settings, batch=batch)
+        settings |= dict(build=build, examples=examples)
+    _generate(loaded, samples, cache, out, settings, batch=batch)
 
 
 @evaluate.command()
@@ -200,7 +221,7 @@ def needle(
     )
     settings |= dict(dtype=_name(dtype))
     if data is not None and data.endswith(".jsonl"):
-        samples = read_samples(tokenizer, read_rows(data), max_new_tokens=max_new_tokens)
+        samples = read_samples(tokenizer, read_rows(data, "input", "target"), max_new_tokens=max_new_tokens)
     else:
         lengths = length or [256, 512, 1024]
         samples = build_samples(
@@ -238,7 +259,9 @@ def ruler(
     samples = [
         sample
         for file in files
-        for sample in build_samples(file.stem, read_rows(file)[:limit], max_new_tokens=max_new_tokens)
+        for sample in build_samples(
+            file.stem, read_rows(file, "input", "outputs")[:limit], max_new_tokens=max_new_tokens
+        )
     ]
     if not samples:
         raise ValueError(
@@ -271,7 +294,7 @@ def gsm8k(
 
     path = Path(data)
     shown, asked = (
-        read_rows(path / f"{split}.jsonl" if path.is_dir() else f"{data}:{split}")
+        read_rows(path / f"{split}.jsonl" if path.is_dir() else f"{data}:{split}", "question", "answer")
         for split in ("train", "test")
     )
     samples = build_samples(asked[:limit], examples=shown[:examples], max_new_tokens=max_new_tokens)
@@ -359,7 +382,12 @@ def kept(
         f"scope:decode=discontinuous:window=64:recent=32:max_new_tokens={len(answer)}",
         f"scope:decode=h2o:budget={equal}:recent=32",
     ]
-    weights, held = study(llama, prompt, answer, {name: parse_cache(name) for name in names})
+    caches = {name: parse_cache(name) for name in names}
+    for strategy in caches.values():  # a mistake in the last one should not cost the time of the first
+        strategy.check(llama.config)
+    with _progress() as progress:
+        bar = progress.add_task("decoding", total=len(caches) * len(answer))
+        weights, held = study(llama, prompt, answer, caches, lambda: progress.advance(bar))
     Console().print(table({name: kept_weight(weights, seen) for name, seen in held.items()}))
     last = llama.config.num_layers - 1
     heads = [(0, 0), (last // 2, 0), (last, 0)]

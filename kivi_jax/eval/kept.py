@@ -6,7 +6,7 @@ gives to every token before it; the cache, decoding the same tokens, says which 
 Source: SCOPE (arXiv 2412.13649) figures 2 to 4: heavy hitters, and how they change while decoding.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -44,9 +44,15 @@ def attention_weights(model: Llama, tokens: Int[Array, "T"]) -> Float[Array, "L 
 
 
 def held_tokens(
-    model: Llama, prompt: Sequence[int], continuation: Sequence[int], cache: CacheStrategy
+    model: Llama,
+    prompt: Sequence[int],
+    continuation: Sequence[int],
+    cache: CacheStrategy,
+    advance: Callable[[], object] = lambda: None,
 ) -> Bool[np.ndarray, "L K steps T"]:
     """Whether the cache held each token when the continuation's tokens attended, their own included.
+
+    `advance` is called after every step.
 
     Raises:
         ValueError: the cache selects tokens of the prompt, and no longer knows where they stood.
@@ -66,6 +72,7 @@ def held_tokens(
                 seen[layer, head, step, row[row >= 0]] = True
         seen[:, :, step, len(prompt) + step] = True
         _, held = model.decode(jnp.asarray([token], jnp.int32), held)
+        advance()
     return seen
 
 
@@ -106,7 +113,8 @@ def drift(weights: Float[Array, "L K T T"], prompt: int, count: int) -> Float[np
 
 def table(shares: Mapping[str, Float[np.ndarray, "L K steps"]]) -> Table:
     """A row for each cache: the weight on what it holds, on average, late, and in the worst head."""
-    out = Table("cache", title="full attention's weight on the tokens held, %")
+    out = Table(title="full attention's weight on the tokens held, %")
+    out.add_column("cache", overflow="fold")
     for heading in ("mean", "last quarter", "worst head"):
         out.add_column(heading, justify="right")
     for name, share in shares.items():
@@ -159,7 +167,13 @@ def study(
     prompt: Sequence[int],
     continuation: Sequence[int],
     caches: Mapping[str, CacheStrategy],
+    advance: Callable[[], object],
 ) -> tuple[Float[Array, "L K T T"], dict[str, Bool[np.ndarray, "L K steps T"]]]:
-    """Full attention's weights over prompt and continuation, and what every cache held at every step."""
+    """Full attention's weights over prompt and continuation, and what every cache held at every step.
+
+    `advance` is called after every step of every cache.
+    """
     weights = attention_weights(model, jnp.asarray([*prompt, *continuation], jnp.int32))
-    return weights, {name: held_tokens(model, prompt, continuation, cache) for name, cache in caches.items()}
+    return weights, {
+        name: held_tokens(model, prompt, continuation, cache, advance) for name, cache in caches.items()
+    }

@@ -82,6 +82,25 @@ def test_inspect_needs_no_weights(command, tmp_path):
     assert ratios["full"] == "1.00"
 
 
+def test_inspect_plans_pools_and_shows_whole_names(command, tmp_path, monkeypatch):
+    """In a narrow terminal, too, where two caches may differ in their last field only."""
+    directory = write_checkpoint(tmp_path / "model", LLAMA | dict(head_dim=128), tokens=61)
+    monkeypatch.setenv("COLUMNS", "80")
+    dense, packed = "kivi2+scope:window=512", "kivi2+scope:window=512:pool_bits=4"
+    options = ("--context", "11500", "--prompt", "7400", "--cache", dense, "--cache", packed)
+    code, out, _ = command("inspect", directory, *options)
+    assert code == 0
+    cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines() if "│" in line]
+    rows: list[list[str]] = []
+    for row in cells:  # a name goes on in the first cell of the next line
+        if row[3]:
+            rows.append(row)
+        else:
+            rows[-1][0] += row[0]
+    assert [row[0] for row in rows] == [dense, packed]
+    assert 5.2 < float(rows[0][3][:-1]) < float(rows[1][3][:-1])
+
+
 def test_inspect_knows_shapes_by_name(command):
     code, out, _ = command("inspect", "llama-1b", "--context", "64", "--cache", "full")
     assert code == 0
