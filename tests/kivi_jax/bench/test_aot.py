@@ -7,12 +7,11 @@ from pallas_kernels.quantized_attention.cases import COMPILED, GPU
 
 pytest.importorskip("triton", reason="Triton's compiler is not installed: pip install 'kivi-jax[aot]'")
 
-BUDGET = {  # instructions per code
+BUDGET = {  # instructions per code; `kivi-jax bench kernels --aot` has more cases than CI has time for
     "2 bits": 1.8,
     "2 bits, groups 128": 1.5,
     "4 bits": 2.0,
     "2 bits, H 64": 2.5,
-    "2 bits, H 96": 2.4,
     "2 bits, G 16": 2.4,
 }
 cases = [case for case in COMPILED if case.name in BUDGET]
