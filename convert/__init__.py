@@ -26,7 +26,7 @@ def read_any_config(path: str | FilePath) -> ModelConfig:
         CheckpointError: see `load_model`.
     """
     directory = resolve(path)
-    return read_manifest(directory)[0] if is_converted(directory) else read_config(directory)
+    return read_manifest(directory).config if is_converted(directory) else read_config(directory)
 
 
 def load_model(

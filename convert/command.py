@@ -31,8 +31,9 @@ def convert(
     # Orbax takes seconds to import: `--help` must not wait for it.
     from convert import load_model
     from convert.errors import CheckpointError
+    from convert.files import replacing
     from convert.hub import resolve
-    from convert.orbax import is_converted, replacing, save
+    from convert.orbax import is_converted, save
     from convert.verify import verify as compare
 
     console = Console(stderr=True)

@@ -1,6 +1,6 @@
 """Converted models on disk: orbax parameters, our config, the source's config and tokenizer beside.
 
-DST/kivi_jax.json     format version, dtype, ModelConfig
+DST/kivi_jax.json     format version, dtype, ModelConfig, sizes of the files in parameters/
 DST/parameters/       orbax checkpoint, one array per parameter, named by its path
 DST/config.json, generation_config.json, tokenizer files: as they were in the source
 """
@@ -8,11 +8,8 @@ DST/config.json, generation_config.json, tokenizer files: as they were in the so
 import dataclasses
 import json
 import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path as FilePath
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +17,8 @@ import orbax.checkpoint as ocp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from convert.errors import CheckpointError
+from convert.errors import CheckpointError, brief
+from convert.files import file_sizes, find_damage, replacing
 from convert.hf import abstract_parameters, build, check_tokenizer
 from kivi_jax.config import ModelConfig, config_from_dict
 from kivi_jax.llama import Llama
@@ -56,7 +54,12 @@ def save(
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(handler_impl=handler)) as checkpointer:
             checkpointer.save(partial.absolute() / "parameters", args=ocp.args.PyTreeSave(parameters))
         dtype = jnp.dtype(leaves[0][1].dtype).name
-        manifest = {"format": FORMAT, "dtype": dtype, "config": dataclasses.asdict(model.config)}
+        manifest = {
+            "format": FORMAT,
+            "dtype": dtype,
+            "config": dataclasses.asdict(model.config),
+            "files": file_sizes(partial / "parameters"),
+        }
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
         if source is not None:
             _copy_beside(source, partial)
@@ -68,8 +71,10 @@ def load(directory: FilePath, *, dtype: DTypeLike | None = None) -> Llama:
     Raises:
         CheckpointError: the directory is damaged, or of a newer format.
     """
-    config, saved_dtype = read_manifest(directory)
+    config, saved_dtype, files = read_manifest(directory)
     check_tokenizer(directory, config)
+    if damage := find_damage(directory / "parameters", files):
+        raise CheckpointError(f"{directory}/parameters is damaged ({damage}): copy it or convert again")
     wanted = abstract_parameters(config, saved_dtype if dtype is None else dtype)
     try:
         with ocp.StandardCheckpointer() as checkpointer:
@@ -77,15 +82,22 @@ def load(directory: FilePath, *, dtype: DTypeLike | None = None) -> Llama:
                 directory.absolute() / "parameters", {"/".join(path): leaf for path, leaf in wanted.items()}
             )
     except Exception as error:  # orbax and tensorstore raise plain Exception, too
-        reason = str(error).splitlines()[0]
         raise CheckpointError(
-            f"{directory}/parameters cannot be restored ({reason}): convert again"
+            f"{directory}/parameters cannot be restored ({brief(error)}): convert again"
         ) from error
     return build(config, {path: restored["/".join(path)] for path in wanted}, dtype or saved_dtype)
 
 
-def read_manifest(directory: FilePath) -> tuple[ModelConfig, str]:
-    """The config and dtype of a converted model.
+class Manifest(NamedTuple):
+    """What `kivi_jax.json` says of a converted model."""
+
+    config: ModelConfig
+    dtype: str
+    files: dict[str, int]  # bytes of each file of the parameters
+
+
+def read_manifest(directory: FilePath) -> Manifest:
+    """What a converted model says about itself.
 
     Raises:
         CheckpointError: the manifest is damaged, or of a newer format.
@@ -97,7 +109,8 @@ def read_manifest(directory: FilePath) -> tuple[ModelConfig, str]:
             raise CheckpointError(
                 f"{file} has format {manifest['format']}, this version reads up to {FORMAT}: upgrade kivi-jax"
             )
-        return config_from_dict(manifest["config"]), jnp.dtype(manifest["dtype"]).name
+        config, dtype = config_from_dict(manifest["config"]), jnp.dtype(manifest["dtype"]).name
+        return Manifest(config, dtype, dict(manifest["files"]))
     except CheckpointError:
         raise
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -107,31 +120,3 @@ def read_manifest(directory: FilePath) -> tuple[ModelConfig, str]:
 def _copy_beside(source: FilePath, destination: FilePath) -> None:
     for file in {file for pattern in BESIDE for file in source.glob(pattern) if file.is_file()}:
         shutil.copy2(file, destination / file.name)
-
-
-@contextmanager
-def replacing(destination: FilePath, *, overwrite: bool) -> Iterator[FilePath]:
-    """A new directory that takes `destination`'s place if the block succeeds and vanishes if it fails.
-
-    Raises:
-        CheckpointError: `destination` is a file, or not empty and `overwrite` is false.
-    """
-    if destination.is_file():
-        raise CheckpointError(f"{destination} is a file: choose a directory to write to")
-    if destination.is_dir() and any(destination.iterdir()) and not overwrite:
-        raise CheckpointError(f"{destination} is not empty: choose another directory, or pass --overwrite")
-    try:
-        destination.parent.mkdir(parents=True, exist_ok=True)
-        workspace = FilePath(tempfile.mkdtemp(prefix=f".{destination.name}-", dir=destination.parent))
-    except OSError as error:
-        raise CheckpointError(f"{destination} cannot be written: {error.strerror}") from error
-    # A folder inside: the workspace itself is private to the user, what is published should not be.
-    partial, replaced = workspace / "new", workspace / "old"
-    partial.mkdir()
-    try:
-        yield partial
-        if destination.exists():
-            destination.rename(replaced)
-        partial.rename(destination)
-    finally:
-        shutil.rmtree(workspace, ignore_errors=True)

@@ -40,7 +40,7 @@ def verify(converted: FilePath, source: FilePath) -> Verification:
     Raises:
         CheckpointError: transformers cannot load the source.
     """
-    config, stored = read_manifest(converted)
+    config, stored, _ = read_manifest(converted)
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, (PROMPTS, TOKENS), np.int32)
     reference, expected = _source_logits(source, tokens)
     logits = np.asarray(load(converted, dtype="float32")(jnp.asarray(tokens)))

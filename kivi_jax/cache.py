@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,11 @@ from pallas_kernels.pytree import pytree, static
 from pallas_kernels.quantization import check_groups
 
 ScaleDtype = Literal["float16", "bfloat16", "float32"]
+
+
+def _check_scale_dtype(scale_dtype: str) -> None:
+    if scale_dtype not in get_args(ScaleDtype):
+        raise ValueError(f'{scale_dtype=} must be "float16", "bfloat16" or "float32"')
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +55,7 @@ class PoolQuantization:
             raise ValueError(f"pool {self.bits=} must be 1, 2, 4 or 8")
         if self.group_size < 1:
             raise ValueError(f"pool {self.group_size=} must be positive")
+        _check_scale_dtype(self.scale_dtype)
 
 
 class Prompt(NamedTuple):
@@ -283,8 +289,7 @@ def kivi(
             f"{residual_length=} must be a multiple of key_group_size={quantization.key_group_size}: "
             "keys leave the residual in whole groups"
         )
-    if scale_dtype not in ("float16", "bfloat16", "float32"):
-        raise ValueError(f'{scale_dtype=} must be "float16", "bfloat16" or "float32"')
+    _check_scale_dtype(scale_dtype)
     return CacheStrategy(
         quantization=quantization, prompt=prompt or KeepAll(), decode=decode or KeepAll(), pool=pool
     )

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kivi_jax import options
-from kivi_jax.console import format_bytes
+from kivi_jax.console import compare_bytes, format_bytes
 
 cache_files = typer.Typer(
     help="""Read a document once, and ask about it often.
@@ -37,7 +37,7 @@ def save(
     """
     import jax
 
-    from convert.orbax import replacing
+    from convert.files import replacing
     from kivi_jax.names import parse_cache
     from kivi_jax.prefix_files import save_prefix
     from kivi_jax.text import read_prefix
@@ -83,15 +83,14 @@ def _print_info(path: FilePath, console: Console) -> None:
     table = Table("", str(path), title="prefix", show_header=False)
     table.add_row("cache", saved.cache)
     table.add_row("tokens", ", ".join(f"{count:,}" for count in saved.tokens))
-    table.add_row("in memory", _parts(saved.bytes))
-    table.add_row("full cache", f"{format_bytes(whole)} ({whole / saved.bytes['total']:.2f}x)")
+    table.add_row("in memory", compare_bytes(saved.bytes["total"], whole))
+    table.add_row("of that", _parts(saved.bytes))
     table.add_row("on disk", format_bytes(disk))
     table.add_row("model", f"{saved.model}, {saved.config.num_layers} layers, {saved.dtype}")
     console.print(table)
 
 
 def _parts(held: dict[str, int]) -> str:
-    parts = ", ".join(
+    return ", ".join(
         f"{name} {format_bytes(count)}" for name, count in held.items() if count and name != "total"
     )
-    return f"{format_bytes(held['total'])}: {parts}"

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from kivi_jax import options
-from kivi_jax.console import format_bytes
+from kivi_jax.console import compare_bytes
 
 if TYPE_CHECKING:
     from kivi_jax.chat import Chat
@@ -38,8 +38,11 @@ def chat(
 
     Messages are put into the tokenizer's chat template, if it has one; else they are read as they are.
     /stats shows what the cache weighs, /reset forgets everything, /quit ends.
+    demo is no chat model. Type one of its tasks, such as  Copy: moon owl. Copied:
 
     Example:  kivi-jax chat ./llama-8b-instruct --cache kivi2 --context 32768
+
+    Example:  kivi-jax chat demo
     """
     import jax
 
@@ -109,7 +112,4 @@ def _stats(talk: "Chat") -> str:
     size = cache_bytes(talk.prefix.cache)["total"]
     dtype = model.embed.embedding[...].dtype
     whole = plan_cache(model.config, full(), batch=1, context=talk.context, dtype=dtype)["total"]
-    return (
-        f"{len(talk.tokens):,} of {talk.context:,} tokens · cache {format_bytes(size)}, "
-        f"full cache {format_bytes(whole)} ({whole / size:.2f}x)"
-    )
+    return f"{len(talk.tokens):,} of {talk.context:,} tokens · {compare_bytes(size, whole)}"

@@ -3,7 +3,7 @@
 import functools
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path as FilePath
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,29 +14,35 @@ from rich.table import Table
 from convert.command import Dtype, convert
 from kivi_jax import options
 from kivi_jax.bench.command import bench
+from kivi_jax.bench.shapes import SHAPES
 from kivi_jax.cache_command import cache_files
 from kivi_jax.chat_command import chat
-from kivi_jax.console import format_bytes, parse_bytes, run
+from kivi_jax.console import compare_bytes, format_bytes, parse_bytes, run
 from kivi_jax.demo.command import demo, evaluation
 from kivi_jax.eval.command import evaluate
 
 if TYPE_CHECKING:
-    from kivi_jax.cache import KVCache
+    from kivi_jax.cache import CacheStrategy, KVCache
+    from kivi_jax.config import ModelConfig
     from kivi_jax.llama import Llama
 
 HELP = """2-bit KV caches (KIVI) and token selection (SCOPE) for Llama and Mistral in JAX.
 
 Try it:  kivi-jax demo
 
-Plan memory:  kivi-jax inspect ./llama-8b --context 131072 --memory 80GB
+Plan memory:  kivi-jax inspect llama-8b --context 131072 --memory 80GB
 
 Talk:  kivi-jax chat ./llama-8b-instruct --cache kivi2
 
 Read once, ask often:  kivi-jax cache save ./llama-8b novel.txt novel.prefix
 
-A cache is a name, and fields after colons:  kivi2:group_size=64:residual_length=64 packs in 2 bits;
+A model is a directory, a hub name, or demo: the small one in this package.
+
+A cache is a name, and fields after colons:
+full keeps every token as it is;
+kivi2:group_size=64:residual_length=64 packs in 2 bits, kivi4 in 4;
 scope:window=512:recent=256 bounds what is generated;
-kivi2+scope:prompt=snapkv:prompt_budget=2048 does both, and keeps 2048 tokens of a prompt.
+kivi2+scope:prompt=snapkv:prompt_budget=2048 also selects from the prompt.
 """
 
 app = typer.Typer(
@@ -47,7 +53,6 @@ app = typer.Typer(
 )
 
 
-@app.command()
 def generate(
     model: options.ModelArgument,
     prompt: Annotated[str, typer.Argument(help="The text to continue; - reads it from standard input.")],
@@ -66,9 +71,11 @@ def generate(
 ) -> None:
     """Continue a prompt, streaming the text, and say what it cost.
 
-    Example:  kivi-jax generate ./llama-8b "Once upon a time" --cache kivi2 --max-new-tokens 64
+    Example:  kivi-jax generate demo "Copy: moon owl lemon. Copied:"
 
-    Example:  kivi-jax generate ./llama-8b "Who is the butler?" --prefix ./novel.prefix
+    Example:  kivi-jax generate ./llama-8b "Once upon a time" --cache kivi4
+
+    Example:  kivi-jax generate ./llama-8b "Who did it?" --prefix novel.prefix
     """
     import jax
 
@@ -124,54 +131,67 @@ def _cost(model: "Llama", prompt_tokens: int, moments: Sequence[float], held: "K
     dtype = model.embed.embedding[...].dtype
     size = cache_bytes(held)["total"]
     whole = plan_cache(model.config, full(), batch=1, context=held.capacity, dtype=dtype)["total"]
-    parts.append(f"cache {format_bytes(size)}, full cache {format_bytes(whole)} ({whole / size:.2f}x)")
+    parts.append(compare_bytes(size, whole))
     return " · ".join(parts)
 
 
-@app.command()
 def inspect(
-    model: options.ModelArgument,
+    model: Annotated[
+        str,
+        typer.Argument(help=f"A checkpoint's directory, a hub name, demo, or one of {', '.join(SHAPES)}."),
+    ],
     context: Annotated[int, typer.Option(help="Tokens a row holds, prompt and output together.")] = 32768,
-    prompt: Annotated[int | None, typer.Option(help="Of those, the prompt's; by default all.")] = None,
+    prompt: Annotated[
+        int | None, typer.Option(help="Of those, the prompt's: all the others are generated. By default all.")
+    ] = None,
     batch: Annotated[int, typer.Option(help="Rows.")] = 1,
     memory: Annotated[
-        str, typer.Option(help="For the largest batch, weights included: 24GiB, 80GB.")
-    ] = "24GiB",
-    cache: Annotated[list[str] | None, typer.Option(help="A cache to plan for; may be repeated.")] = None,
+        str | None,
+        typer.Option(help="For the largest batch, weights included: 24GiB (if not given), 80GB."),
+    ] = None,
+    cache: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A cache to plan for; may be repeated. By default full, kivi4, kivi2, kivi2+scope."
+        ),
+    ] = None,
     dtype: Annotated[Dtype, typer.Option(help="Of weights and full-precision tokens.")] = Dtype.bfloat16,
+    plot: Annotated[
+        FilePath | None,
+        typer.Option(help="Draw memory against context, up to --context, into this PNG file."),
+    ] = None,
 ) -> None:
-    """Print a model's memory plan: what each cache weighs, and the batch that fits. Needs config.json only.
+    """Plan memory: what each cache of a model weighs, and the batch that fits. Needs no weights.
 
-    Example:  kivi-jax inspect ./llama-8b --context 131072 --batch 4 --memory 80GB
+    Example:  kivi-jax inspect llama-8b --context 131072 --batch 4 --memory 80GB
+
+    Example:  kivi-jax inspect llama-8b --prompt 4096 --plot memory.png
     """
     from convert import read_any_config
     from kivi_jax.names import parse_cache
     from kivi_jax.plan import largest_batch, parameter_count, plan_cache
 
-    config = read_any_config(model)
-    weights = parameter_count(config)
-    width = {"float32": 4}.get(dtype.value, 2)
+    config = SHAPES.get(model) or read_any_config(model)
+    strategies = {name: parse_cache(name) for name in cache or ["full", "kivi4", "kivi2", "kivi2+scope"]}
+    limit = parse_bytes(memory or "24GiB")
+    weights = parameter_count(config) * {"float32": 4}.get(dtype.value, 2)
+    rows_of = f"{context:,} tokens x {batch} row{'s' * (batch > 1)}"
     table = Table(
-        title=f"{context:,} tokens x {batch} rows, {dtype.value}; weights {format_bytes(weights * width)}",
-        caption=f"max batch: rows of {context:,} tokens that fit into {memory} beside the weights",
+        title=f"{rows_of}, {dtype.value}; weights {format_bytes(weights)}",
+        caption=f"max batch: rows of {context:,} tokens that fit into {memory or '24GiB'} beside the weights",
     )
-    for column in ("cache", "bytes/token", "total", "smaller", "packed", "scales", "full prec.", "pool"):
-        table.add_column(column, justify="left" if column == "cache" else "right")
-    table.add_column("max batch", justify="right")
+    table.add_column("cache", overflow="fold")  # names differ at their ends
+    columns = ("bytes/token", "total", "smaller", "packed", "scales", "full prec.", "pool", "max batch")
+    for column in columns:
+        table.add_column(column.replace(" ", "\n").replace("/", "/\n"), justify="right", no_wrap=True)
     size = functools.partial(
         plan_cache, config, batch=batch, context=context, dtype=dtype.value, prompt_tokens=prompt
     )
     whole = size(parse_cache("full"))
-    for name in cache or ["full", "kivi4", "kivi2"]:
-        strategy = parse_cache(name)
+    for name, strategy in strategies.items():
         parts = size(strategy)
         rows = largest_batch(
-            config,
-            strategy,
-            context=context,
-            dtype=dtype.value,
-            memory_bytes=parse_bytes(memory),
-            prompt_tokens=prompt,
+            config, strategy, context=context, dtype=dtype.value, memory_bytes=limit, prompt_tokens=prompt
         )
         table.add_row(
             name,
@@ -185,15 +205,63 @@ def inspect(
             f"{rows:,}",
         )
     Console().print(table)
+    if plot is not None:
+        _plot_plan(
+            plot,
+            f"{model}, {dtype.value}",
+            config,
+            strategies,
+            context=context,
+            prompt=prompt,
+            batch=batch,
+            dtype=dtype.value,
+            limit=None if memory is None else (f"{memory} less the weights", limit - weights),
+        )
 
 
-app.command()(demo)
-app.command()(chat)
-app.add_typer(cache_files, name="cache")
-app.command()(convert)
-app.add_typer(bench, name="bench")
+def _plot_plan(
+    file: FilePath,
+    title: str,
+    config: "ModelConfig",
+    strategies: "Mapping[str, CacheStrategy]",
+    *,
+    context: int,
+    prompt: int | None,
+    batch: int,
+    dtype: str,
+    limit: tuple[str, int] | None,
+) -> None:
+    from rich.progress import Progress
+
+    from kivi_jax.figures import save_figure
+    from kivi_jax.plan_plot import contexts_up_to, draw_memory, memory_curves
+
+    contexts = contexts_up_to(context)
+    errors = Console(stderr=True)
+    with Progress(console=errors, transient=True) as bar:
+        task = bar.add_task("planning", total=len(strategies))
+        curves = memory_curves(
+            config,
+            strategies,
+            contexts,
+            batch=batch,
+            dtype=dtype,
+            prompt_tokens=prompt,
+            advance=lambda: bar.advance(task),
+        )
+    title += f", {batch} row{'s' * (batch > 1)}"
+    if prompt is not None:
+        title += f": a prompt of {prompt:,} tokens, all others generated"
+    save_figure(draw_memory(title, contexts, curves, limit=limit), file)
+    errors.print(f"wrote {file}", markup=False, highlight=False, soft_wrap=True)
+
+
+# In the order of a first hour; groups are listed after commands.
+for command in (demo, generate, chat, inspect, convert):
+    app.command()(command)
 evaluate.add_typer(evaluation)
-app.add_typer(evaluate, name="eval")
+for name, group in {"cache": cache_files, "eval": evaluate, "bench": bench}.items():
+    app.add_typer(group, name=name)
 
 
 def main() -> None:

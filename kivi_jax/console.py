@@ -2,13 +2,14 @@
 
 import os
 import sys
+from collections.abc import Callable
+from typing import Any
 
-import typer
 from rich.console import Console
 from rich.markup import escape
 
 
-def run(app: typer.Typer) -> None:
+def run(app: Callable[[], Any]) -> None:
     """Run a command line; a user's mistake becomes one line on stderr and exit code 2."""
     try:
         app()
@@ -28,6 +29,15 @@ def format_bytes(count: int | float) -> str:
             return f"{count:.{digits}g} {unit}"
         count /= 1024
     return f"{count:.4g} TiB"
+
+
+def compare_bytes(size: int, full: int) -> str:
+    """What a cache weighs beside a full one: "cache 1 MiB, full cache 5 MiB (5.00x smaller)".
+
+    Short rows may weigh more than in a full cache: a residual or a pool has its size from the start.
+    """
+    ratio = f"{full / size:.2f}x smaller" if full >= size else f"{size / full:.2f}x larger"
+    return f"cache {format_bytes(size)}, full cache {format_bytes(full)} ({ratio})"
 
 
 def parse_bytes(text: str) -> int:

@@ -11,6 +11,8 @@ packing, and any other name one of the decode selector.
 
 import dataclasses
 import inspect
+import re
+from collections.abc import Sequence
 from typing import Any
 
 from kivi_jax import selection
@@ -34,7 +36,10 @@ PROMPT = {
     "pyramidinfer": selection.PyramidInfer,
     "streamingllm": selection.StreamingLLM,
 }
-WORDS = ("scale_dtype", "pooling")  # fields whose values are not numbers
+WORDS = {  # fields whose values are not numbers
+    "scale_dtype": ("float16", "bfloat16", "float32"),
+    "pooling": ("average", "max"),
+}
 _KIVI_FIELDS = set(inspect.signature(kivi).parameters) - {"bits", "prompt", "decode", "pool"}
 
 
@@ -47,14 +52,14 @@ def parse_cache(text: str) -> CacheStrategy:
     name, *fields = text.split(":")
     if name not in NAMES:
         raise ValueError(f"unknown cache {name!r}: choose one of {', '.join(NAMES)}")
-    options = dict(_read_field(field, text) for field in fields)
+    options = _read_fields(fields, text)
     base, _, plus = name.partition("+")
     quantized = {key: options.pop(key) for key in list(options) if base in KIVI_BITS and key in _KIVI_FIELDS}
     selectors: dict[str, Any] = {}
     if "scope" in (base, plus):
-        prompt = {key.removeprefix("prompt_"): options.pop(key) for key in list(options) if "prompt_" in key}
+        prompt = _take(options, "prompt_")
         selectors["prompt"] = _selector(PROMPT, options.pop("prompt", "keepall"), prompt, text)
-        pool = {key.removeprefix("pool_"): options.pop(key) for key in list(options) if "pool_" in key}
+        pool = _take(options, "pool_")
         selectors["pool"] = _selector({"pool": PoolQuantization}, "pool", pool, text) if pool else None
         selectors["decode"] = _selector(DECODE, options.pop("decode", "slide"), options, text)
         options = {}
@@ -62,7 +67,7 @@ def parse_cache(text: str) -> CacheStrategy:
         known = ", ".join(sorted(_KIVI_FIELDS)) if base in KIVI_BITS else "none"
         raise ValueError(f"cache {text!r}: {name} has no field {', '.join(options)}; its fields: {known}")
     if base in KIVI_BITS:
-        _check_numbers(quantized, text)
+        _check_values(quantized, text)
         return kivi(KIVI_BITS[base], **quantized, **selectors)
     return scope(**selectors) if base == "scope" else full()
 
@@ -121,19 +126,30 @@ def _selector(kinds: dict[str, Any], kind: Any, options: dict[str, Any], text: s
     required = [name for name, field in fields.items() if field.default is dataclasses.MISSING]
     if missing := sorted(set(required) - options.keys()):
         raise ValueError(f"cache {text!r}: {kind} needs {', '.join(missing)}")
-    _check_numbers(options, text)
+    _check_values(options, text)
     return kinds[kind](**options)
 
 
-def _check_numbers(options: dict[str, int | str], text: str) -> None:
-    words = {key: value for key, value in options.items() if isinstance(value, str) and key not in WORDS}
-    if words:
-        wrong = ", ".join(f"{key}={value}" for key, value in words.items())
-        raise ValueError(f"cache {text!r}: {wrong} must be a whole number")
+def _check_values(options: dict[str, int | str], text: str) -> None:
+    for key, value in options.items():
+        if key in WORDS and value not in WORDS[key]:
+            raise ValueError(f"cache {text!r}: {key}={value} must be one of {', '.join(WORDS[key])}")
+        if key not in WORDS and isinstance(value, str):
+            raise ValueError(f"cache {text!r}: {key}={value} must be a whole number")
 
 
-def _read_field(field: str, text: str) -> tuple[str, int | str]:
-    key, equals, value = field.partition("=")
-    if not equals:
-        raise ValueError(f"cannot read {field!r} in cache {text!r}: write field=value")
-    return key, int(value) if value.lstrip("-").isdigit() else value
+def _take(options: dict[str, int | str], prefix: str) -> dict[str, int | str]:
+    """The options whose names begin with `prefix`, taken out and without it."""
+    return {key.removeprefix(prefix): options.pop(key) for key in list(options) if key.startswith(prefix)}
+
+
+def _read_fields(fields: Sequence[str], text: str) -> dict[str, int | str]:
+    options: dict[str, int | str] = {}
+    for field in fields:
+        key, equals, value = field.partition("=")
+        if not equals:
+            raise ValueError(f"cannot read {field!r} in cache {text!r}: write field=value")
+        if key in options:
+            raise ValueError(f"cache {text!r} gives {key} twice: leave one out")
+        options[key] = int(value) if re.fullmatch(r"-?[0-9]+", value) else value
+    return options

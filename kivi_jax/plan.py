@@ -73,6 +73,7 @@ def largest_batch(
     return max(0, (memory_bytes - weights) // row)
 
 
+@functools.cache
 def parameter_count(config: ModelConfig) -> int:
     """Parameters of a model, counted by shape."""
 

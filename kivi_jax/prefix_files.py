@@ -1,6 +1,6 @@
 """Prefixes on disk: a long document is read once, and asked in any later process.
 
-DST/prefix.json    format, cache, capacity, tokens of each row, who read it, shapes and checksum of the arrays
+DST/prefix.json    format, cache, capacity, tokens of each row, who read it, what arrays and files there are
 DST/arrays/        orbax checkpoint, one array per leaf, named by its path
 
 What is loaded continues exactly as what was saved, so it is refused wherever that would not be so: for
@@ -42,6 +42,7 @@ class SavedPrefix(NamedTuple):
     bytes: dict[str, int]  # `cache_bytes`
     arrays: dict[str, tuple[list[int], str]]  # shape and dtype by name
     checksum: str
+    files: dict[str, int]  # bytes of each file of the arrays
 
 
 def save_prefix(path: str | FilePath, prefix: Prefix, model: Llama, *, overwrite: bool = False) -> None:
@@ -53,23 +54,24 @@ def save_prefix(path: str | FilePath, prefix: Prefix, model: Llama, *, overwrite
     """
     import orbax.checkpoint as ocp  # takes seconds to import; only files need it
 
-    from convert.orbax import replacing
+    from convert.files import file_sizes, replacing
 
-    arrays = _named(prefix)
-    saved = SavedPrefix(
-        cache=cache_name(prefix.cache.strategy),
-        capacity=prefix.cache.capacity,
-        tokens=prefix.cache.lengths.tolist(),
-        model=fingerprint(model),
-        config=model.config,
-        dtype=_dtype(model),
-        bytes=cache_bytes(prefix.cache),
-        arrays={name: (list(array.shape), array.dtype.name) for name, array in arrays.items()},
-        checksum=_digest(arrays),
-    )
+    arrays, cache = _named(prefix), cache_name(prefix.cache.strategy)
     with replacing(FilePath(path), overwrite=overwrite) as partial:
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(partial.absolute() / "arrays", arrays)
+        saved = SavedPrefix(
+            cache=cache,
+            capacity=prefix.cache.capacity,
+            tokens=prefix.cache.lengths.tolist(),
+            model=fingerprint(model),
+            config=model.config,
+            dtype=_dtype(model),
+            bytes=cache_bytes(prefix.cache),
+            arrays={name: (list(array.shape), array.dtype.name) for name, array in arrays.items()},
+            checksum=_digest(arrays),
+            files=file_sizes(partial / "arrays"),
+        )
         manifest = {"format": FORMAT, **saved._asdict(), "config": dataclasses.asdict(saved.config)}
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
 
@@ -82,6 +84,9 @@ def load_prefix(path: str | FilePath, model: Llama, *, cache: CacheStrategy | No
             the same in another dtype; or it is not held as `cache` says, if that is given.
     """
     import orbax.checkpoint as ocp
+
+    from convert.errors import brief
+    from convert.files import find_damage
 
     path = FilePath(path)
     saved = read_manifest(path)
@@ -100,6 +105,8 @@ def load_prefix(path: str | FilePath, model: Llama, *, cache: CacheStrategy | No
             f"{path} was read by another model ({_describe(saved.config)}; this one: "
             f"{_describe(model.config)}): load that one, or save the prefix anew"
         )
+    if damage := find_damage(path / "arrays", saved.files):
+        raise _damaged(path, damage)
     wanted = {
         name: jax.ShapeDtypeStruct(tuple(shape), jnp.dtype(dtype))
         for name, (shape, dtype) in saved.arrays.items()
@@ -108,7 +115,7 @@ def load_prefix(path: str | FilePath, model: Llama, *, cache: CacheStrategy | No
         with ocp.StandardCheckpointer() as checkpointer:
             arrays = checkpointer.restore(path.absolute() / "arrays", wanted)
     except Exception as error:  # orbax and tensorstore raise plain Exception, too
-        raise _damaged(path, str(error).splitlines()[0]) from error
+        raise _damaged(path, brief(error)) from error
     if _digest(arrays) != saved.checksum:
         raise _damaged(path, "the arrays' checksum is another one")
     structure = jax.eval_shape(

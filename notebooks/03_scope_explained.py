@@ -16,41 +16,69 @@
 # %% [markdown]
 # # SCOPE explained
 #
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/)
+#
 # [SCOPE](https://arxiv.org/abs/2412.13649) selects tokens of the prompt and tokens of the output separately. The task here
-# needs a long output of which each part needs its own part of the prompt: a list of numbered questions, all answered.
+# needs a long output of which each part needs its own part of the prompt: 30 numbered questions, all answered.
+#
+# On Colab: follow the badge, choose *File > Upload notebook*, and take this file. The first cell asks for the package: a
+# wheel, which `pip wheel --no-deps .` makes in the repository; or set `SOURCE`. Elsewhere, install the package before
+# (`pip install '.[notebooks]'`); the cell then does nothing.
 
 # %%
-import importlib.util
+import os
+import re
 import subprocess
 import sys
 
-if importlib.util.find_spec("kivi_jax") is None:  # on Colab: the notebook's repository is not installed yet
-    subprocess.run([sys.executable, "-m", "pip", "install", "-q", ".."], check=True)
+SOURCE = ""  # for Colab: what pip installs, such as a git+https address; empty: a wheel that you upload
+
+if "google.colab" in sys.modules:
+    from google.colab import files
+
+    smi = subprocess.run("nvidia-smi", shell=True, capture_output=True, text=True).stdout
+    cuda = re.search(r"CUDA Version: (\d+)", smi)
+    jax_for_device = f"jax[cuda{cuda[1]}]" if cuda else "jax[tpu]" if "COLAB_TPU_1VM" in os.environ else "jax"
+    package = SOURCE or next(iter(files.upload()))
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", package, jax_for_device], check=True)
 
 # %%
+# %matplotlib inline
 import matplotlib.pyplot as plt
 import numpy as np
+from rich.console import Console
 
 import kivi_jax as kj
+from kivi_jax.console import format_bytes
 from kivi_jax.demo import tasks
-from kivi_jax.eval.kept import drift, kept_weight, study
+from kivi_jax.demo.evaluate import compare
+from kivi_jax.eval.kept import draw_drift, draw_maps, drift, kept_weight, study, table
 
-model, tokenizer = kj.load("demo")
-problem = tasks.questions(seed=0, count=12)
-print(problem.prompt[-120:])
-print(problem.answer[:60])
-
-# %% [markdown]
-# ## Heavy hitters, and what is kept of them
-#
-# The model reads the right answer token by token, once with full attention, which says where every token looks, and once
-# through each cache, which says what it still holds. Slide keeps the newest tokens and the heaviest of the others in a
-# window; adaptive lets the window grow; discontinuous chooses less often; H2O treats prompt and output as one.
-
-# %%
+model, tokenizer = kj.load("demo", dtype="float32")
+problem = tasks.questions(seed=0, count=30)
 prompt = tokenizer(problem.prompt)["input_ids"]
 answer = tokenizer(problem.answer, add_special_tokens=False)["input_ids"]
-window, recent = 24, 12
+print(problem.prompt[:60], "...", problem.prompt[-40:])
+print(problem.answer[:60], "...")
+print(len(prompt), "tokens of prompt,", len(answer), "of output")
+
+# %% [markdown]
+# ## The strategies
+#
+# All keep the whole prompt and bound what is decoded.
+#
+# - **Slide**: a window of the output: its newest tokens (`recent`), and the heaviest of the others.
+# - **Adaptive**: the window begins at `recent` and grows as the output does, up to `window`.
+# - **Discontinuous**: as adaptive, but chooses only now and then, which costs less time.
+#
+# Beside them, **unified H2O**, which is what SCOPE improves on: prompt and output compete for one budget, here as many
+# tokens as the others hold in all.
+#
+# The model reads the right answer token by token: once with full attention, which says where every token looks, and once
+# through each cache, which says what it still holds.
+
+# %%
+window, recent = 64, 32
 caches = {
     "slide": kj.scope(decode=kj.Slide(window=window, recent=recent)),
     "adaptive": kj.scope(decode=kj.Adaptive(window=window, recent=recent, max_new_tokens=len(answer))),
@@ -61,46 +89,65 @@ caches = {
 }
 weights, held = study(model, prompt, answer, caches)
 
-layer, head = 1, 0
-figure, axes = plt.subplots(1, len(held), figsize=(4 * len(held), 3.2), sharey=True)
-for axis, (name, seen) in zip(axes, held.items(), strict=True):
-    attention = np.log10(np.asarray(weights)[layer, head, -len(answer) :] + 1e-4)
-    axis.imshow(np.where(seen[layer, head], attention, np.nan), aspect="auto", cmap="magma")
-    axis.set_facecolor("lightgrey")  # not held, or not there yet
-    axis.axvline(len(prompt) - 0.5, color="white")
-    axis.set(title=f"{name}, layer {layer}", xlabel="token")
-axes[0].set_ylabel("decoding step")
+# %% [markdown]
+# ## Heavy hitters
+#
+# Sort the prompt's tokens by the attention that the whole output gives them. If a few carried it all, the curves would
+# rise at once; the diagonal is attention that falls on all tokens alike.
+
+# %%
+onto_prompt = np.asarray(weights)[:, :, -len(answer) :, : len(prompt)].sum(2)  # layers, KV heads, tokens
+share = np.cumsum(np.sort(onto_prompt, axis=-1)[..., ::-1], axis=-1)
+share = (share / share[..., -1:]).mean(1)
+figure, axis = plt.subplots(figsize=(5, 3), layout="constrained")
+for layer, curve in enumerate(share):
+    axis.plot(100 * np.arange(1, len(prompt) + 1) / len(prompt), 100 * curve, label=f"layer {layer}")
+axis.plot([0, 100], [0, 100], color="grey", linestyle=":")
+axis.set(xlabel="heaviest tokens of the prompt, %", ylabel="share of attention on the prompt, %")
+axis.legend()
 plt.show()
-for name, seen in held.items():
-    print(f"{name:14} holds {100 * kept_weight(weights, seen).mean():.1f} % of full attention's weight")
+tenth = len(prompt) // 10
+print(f"the heaviest {tenth} tokens carry", ", ".join(f"{100 * curve[tenth - 1]:.0f} %" for curve in share))
 
 # %% [markdown]
 # ## Drift
 #
-# Of the prompt's tokens that were heaviest when decoding began, few are so later. What is selected from the prompt once
-# must therefore be selected generously; KIVI's 2 bits are the other way to make it small.
+# Heavy hitters change. Of the prompt's tokens that were heaviest when decoding began, how many are among the heaviest
+# later? Each question needs tokens of its own, so the two sets drift apart. What is selected from the prompt once must be
+# selected generously, and what is selected while decoding must be chosen anew: that is why SCOPE treats the two apart.
 
 # %%
-plt.figure(figsize=(5, 3))
-for count in (8, 16, 32):
-    plt.plot(100 * drift(weights, len(prompt), count), label=f"the {count} heaviest")
-plt.xlabel("decoding step")
-plt.ylabel("still the heaviest, %")
-plt.legend()
-plt.show()
+draw_drift({count: drift(weights, len(prompt), count) for count in (16, 32, 64)})
+
+# %% [markdown]
+# ## What is kept
+#
+# Attention while decoding, one row for each strategy; what the cache no longer holds is grey. Left of the white line is
+# the prompt: only unified H2O loses parts of it.
+
+# %%
+draw_maps(weights, held, [(0, 0), (1, 0), (3, 0)])
+
+# %%
+console = Console(width=110)
+console.print(table({name: kept_weight(weights, seen) for name, seen in held.items()}))
 
 # %% [markdown]
 # ## Answers
+#
+# Whether the model still answers right when it reads its own output through each cache. A bounded cache may score above the
+# full one: lines that are answered are no help any more, and can be mistaken for those that are due. The last row adds
+# KIVI's 2 bits for the prompt, which cost this small model much (its card says how much). The bytes are those of one
+# prompt and its answer.
 
 # %%
-problems = [tasks.questions(seed=seed, count=12) for seed in range(4)]
-for name, cache in {
-    "full": kj.full(),
-    "slide": caches["slide"],
-    "unified H2O": caches["unified H2O"],
-}.items():
-    texts = kj.complete(
-        model, tokenizer, [p.prompt for p in problems], cache=cache, max_new_tokens=len(answer) + 1
-    )
-    right = np.mean([p.score(text) for p, text in zip(problems, texts, strict=True)])
-    print(f"{name:14} {100 * right:.0f} % right")
+problems = [tasks.questions(seed=seed, count=30) for seed in range(8)]
+asked = {"full": kj.full(), **caches}
+asked["kivi2 + slide"] = kj.kivi(bits=2, residual_length=32, decode=kj.Slide(window=window, recent=recent))
+for outcome in compare(model, tokenizer, problems, asked):
+    print(f"{outcome.cache:14} {100 * outcome.right:5.1f} % right   {format_bytes(outcome.row_bytes)}")
+
+# %% [markdown]
+# `kivi-jax eval longgen` asks more of these, and `kivi-jax eval kept` draws the pictures for other caches. A small model on
+# a small task shows how the strategies differ, not what they cost a large one; the papers' evaluations run through
+# [convert and evaluate](05_convert_and_evaluate.ipynb).

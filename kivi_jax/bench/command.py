@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from kivi_jax.bench.shapes import SHAPES
 from kivi_jax.console import format_bytes, parse_bytes
 from kivi_jax.names import parse_cache
 
@@ -18,17 +19,27 @@ if TYPE_CHECKING:
     from kivi_jax.config import ModelConfig
     from pallas_kernels.quantized_attention.cases import Case
 
-bench = typer.Typer(help="Measure speed and memory on this machine.", no_args_is_help=True)
+bench = typer.Typer(
+    help="""Measure speed and memory on this machine.
+
+    Example:  kivi-jax bench decode --context 2048 --no-torch
+    """,
+    no_args_is_help=True,
+)
+
+ShapeOption = Annotated[str, typer.Option(help=f"{', '.join(SHAPES)}; random weights.")]
+CachesOption = Annotated[list[str] | None, typer.Option(help="A cache to compare; may be repeated.")]
+DtypeOption = Annotated[str, typer.Option(help="float32, or bfloat16 on an accelerator.")]
 
 
 @bench.command()
 def decode(
-    shape: Annotated[str, typer.Option(help="125m or llama-8b; random weights.")] = "125m",
+    shape: ShapeOption = "125m",
     context: Annotated[int, typer.Option(help="Tokens in the cache when timing starts.")] = 1024,
     new_tokens: Annotated[int, typer.Option(help="Steps to time.")] = 64,
     batch: Annotated[int, typer.Option(help="Rows.")] = 1,
-    cache: Annotated[list[str] | None, typer.Option(help="Caches to compare; may be repeated.")] = None,
-    dtype: Annotated[str, typer.Option(help="float32, or bfloat16 on an accelerator.")] = "float32",
+    cache: CachesOption = None,
+    dtype: DtypeOption = "float32",
     torch: Annotated[bool, typer.Option(help="Compare with transformers, where torch is installed.")] = True,
 ) -> None:
     """Time decoding steps of a whole model: full cache, KIVI, and transformers, taking turns.
@@ -67,15 +78,15 @@ def decode(
 
 @bench.command()
 def generation(
-    shape: Annotated[str, typer.Option(help="125m or llama-8b; random weights.")] = "125m",
+    shape: ShapeOption = "125m",
     prompt: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 2048,
     new_tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 4096,
-    cache: Annotated[list[str] | None, typer.Option(help="Caches to compare; may be repeated.")] = None,
-    dtype: Annotated[str, typer.Option(help="float32, or bfloat16 on an accelerator.")] = "float32",
+    cache: CachesOption = None,
+    dtype: DtypeOption = "float32",
 ) -> None:
     """Time a long generation step by step: does a step get slower, does the cache grow?
 
-    Example:  kivi-jax bench generation --new-tokens 6000 --cache full --cache scope
+    Example:  kivi-jax bench generation --new-tokens 6000 --cache scope
     """
     from kivi_jax.bench.decode import run
 
@@ -127,11 +138,11 @@ def attention(
 
 @bench.command()
 def prefix(
-    shape: Annotated[str, typer.Option(help="125m or llama-8b; random weights.")] = "125m",
+    shape: ShapeOption = "125m",
     context: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 4096,
     repeats: Annotated[int, typer.Option(help="Times to take the median of.")] = 3,
-    cache: Annotated[list[str] | None, typer.Option(help="Caches to compare; may be repeated.")] = None,
-    dtype: Annotated[str, typer.Option(help="float32, or bfloat16 on an accelerator.")] = "float32",
+    cache: CachesOption = None,
+    dtype: DtypeOption = "float32",
 ) -> None:
     """Time loading a saved prompt's cache against reading the prompt again.
 
@@ -160,13 +171,13 @@ def prefix(
 
 @bench.command()
 def throughput(
-    shape: Annotated[str, typer.Option(help="125m or llama-8b; random weights.")] = "llama-8b",
+    shape: ShapeOption = "llama-8b",
     context: Annotated[int, typer.Option(help="Tokens in each row's cache when timing starts.")] = 8192,
     new_tokens: Annotated[int, typer.Option(help="Steps to time.")] = 16,
     batch: Annotated[int, typer.Option(help="Rows; 0: as many as fit.")] = 0,
     memory: Annotated[str, typer.Option(help="What to fill; empty: 90 % of the device.")] = "",
-    cache: Annotated[list[str] | None, typer.Option(help="Caches to compare; may be repeated.")] = None,
-    dtype: Annotated[str, typer.Option(help="float32, or bfloat16 on an accelerator.")] = "bfloat16",
+    cache: CachesOption = None,
+    dtype: DtypeOption = "bfloat16",
     out: Annotated[Path | None, typer.Option(help="A directory for the figures as JSON.")] = None,
 ) -> None:
     """Fill the memory with rows: how many fit with each cache, and how many tokens a second do they give?
@@ -315,8 +326,6 @@ def _written(records: Iterable[dict[str, Any]], path: Path | None) -> Iterator[d
 
 
 def _shape(name: str) -> "ModelConfig":
-    from kivi_jax.bench.shapes import SHAPES
-
     if name not in SHAPES:
         raise ValueError(f"unknown shape {name!r}: choose one of {', '.join(SHAPES)}")
     return SHAPES[name]

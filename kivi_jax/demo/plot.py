@@ -3,11 +3,10 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from matplotlib.figure import Figure
-
 from kivi_jax.cache import CacheStrategy
 from kivi_jax.config import ModelConfig
 from kivi_jax.demo.evaluate import Outcome
+from kivi_jax.figures import new_figure, save_figure
 from kivi_jax.plan import plan_cache
 
 LENGTHS = range(512, 8193, 512)  # tokens, half of them generated
@@ -20,7 +19,7 @@ def save_plot(
     measured: Mapping[str, Sequence[Outcome]],
 ) -> None:
     """Write a PNG: left the planned bytes of one row, right the measured outcomes of every task."""
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = new_figure(10, 4)
     memory, accuracy = figure.subplots(1, 2)
     for name, cache in caches.items():
         sizes = [
@@ -41,6 +40,4 @@ def save_plot(
             )
     accuracy.set(xlabel="cache of one prompt, MiB", ylabel="right, %", xlim=0, ylim=(0, 103))
     accuracy.legend(title="colors as on the left", loc="lower right")
-    temporary = file.with_name(file.name + ".partial")
-    figure.savefig(temporary, dpi=120, format="png")
-    temporary.replace(file)
+    save_figure(figure, file)

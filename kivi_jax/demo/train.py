@@ -33,46 +33,66 @@ from kivi_jax.demo.batches import Batch
 from kivi_jax.demo.export import export
 from kivi_jax.demo.initialize import initialize
 from kivi_jax.demo.recipe import Recipe, model_config
+from kivi_jax.figures import new_figure, save_figure
 from kivi_jax.llama import Llama
+from kivi_jax.loading import load
 
 Measure = dict[str, int | float]  # of one step: its number, seconds since the start, loss, accuracy by task
 
 
 class TrainState(NamedTuple):
-    """What training changes: the model's parameters and the optimizer's moments."""
+    """What training changes, and what the end of a cycle needs."""
 
     parameters: optax.Params
     optimizer: optax.OptState
+    began: optax.Params  # the parameters when the cycle began
 
 
 def train(
-    recipe: Recipe, directory: Path, *, checkpoint_every: int = 100, measure_every: int = 20
+    recipe: Recipe,
+    directory: Path,
+    *,
+    start: Llama | None = None,
+    cycle: int = 0,
+    checkpoint_every: int = 100,
+    measure_every: int = 20,
 ) -> tuple[Llama, list[Measure]]:
-    """The trained model and its curve, going on from the latest checkpoint in `directory`."""
+    """The trained model and its curve, going on from the latest checkpoint in `directory`.
+
+    Where there is no checkpoint, training begins with cycle number `cycle`, from the weights of `start` (by
+    default the initial ones). The optimizer begins anew with each cycle, so the model that one ends with is
+    all that the next one needs.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     encoder = tokenizer.build()
-    graph, parameters = nnx.split(initialize(model_config(), recipe.seed))
-    optimizer = make_optimizer(recipe)
+    model = initialize(model_config(), recipe.seed) if start is None else start
+    graph, parameters = nnx.split(model)
     rows, everywhere = _placements()
-    state = jax.device_put(TrainState(parameters, optimizer.init(parameters)), everywhere)
+    state = jax.device_put(_fresh(make_optimizer(recipe, cycle), parameters), everywhere)
     with (
         ocp.CheckpointManager(
             directory.absolute() / "checkpoints", options=ocp.CheckpointManagerOptions(max_to_keep=2)
         ) as manager,
         _progress() as bar,
     ):
-        first, state = _restore(manager, state)
+        first, state = _restore(manager, state, otherwise=recipe.first_step(cycle))
         curve = _read_curve(directory, first)
         begin = time.monotonic() - (curve[-1]["seconds"] if curve else 0)
         task = bar.add_task("training", total=recipe.steps, completed=first, tokens="")
         for step in range(first, recipe.steps):
-            stage = recipe.stage(step)
+            number, stage = recipe.find(step)
+            optimizer = make_optimizer(recipe, number)
+            if step == recipe.first_step(number):
+                state = jax.device_put(_fresh(optimizer, state.parameters), everywhere)
             batch = batches.training_batch(
                 encoder, step, rows=stage.rows, tokens=stage.tokens, names=stage.tasks
             )
             state, loss = update(graph, optimizer, state, jax.device_put(batch, rows))
             bar.update(task, advance=1, tokens=stage.tokens)
             done = step + 1
+            if recipe.cycles[number].average and done == recipe.first_step(number + 1):
+                mean = jax.tree.map(lambda a, b: (a + b) / 2, state.began, state.parameters)
+                state = state._replace(parameters=mean)
             if done % measure_every == 0 or done == recipe.steps:
                 accuracy = held_out(graph, state.parameters, encoder, stage.tokens)
                 seconds = round(time.monotonic() - begin, 1)
@@ -84,12 +104,17 @@ def train(
     return nnx.merge(graph, state.parameters), curve
 
 
+def _fresh(optimizer: optax.GradientTransformation, parameters: optax.Params) -> TrainState:
+    own, began = (jax.tree.map(jnp.copy, parameters) for _ in range(2))  # a step consumes its state
+    return TrainState(own, optimizer.init(parameters), began)
+
+
 @functools.cache
-def make_optimizer(recipe: Recipe) -> optax.GradientTransformation:
-    """Clipped Muon for the matrices between embeddings, Adam for the rest; see `Recipe`."""
+def make_optimizer(recipe: Recipe, cycle: int) -> optax.GradientTransformation:
+    """Clipped Muon for the matrices between embeddings, Adam for the rest; see `Cycle`."""
 
     def schedule(peak: float) -> optax.Schedule:
-        steps, factors = zip(*recipe.rates, strict=True)
+        steps, factors = zip(*recipe.cycles[cycle].rates, strict=True)
         return lambda step: peak * jnp.interp(step, jnp.array(steps), jnp.array(factors))
 
     def is_matrix(path: tuple[Any, ...], leaf: Array) -> MuonDimensionNumbers | None:
@@ -114,7 +139,7 @@ def update(
     """One training step: the new state, and the loss before it. The state passed in is consumed."""
     loss, gradient = jax.value_and_grad(weighted_loss)(state.parameters, graph, batch)
     change, moments = optimizer.update(gradient, state.optimizer, state.parameters)
-    return TrainState(optax.apply_updates(state.parameters, change), moments), loss
+    return TrainState(optax.apply_updates(state.parameters, change), moments, state.began), loss
 
 
 def weighted_loss(parameters: optax.Params, graph: nnx.GraphDef[Llama], batch: Batch) -> Float[Array, ""]:
@@ -153,11 +178,11 @@ def _save(manager: ocp.CheckpointManager, step: int, state: TrainState) -> None:
     manager.save(step, args=ocp.args.StandardSave(jax.tree.leaves(state)))
 
 
-def _restore(manager: ocp.CheckpointManager, state: TrainState) -> tuple[int, TrainState]:
-    """The steps done and the latest state saved; `state` itself if there is none."""
+def _restore(manager: ocp.CheckpointManager, state: TrainState, *, otherwise: int) -> tuple[int, TrainState]:
+    """The steps done and the latest state saved; `otherwise` and `state` itself if there is none."""
     step = manager.latest_step()
     if step is None:
-        return 0, state
+        return otherwise, state
     leaves, structure = jax.tree.flatten(state)
     restored = manager.restore(step, args=ocp.args.StandardRestore(leaves))
     return step, jax.tree.unflatten(structure, restored)
@@ -175,9 +200,7 @@ def _write_curve(directory: Path, curve: list[Measure]) -> None:
 
 
 def _plot(curve: list[Measure], file: Path) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 4), layout="constrained")
+    figure = new_figure(8, 4)
     axes = figure.subplots()
     for name in batches.TASKS:
         measured = [m for m in curve if name in m]  # a curve goes on where a task was added
@@ -188,7 +211,7 @@ def _plot(curve: list[Measure], file: Path) -> None:
             axes.axvline(before["step"], color="lightgray")
             axes.text(before["step"], 0.02, f"{after['tokens']:.0f} tokens", rotation=90, fontsize="small")
     axes.legend(loc="center right")
-    figure.savefig(file, dpi=120)
+    save_figure(figure, file)
 
 
 def _progress() -> Progress:
@@ -199,9 +222,17 @@ def _progress() -> Progress:
 def main(
     out: Annotated[Path, typer.Option(help="Where checkpoints, curve and model go; resumes what is there.")],
     seed: Annotated[int, typer.Option(help="Of initialization.")] = 0,
+    start: Annotated[str, typer.Option(help="A model to go on from, such as demo; needs --cycle.")] = "",
+    cycle: Annotated[int, typer.Option(min=0, help="Begin with this cycle of the recipe.")] = 0,
 ) -> None:
     """Train the demo model by the shipped recipe."""
-    model, curve = train(Recipe(seed=seed), out)
+    recipe = Recipe(seed=seed)
+    if bool(start) != bool(cycle) or cycle >= len(recipe.cycles):
+        raise typer.BadParameter(
+            f"--start and --cycle (1 to {len(recipe.cycles) - 1}) go together: the model of the cycle before"
+        )
+    begin = load(start, dtype="float32")[0] if start else None
+    model, curve = train(recipe, out, start=begin, cycle=cycle)
     export(model, out / "model")
     _plot(curve, out / "model" / "curve.png")
 

@@ -18,11 +18,16 @@ if TYPE_CHECKING:
     from kivi_jax.llama import Llama
 
 evaluate = typer.Typer(
-    help="Run the papers' evaluations. What is done is kept: run the same command again after a cut.",
+    help="""Run the papers' evaluations, or the demo's tasks, through any caches.
+
+    Those of data sets keep predictions as they come: run the same command again after a cut.
+
+    Example:  kivi-jax eval passkey --model demo --tokens 2048 --cache kivi2
+    """,
     no_args_is_help=True,
 )
 
-Model = Annotated[str, typer.Option(help="A checkpoint's directory or hub name.")]
+Model = Annotated[str, typer.Option(help="A checkpoint's directory, a hub name, or demo.")]
 Caches = Annotated[
     list[str] | None, typer.Option("--cache", help="May be repeated; by default full, kivi4, kivi2.")
 ]
@@ -49,7 +54,7 @@ def perplexity(
 ) -> None:
     """Perplexity by position in a long text, every token decoded from the cache.
 
-    Example:  kivi-jax eval perplexity --model ./llama-8b --data book.txt --out results
+    Example:  kivi-jax eval perplexity --model demo --data book.txt --out results
     """
     from kivi_jax.eval.perplexity import read_windows, score_windows
 
@@ -86,6 +91,10 @@ def longbench(
     max_length: Annotated[
         int | None, typer.Option(min=2, help="Longer prompts lose their middle; by default what fits.")
     ] = None,
+    task: Annotated[
+        list[str] | None,
+        typer.Option(help="May be repeated; by default all in --data, and on the hub KIVI's 15."),
+    ] = None,
     chat: Chat = False,
     limit: Limit = None,
     batch: Batch = 1,
@@ -93,14 +102,14 @@ def longbench(
 ) -> None:
     """LongBench, the tasks of KIVI's tables: NAME.jsonl files in --data.
 
-    Example:  kivi-jax eval longbench --model ./llama-8b --data ./LongBench --chat --out results
+    Example:  kivi-jax eval longbench --model ./llama-8b --data ./data --out out
     """
-    from kivi_jax.eval.longbench import read_samples
+    from kivi_jax.eval.longbench import LONGEST_ANSWER, read_samples
 
+    samples = read_samples(data, prompts, limit=limit, tasks=task or ())
     llama, tokenizer = open_model(model, dtype)
-    samples = read_samples(data, prompts, limit=limit)
-    if max_length is None:
-        max_length = llama.config.max_position_embeddings - max(sample.max_new_tokens for sample in samples)
+    if max_length is None:  # the same for all tasks, which may run one by one
+        max_length = llama.config.max_position_embeddings - LONGEST_ANSWER
         if max_length < 2:
             raise ValueError(
                 f"the model has {llama.config.max_position_embeddings} positions, no more than answers need: "
@@ -116,14 +125,24 @@ def longbench(
 @evaluate.command()
 def longgenbench(
     model: Model,
-    data: Annotated[str, typer.Option(help="Built prompts (gsm8k_30.jsonl), or with --build questions.")],
+    data: Annotated[
+        str, typer.Option(help="Folder of built prompts (gsm8k_30.jsonl), or with --build questions.")
+    ],
     out: Out,
     cache: Caches = None,
-    task: Annotated[str, typer.Option(help="gsm8k, mmlu or csqa.")] = "gsm8k",
-    build: Annotated[
-        Path | None, typer.Option(help="Build prompts of --data's questions after the examples in this file.")
+    task: Annotated[
+        list[str] | None, typer.Option(help="gsm8k, mmlu or csqa; may be repeated; by default gsm8k.")
     ] = None,
-    questions: Annotated[int, typer.Option(min=1, help="Questions in a prompt.")] = 30,
+    build: Annotated[
+        str | None,
+        typer.Option(
+            help="Build prompts: questions from --data (GSM8K, MMLU, CommonsenseQA), examples from here."
+        ),
+    ] = None,
+    questions: Annotated[
+        int | None,
+        typer.Option(min=1, help="Questions in a prompt; by default 30 (csqa 40), twice that for 8K."),
+    ] = None,
     examples: Annotated[int, typer.Option(min=1, help="Examples in a prompt, with --build.")] = 8,
     max_new_tokens: NewTokens = 4096,
     chat: Chat = False,
@@ -135,32 +154,39 @@ def longgenbench(
 
     Tasks run one after another into one folder are reported together.
 
-    Example:  kivi-jax eval longgenbench --model ./llama-8b --data gsm8k_30.jsonl --cache scope --out out
+    Example:  kivi-jax eval longgenbench --model ./llama-8b --data ./prompts --task csqa --out out
     """
     from kivi_jax.eval import longgenbench as bench
     from kivi_jax.eval.samples import find_file, read_rows
 
-    if task not in bench.TASKS:
-        raise ValueError(f"unknown task {task!r}: choose one of {', '.join(bench.TASKS)}")
-    if build is None:
-        rows = read_rows(find_file(data, f"{task}_{questions}.jsonl"))
-        samples = bench.read_samples(task, rows, max_new_tokens=max_new_tokens)
-    else:
-        samples = bench.build_samples(
-            task,
-            read_rows(data),
-            examples=read_rows(build)[:examples],
-            questions_per_prompt=questions,
-            max_new_tokens=max_new_tokens,
-        )
+    tasks = list(dict.fromkeys(task or ["gsm8k"]))
+    if unknown := [name for name in tasks if name not in bench.TASKS]:
+        raise ValueError(f"unknown task {', '.join(unknown)}: choose from {', '.join(bench.TASKS)}")
+    if len(tasks) > 1 and (build is not None or not Path(data).is_dir()):
+        raise ValueError("several tasks need --data a folder of built prompts: run them one by one otherwise")
+    samples: list[Sample] = []
+    for name in tasks:
+        count = questions or bench.papers_questions(name, max_new_tokens)
+        if build is None:
+            rows = read_rows(find_file(data, f"{name}_{count}.jsonl"), "prompt", "answers")
+            samples += bench.read_samples(name, rows[:limit], max_new_tokens=max_new_tokens)
+        else:
+            samples += bench.build_samples(
+                name,
+                read_rows(data, "question"),
+                examples=read_rows(build, "question"),
+                example_count=examples,
+                questions_per_prompt=count,
+                max_new_tokens=max_new_tokens,
+            )[:limit]
     loaded = open_model(model, dtype)
     settings: dict[str, Any] = dict(
         eval="longgenbench", model=model, data=data, max_new_tokens=max_new_tokens, chat=chat
     )
     settings |= dict(dtype=_name(dtype), questions=questions)
     if build is not None:
-        settings |= dict(build=str(build), examples=examples)
-    _generate(loaded, samples[:limit], cache, out, settings, batch=batch)
+        settings |= dict(build=build, examples=examples)
+    _generate(loaded, samples, cache, out, settings, batch=batch)
 
 
 @evaluate.command()
@@ -184,7 +210,7 @@ def needle(
 ) -> None:
     """A pass key hidden at every depth of prompts of every length; a heat map per cache.
 
-    Example:  kivi-jax eval needle --model ./llama-8b --length 4096 --length 32768 --out results
+    Example:  kivi-jax eval needle --model demo --length 1024 --depths 5 --out out
     """
     from kivi_jax.eval.needle import build_samples, read_samples
     from kivi_jax.eval.samples import read_rows
@@ -195,7 +221,7 @@ def needle(
     )
     settings |= dict(dtype=_name(dtype))
     if data is not None and data.endswith(".jsonl"):
-        samples = read_samples(tokenizer, read_rows(data), max_new_tokens=max_new_tokens)
+        samples = read_samples(tokenizer, read_rows(data, "input", "target"), max_new_tokens=max_new_tokens)
     else:
         lengths = length or [256, 512, 1024]
         samples = build_samples(
@@ -223,7 +249,7 @@ def ruler(
 ) -> None:
     """RULER's needle tasks, from the files that its own scripts write (niah_*.jsonl).
 
-    Example:  kivi-jax eval ruler --model ./llama-8b --data ./niah_multikey_3.jsonl --out results
+    Example:  kivi-jax eval ruler --model ./llama-8b --data ./ruler --out results
     """
     from kivi_jax.eval.ruler import build_samples
     from kivi_jax.eval.samples import read_rows
@@ -233,7 +259,9 @@ def ruler(
     samples = [
         sample
         for file in files
-        for sample in build_samples(file.stem, read_rows(file)[:limit], max_new_tokens=max_new_tokens)
+        for sample in build_samples(
+            file.stem, read_rows(file, "input", "outputs")[:limit], max_new_tokens=max_new_tokens
+        )
     ]
     if not samples:
         raise ValueError(
@@ -259,14 +287,14 @@ def gsm8k(
 ) -> None:
     """GSM8K with worked examples in the prompt, as in KIVI's example.
 
-    Example:  kivi-jax eval gsm8k --model ./llama-8b --data ./gsm8k --cache full --cache kivi2 --out results
+    Example:  kivi-jax eval gsm8k --model ./llama-8b --data ./gsm8k --out results
     """
     from kivi_jax.eval.gsm8k import build_samples
     from kivi_jax.eval.samples import read_rows
 
     path = Path(data)
     shown, asked = (
-        read_rows(path / f"{split}.jsonl" if path.is_dir() else f"{data}:{split}")
+        read_rows(path / f"{split}.jsonl" if path.is_dir() else f"{data}:{split}", "question", "answer")
         for split in ("train", "test")
     )
     samples = build_samples(asked[:limit], examples=shown[:examples], max_new_tokens=max_new_tokens)
@@ -293,7 +321,7 @@ def study(
 ) -> None:
     """The quantizer's errors on real activations, keys and values per channel and per token.
 
-    Example:  kivi-jax eval study --model ./llama-8b --data book.txt --bits 2 --group-size 32 --out results
+    Example:  kivi-jax eval study --model demo --data book.txt --out results
     """
     import jax.numpy as jnp
 
@@ -341,6 +369,7 @@ def kept(
     """
     from kivi_jax.demo import tasks
     from kivi_jax.eval.kept import draw_drift, draw_maps, drift, kept_weight, study, table
+    from kivi_jax.figures import save_figure
 
     llama, tokenizer = open_model(model, dtype)
     problem = tasks.questions(seed, count=questions)
@@ -353,15 +382,19 @@ def kept(
         f"scope:decode=discontinuous:window=64:recent=32:max_new_tokens={len(answer)}",
         f"scope:decode=h2o:budget={equal}:recent=32",
     ]
-    weights, held = study(llama, prompt, answer, {name: parse_cache(name) for name in names})
+    caches = {name: parse_cache(name) for name in names}
+    for strategy in caches.values():  # a mistake in the last one should not cost the time of the first
+        strategy.check(llama.config)
+    with _progress() as progress:
+        bar = progress.add_task("decoding", total=len(caches) * len(answer))
+        weights, held = study(llama, prompt, answer, caches, lambda: progress.advance(bar))
     Console().print(table({name: kept_weight(weights, seen) for name, seen in held.items()}))
     last = llama.config.num_layers - 1
     heads = [(0, 0), (last // 2, 0), (last, 0)]
     short = {name.split(":recent")[0]: seen for name, seen in held.items()}
-    out.mkdir(parents=True, exist_ok=True)
-    draw_maps(weights, short, heads).savefig(out / "kept.png", dpi=110)
+    save_figure(draw_maps(weights, short, heads), out / "kept.png")
     counts = [count for count in (16, 32, 64) if count < len(prompt)]
-    draw_drift({n: drift(weights, len(prompt), n) for n in counts}).savefig(out / "drift.png", dpi=110)
+    save_figure(draw_drift({n: drift(weights, len(prompt), n) for n in counts}), out / "drift.png")
     Console(stderr=True).print(f"wrote {out / 'kept.png'} and {out / 'drift.png'}", markup=False)
 
 

@@ -28,15 +28,22 @@ def build_samples(
 
 def strict(record: Mapping[str, Any]) -> float:
     """1 if the number behind #### is the answer's."""
-    return float(_after_mark(record["prediction"]) == _after_mark(record["answers"][0]))
+    return _right(_after_mark(record["prediction"]), record)
 
 
 def flexible(record: Mapping[str, Any]) -> float:
     """1 if the number behind ####, or else the last number, is the answer's."""
-    prediction = record["prediction"]
-    numbers = re.findall(r"-?\d[\d,]*(?:\.\d+)?", prediction)
-    found = _after_mark(prediction) or (_plain(numbers[-1]) if numbers else None)
-    return float(found == _after_mark(record["answers"][0]))
+    return _right(_number(record["prediction"]), record)
+
+
+def _right(found: str | None, record: Mapping[str, Any]) -> float:
+    return float(found is not None and found == _number(record["answers"][0]))
+
+
+def _number(text: str) -> str | None:
+    """The number behind ####, or else the last one."""
+    numbers = re.findall(r"-?\d[\d,]*(?:\.\d+)?", text)
+    return _after_mark(text) or (_plain(numbers[-1]) if numbers else None)
 
 
 def _after_mark(text: str) -> str | None:

@@ -6,7 +6,7 @@ gives to every token before it; the cache, decoding the same tokens, says which 
 Source: SCOPE (arXiv 2412.13649) figures 2 to 4: heavy hitters, and how they change while decoding.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,6 +17,7 @@ from rich.table import Table
 
 from kivi_jax.cache import CacheStrategy, KVCache
 from kivi_jax.eval.study import forward
+from kivi_jax.figures import new_figure
 from kivi_jax.llama import Llama
 from kivi_jax.pool import TokenPool
 from kivi_jax.selection import KeepAll
@@ -43,9 +44,15 @@ def attention_weights(model: Llama, tokens: Int[Array, "T"]) -> Float[Array, "L 
 
 
 def held_tokens(
-    model: Llama, prompt: Sequence[int], continuation: Sequence[int], cache: CacheStrategy
+    model: Llama,
+    prompt: Sequence[int],
+    continuation: Sequence[int],
+    cache: CacheStrategy,
+    advance: Callable[[], object] = lambda: None,
 ) -> Bool[np.ndarray, "L K steps T"]:
     """Whether the cache held each token when the continuation's tokens attended, their own included.
+
+    `advance` is called after every step.
 
     Raises:
         ValueError: the cache selects tokens of the prompt, and no longer knows where they stood.
@@ -65,6 +72,7 @@ def held_tokens(
                 seen[layer, head, step, row[row >= 0]] = True
         seen[:, :, step, len(prompt) + step] = True
         _, held = model.decode(jnp.asarray([token], jnp.int32), held)
+        advance()
     return seen
 
 
@@ -105,7 +113,8 @@ def drift(weights: Float[Array, "L K T T"], prompt: int, count: int) -> Float[np
 
 def table(shares: Mapping[str, Float[np.ndarray, "L K steps"]]) -> Table:
     """A row for each cache: the weight on what it holds, on average, late, and in the worst head."""
-    out = Table("cache", title="full attention's weight on the tokens held, %")
+    out = Table(title="full attention's weight on the tokens held, %")
+    out.add_column("cache", overflow="fold")
     for heading in ("mean", "last quarter", "worst head"):
         out.add_column(heading, justify="right")
     for name, share in shares.items():
@@ -124,9 +133,7 @@ def draw_maps(
 
     What a cache no longer holds is grey.
     """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(3.4 * len(heads), 2.6 * len(held)), layout="constrained")
+    figure = new_figure(3.4 * len(heads), 2.6 * len(held))
     axes = figure.subplots(len(held), len(heads), squeeze=False)
     for row, (name, seen) in zip(axes, held.items(), strict=True):
         for axis, (layer, head) in zip(row, heads, strict=True):
@@ -146,9 +153,7 @@ def draw_maps(
 
 def draw_drift(drifts: Mapping[int, Float[np.ndarray, "steps"]]) -> Any:
     """The overlap of `drift` against the decoding step, a line for each count of tokens."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5, 3), layout="constrained")
+    figure = new_figure(5, 3)
     axis = figure.subplots()
     for count, overlap in drifts.items():
         axis.plot(np.arange(1, len(overlap) + 1), 100 * overlap, label=f"the {count} heaviest")
@@ -162,7 +167,13 @@ def study(
     prompt: Sequence[int],
     continuation: Sequence[int],
     caches: Mapping[str, CacheStrategy],
+    advance: Callable[[], object],
 ) -> tuple[Float[Array, "L K T T"], dict[str, Bool[np.ndarray, "L K steps T"]]]:
-    """Full attention's weights over prompt and continuation, and what every cache held at every step."""
+    """Full attention's weights over prompt and continuation, and what every cache held at every step.
+
+    `advance` is called after every step of every cache.
+    """
     weights = attention_weights(model, jnp.asarray([*prompt, *continuation], jnp.int32))
-    return weights, {name: held_tokens(model, prompt, continuation, cache) for name, cache in caches.items()}
+    return weights, {
+        name: held_tokens(model, prompt, continuation, cache, advance) for name, cache in caches.items()
+    }

@@ -3,7 +3,8 @@
     python -m kivi_jax.eval.lm_eval run --model kivi-jax --model_args pretrained=DIR,cache=kivi2 --tasks gsm8k
 
 is `lm_eval` with the model `kivi-jax` registered; in Python, importing this module registers it. `cache` is a
-name as on the command line, fields after colons: `cache=kivi2:group_size=64:residual_length=32`.
+name as on the command line, fields after colons: `cache=kivi2:group_size=64:residual_length=32`, or
+`cache=kivi2+scope:window=512:recent=256`.
 
 Log-likelihoods read the compressed cache, not a full-precision prefill: see `likelihood.py`.
 """
@@ -30,6 +31,7 @@ from lm_eval.utils import (  # pyright: ignore[reportMissingImports]
 from rich.console import Console
 from rich.progress import Progress
 
+from kivi_jax.console import run
 from kivi_jax.eval.likelihood import continuation_log_probs
 from kivi_jax.generation import generate
 from kivi_jax.loading import load
@@ -55,9 +57,10 @@ class KiviJax(TemplateLM):
         seed: of tasks that sample; every request draws from a key of its own.
         device: JAX chooses; only here because the harness passes it.
         max_batch_size: the same.
+        unknown: whatever else stands in model_args, which is refused.
 
     Raises:
-        ValueError: the checkpoint, its tokenizer or the cache cannot be used.
+        ValueError: the checkpoint, its tokenizer or the cache cannot be used, or an argument is unknown.
     """
 
     def __init__(  # noqa: D107
@@ -72,9 +75,15 @@ class KiviJax(TemplateLM):
         seed: int = 0,
         device: str | None = None,
         max_batch_size: int | None = None,
+        **unknown: Any,
     ):
         super().__init__()
         del device, max_batch_size
+        if unknown:
+            raise ValueError(
+                f"model_args of kivi-jax has no {', '.join(unknown)}: take pretrained, cache, max_length, "
+                "max_gen_toks, dtype or seed; fields of a cache stand in its name, after colons"
+            )
         if not str(batch_size).isdigit() or int(batch_size) < 1:
             raise ValueError(f"{batch_size=} must be a positive number; it is not found automatically")
         self.model, tokenizer = load(pretrained, dtype=dtype)
@@ -154,12 +163,16 @@ class KiviJax(TemplateLM):
         return context[-(self.max_length + 1 - len(continuation)) :], continuation
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """The log-likelihood of whole texts, in windows of `max_length` tokens that do not overlap."""
+        """The log-likelihood of whole texts, in windows of `max_length` tokens that do not overlap.
+
+        As with the harness's own model for transformers, the token that the tokenizer puts before a text is
+        scored, too.
+        """
         windows: list[tuple[None, list[int], list[int]]] = []
         counts: list[int] = []
         for request in requests:
             parts = get_rolling_token_windows(
-                self.tok_encode(request.args[0], add_special_tokens=False),
+                self.tok_encode(request.args[0]),
                 self.prefix_token_id,
                 self.max_length,
                 1,
@@ -253,19 +266,19 @@ def _sampler(options: dict[str, Any]) -> Sampler:
         ValueError: a number is out of range.
     """
     if not options.get("do_sample") or not options.get("temperature"):
-        return Greedy()
+        return Greedy(repetition_penalty=options.get("repetition_penalty", 1.0))
     names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
     return Sample(**{name: options[name] for name in names if options.get(name) is not None})
 
 
 def main() -> None:
-    """`lm_eval`'s command line, with the model `kivi-jax`."""
+    """`lm_eval`'s command line, with the model `kivi-jax`; a user's mistake ends in one line."""
     os.environ.setdefault(
         "DISABLE_MULTIPROC", "1"
     )  # the harness's bootstrap forks, which JAX's threads forbid
     from lm_eval.__main__ import cli_evaluate  # pyright: ignore[reportMissingImports]
 
-    cli_evaluate()
+    run(cli_evaluate)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""LongBench (arXiv 2308.14508): the tasks of KIVI's tables that are scored without word segmentation.
+"""LongBench (arXiv 2308.14508): KIVI's 15 tasks, and three more that are scored without word segmentation.
 
 Prompts are the benchmark's own and are read from the files that it publishes beside its data,
 `dataset2prompt.json` and `dataset2maxlen.json`.
@@ -33,30 +33,45 @@ METRICS: dict[str, Callable[[str, str], float] | None] = {  # None: classificati
     "repobench-p": scoring.code_similarity,
 }
 FIRST_LINE = ("trec", "triviaqa", "samsum", "lsht")  # few-shot tasks: what follows continues the pattern
+LONGEST_ANSWER = 512  # tokens, of any task
 NO_CHAT = (*FIRST_LINE, "lcc", "repobench-p")
+MORE_THAN_KIVI = ("lsht", "passage_count", "passage_retrieval_zh")
+KIVI_TASKS = tuple(task for task in METRICS if task not in MORE_THAN_KIVI)  # the 15 whose mean KIVI prints
 
 
-def read_samples(data: str | Path, prompts: str | Path | None, *, limit: int | None) -> list[Sample]:
+def read_samples(
+    data: str | Path, prompts: str | Path | None, *, limit: int | None, tasks: Sequence[str] = ()
+) -> list[Sample]:
     """Up to `limit` samples of every task in `data`: NAME.jsonl files, NAME being a task's.
 
     Args:
         data: a folder, a file, or a data set on the hub with a configuration per task.
         prompts: the folder of `dataset2prompt.json` and `dataset2maxlen.json`; by default that of `data`.
         limit: samples per task; None for all.
+        tasks: of which tasks; by default all that a folder has, and of a data set on the hub KIVI's 15.
 
     Raises:
-        ValueError: there is no task's file, or the prompts are missing.
+        ValueError: a task is unknown or has no file, or the prompts are missing.
     """
+    if unknown := [task for task in tasks if task not in METRICS]:
+        raise ValueError(f"unknown task {', '.join(unknown)}: choose from {', '.join(METRICS)}")
     path = Path(data)
     folder = Path(prompts) if prompts is not None else path if path.is_dir() else path.parent
     templates, most = (_read_json(folder / f"dataset2{name}.json") for name in ("prompt", "maxlen"))
     sources: Mapping[str, Any] = (
-        files_by_task(path, METRICS) if path.exists() else {task: f"{data}:{task}" for task in METRICS}
+        files_by_task(path, METRICS)
+        if path.exists()
+        else {task: f"{data}:{task}" for task in tasks or KIVI_TASKS}
     )
+    if missing := [task for task in tasks if task not in sources]:
+        raise ValueError(f"{path} has no file of the task {', '.join(missing)}, but {', '.join(sources)}")
     samples: list[Sample] = []
-    for task, source in sources.items():
-        for index, row in enumerate(read_rows(source)[:limit]):
-            info = {"classes": row["all_classes"]} if METRICS[task] is None else {}
+    for task in tasks or sources:
+        if task not in templates or task not in most:
+            raise ValueError(f"{folder} has no prompt or no answer length of {task} in dataset2*.json")
+        classes = ("all_classes",) if METRICS[task] is None else ()
+        rows = read_rows(sources[task], "context", "input", "answers", *classes)
+        for index, row in enumerate(rows[:limit]):
             samples.append(
                 Sample(
                     id=f"{task}-{row.get('_id', index)}",
@@ -66,7 +81,7 @@ def read_samples(data: str | Path, prompts: str | Path | None, *, limit: int | N
                     max_new_tokens=most[task],
                     truncate=True,
                     chat=task not in NO_CHAT,
-                    info=info,
+                    info={"classes": row["all_classes"]} if classes else {},
                 )
             )
     return samples

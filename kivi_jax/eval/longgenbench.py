@@ -9,11 +9,13 @@ Source: SCOPE (arXiv 2412.13649) section 5; LongGenBench (arXiv 2410.04199).
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from kivi_jax.eval.samples import Sample
 
 TASKS = {"gsm8k": "GSM8K+", "mmlu": "MMLU+", "csqa": "CSQA+"}
+QUESTIONS = {"gsm8k": 30, "mmlu": 30, "csqa": 40}  # in a prompt, for 4,096 new tokens
+_LETTERS = "ABCDEFGHIJ"
 SYSTEM = (
     "Answer each question step by step, in the format of the examples. Begin each answer with 'Answer_' and "
     "its number, and close it with 'The answer is'. Do not repeat the questions. Answer all of them."
@@ -60,48 +62,102 @@ def _value(text: str) -> str:
     return f"{float(number[0]):g}" if number else ""
 
 
+class Question(NamedTuple):
+    """A question with its choices, its answer as scorers want it, and the answer as an example shows it."""
+
+    text: str
+    answer: str
+    shown: str
+    subject: str | None
+
+
+def read_question(row: Mapping[str, Any]) -> Question:
+    """A row of GSM8K, of MMLU or of CommonsenseQA as their authors publish them.
+
+    Answers shown end with "The answer is": that is where scorers look. Where an answer is a choice, a row may
+    bring the reasoning before it as `rationale`; else the example shows none.
+
+    Raises:
+        ValueError: the row has no answer that can be read.
+    """
+    choices, answer = row.get("choices"), row.get("answerKey", row.get("answer"))
+    if answer is None:
+        raise ValueError(f"a question has no field answer or answerKey, but {', '.join(row)}")
+    if choices is None:
+        reasoning, mark, number = str(answer).partition("####")
+        reasoning = re.sub(r"<<.*?>>", "", reasoning).strip()  # GSM8K's notes for a calculator
+        shown = f"{reasoning}\nThe answer is {number.strip()}." if mark else reasoning
+        return Question(row["question"], str(answer), shown, row.get("subject"))
+    labels, texts = (
+        (choices["label"], choices["text"]) if isinstance(choices, Mapping) else (_LETTERS, choices)
+    )
+    letter = labels[answer] if isinstance(answer, int) else str(answer)
+    listed = " ".join(f"({label}) {text}" for label, text in zip(labels, texts, strict=False))
+    shown = f"{row.get('rationale', '')} The answer is ({letter}).".strip()
+    return Question(f"{row['question']}\n{listed}", letter, shown, row.get("subject"))
+
+
 def build_samples(
     task: str,
     questions: Sequence[Mapping[str, Any]],
     *,
     examples: Sequence[Mapping[str, Any]],
+    example_count: int,
     questions_per_prompt: int,
     max_new_tokens: int,
 ) -> list[Sample]:
-    """Prompts of `questions_per_prompt` questions each, after answered `examples`; a rest is left out.
+    """Prompts of `questions_per_prompt` questions each, after answered examples; a rest is left out.
 
-    Questions and examples are mappings with `question` and `answer`; an example's answer is its text.
+    Rows that name a `subject`, as MMLU's do, share prompts within it, after examples of the same one.
+    `read_question` says what rows may be.
 
     Raises:
-        ValueError: there are fewer questions than a prompt has.
+        ValueError: there are fewer questions than a prompt has, or no examples for them.
     """
-    if len(questions) < questions_per_prompt:
-        raise ValueError(f"{len(questions)} questions do not fill one prompt of {questions_per_prompt=}")
-    shown = "".join(f"Question_{i}:\n{example['question']}\n\n" for i, example in enumerate(examples, 1))
-    shown += "".join(f"Answer_{i}:\n{example['answer']}\n\n" for i, example in enumerate(examples, 1))
-    first = len(examples) + 1
+    by_subject: dict[str | None, list[Question]] = {}
+    for row in questions:
+        question = read_question(row)
+        by_subject.setdefault(question.subject, []).append(question)
+    known = [read_question(row) for row in examples]
     samples: list[Sample] = []
-    for begin in range(0, len(questions) - questions_per_prompt + 1, questions_per_prompt):
-        chunk = questions[begin : begin + questions_per_prompt]
-        asked = "".join(f"Question_{i}:\n{row['question']}\n" for i, row in enumerate(chunk, first))
-        samples.append(
-            Sample(
-                id=f"{task}-{begin}",
-                task=TASKS[task],
-                prompt=f"{SYSTEM}\n\nExamples:\n{shown}Following Question:\n{asked}\n",
-                answers=[str(row["answer"]) for row in chunk],
-                max_new_tokens=max_new_tokens,
-                info={"first": first},
+    for subject, asked in by_subject.items():
+        shown = [example for example in known if example.subject in (None, subject)][:example_count]
+        if not shown:
+            raise ValueError(f"there are no examples of the subject {subject}: add some to those of --build")
+        for begin in range(0, len(asked) - questions_per_prompt + 1, questions_per_prompt):
+            chunk = asked[begin : begin + questions_per_prompt]
+            samples.append(
+                Sample(
+                    id="-".join(str(part) for part in (task, subject, begin) if part is not None),
+                    task=TASKS[task],
+                    prompt=_prompt(shown, chunk),
+                    answers=[question.answer for question in chunk],
+                    max_new_tokens=max_new_tokens,
+                    info={"first": len(shown) + 1},
+                )
             )
-        )
+    if not samples:
+        raise ValueError(f"{len(questions)} questions do not fill one prompt of {questions_per_prompt=}")
     return samples
 
 
+def _prompt(examples: Sequence[Question], asked: Sequence[Question]) -> str:
+    shown = "".join(f"Question_{i}:\n{example.text}\n\n" for i, example in enumerate(examples, 1))
+    shown += "".join(f"Answer_{i}:\n{example.shown}\n\n" for i, example in enumerate(examples, 1))
+    following = "".join(f"Question_{i}:\n{row.text}\n" for i, row in enumerate(asked, len(examples) + 1))
+    return f"{SYSTEM}\n\nExamples:\n{shown}Following Question:\n{following}\n"
+
+
+def papers_questions(task: str, max_new_tokens: int) -> int:
+    """Questions in a prompt of the papers' 4K setting or, for more new tokens than that, of their 8K one."""
+    return QUESTIONS[task] * (1 if max_new_tokens <= 4096 else 2)
+
+
 def read_samples(task: str, rows: Sequence[Mapping[str, Any]], *, max_new_tokens: int) -> list[Sample]:
-    """Samples of prompts that were built before (rows with prompt, questions and answers)."""
+    """Samples of prompts that were built before (rows with prompt and answers)."""
     return [
         Sample(
-            id=f"{task}-{index}",
+            id=f"{task}-{len(row['answers'])}-{index}",
             task=TASKS[task],
             prompt=f"{SYSTEM}\n\n{row['prompt']}",
             answers=list(row["answers"]),
@@ -113,5 +169,11 @@ def read_samples(task: str, rows: Sequence[Mapping[str, Any]], *, max_new_tokens
 
 
 def first_number(prompt: str, questions: int) -> int:
-    """The number of the first question that is to be answered, from a prompt that ends with them."""
-    return max(int(number) for number in re.findall(r"Question_(\d+):", prompt)) - questions + 1
+    """The number of the first question that is to be answered, from a prompt that ends with them.
+
+    Raises:
+        ValueError: the prompt numbers no questions.
+    """
+    if not (numbers := re.findall(r"Question_(\d+):", prompt)):
+        raise ValueError("a prompt has no Question_1: build prompts from plain questions with --build")
+    return max(map(int, numbers)) - questions + 1

@@ -14,9 +14,9 @@ import numpy as np
 from rich.table import Table
 
 from kivi_jax.eval import gsm8k, longbench, longgenbench, needle, perplexity, ruler, study
-from kivi_jax.eval.figures import new_figure, save_figure
 from kivi_jax.eval.jobs import Record, read_records
 from kivi_jax.eval.statistics import Estimate, bootstrap
+from kivi_jax.figures import new_figure, save_figure
 
 Score = Callable[[Mapping[str, Any]], float]
 
@@ -55,14 +55,14 @@ class Comparison:
 
 
 def read_comparisons(folders: Iterable[Path]) -> list[Comparison]:
-    """What the record files in `folders` compare; the full cache first, then by file name.
+    """What the record files in `folders` compare; the full cache first, then by name, shorter ones first.
 
     Raises:
         ValueError: there are no record files; or see `read_records`.
     """
     found: dict[str, Comparison] = {}
     files = [file for folder in folders for file in sorted(folder.rglob("*.jsonl"))]
-    for file in sorted(files, key=lambda file: (file.stem != "full", str(file))):
+    for file in sorted(files, key=lambda file: (file.stem != "full", file.stem, str(file))):
         settings, records = read_records(file)
         if not records:
             continue
@@ -88,8 +88,9 @@ def _perplexity_table(comparison: Comparison) -> Table:
     baseline = next(iter(records))
     tokens = sum(len(record["nll"]) for record in records[baseline])
     table = Table(title=f"{comparison.title}, {tokens:,} tokens", caption="[...]: 95 % bootstrap interval")
-    for column in ("cache", "perplexity", "interval", f"vs {baseline}", "interval"):
-        table.add_column(column, justify="left" if column == "cache" else "right")
+    table.add_column("cache", overflow="fold")
+    for column in ("perplexity", "interval", f"vs {baseline}", "interval"):
+        table.add_column(column, justify="right")
     for cache, rows in records.items():
         value = perplexity.perplexity(rows)
         cells = [cache, f"{value.mean:.4f}", f"[{value.low:.3f}, {value.high:.3f}]".replace("[", r"\[")]
@@ -106,9 +107,10 @@ def _score_table(comparison: Comparison, name: str, score: Score) -> Table:
     tasks = sorted({row["task"] for rows in records.values() for row in rows}, key=_natural)
     table = Table(
         title=comparison.title + (f", {name}" if name else ""),
-        caption=f"percent; 95 % bootstrap intervals; ~ differs from {baseline} by no more than noise",
+        caption=f"percent of {len(records[baseline]):,} samples; 95 % bootstrap intervals; ~ differs from "
+        f"{baseline} by no more than noise",
     )
-    table.add_column("cache")
+    table.add_column("cache", overflow="fold")
     for task in tasks:
         table.add_column(task, justify="right")
     for column in ("average", "interval", f"vs {baseline}", "interval"):
@@ -153,11 +155,7 @@ def _noise(estimate: Estimate) -> str:
 
 
 def plot(comparison: Comparison) -> Path | None:
-    """Save what there is to see as a picture beside the records: perplexity by position, heat maps, or bars.
-
-    Raises:
-        ValueError: matplotlib is not installed.
-    """
+    """Save a picture of what there is to see beside the records: perplexity by position, heat maps, bars."""
     draw = {"perplexity": _plot_perplexity, "needle": _plot_needle, "study": _plot_study}.get(
         comparison.evaluation
     )
@@ -193,7 +191,7 @@ def _plot_needle(comparison: Comparison) -> Any:
     caches = comparison.by_cache
     figure = new_figure(4 * len(caches) + 1, 4)
     panels = figure.subplots(1, len(caches), squeeze=False)[0]
-    image = None
+    images = []
     for axes, (cache, records) in zip(panels, caches.items(), strict=True):
         lengths = sorted({record["length"] for record in records})
         depths = sorted({record["depth"] for record in records})
@@ -204,11 +202,11 @@ def _plot_needle(comparison: Comparison) -> Any:
             [100 * float(np.mean(cells.get((depth, length), np.nan))) for length in lengths]
             for depth in depths
         ]
-        image = axes.imshow(grid, vmin=0, vmax=100, cmap="RdYlGn", aspect="auto")
+        images.append(axes.imshow(grid, vmin=0, vmax=100, cmap="RdYlGn", aspect="auto"))
         axes.set_title(cache, fontsize=9)
         axes.set_xticks(range(len(lengths)), [str(length) for length in lengths], rotation=45)
         axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
         axes.set_xlabel("prompt (tokens)")
     panels[0].set_ylabel("depth of the needle")
-    figure.colorbar(image, ax=list(panels), label="found (%)")
+    figure.colorbar(images[-1], ax=list(panels), label="found (%)")
     return figure

@@ -27,19 +27,37 @@ class Sample:
     info: Mapping[str, Any] = field(default_factory=dict)
 
 
-def read_rows(source: str | Path) -> list[dict[str, Any]]:
+def read_rows(source: str | Path, *fields: str) -> list[dict[str, Any]]:
     """The rows of a JSON-lines file, or of a data set on the hub: "name:config:split" (test by default).
 
     Raises:
-        ValueError: there is neither, or a line is not JSON.
+        ValueError: there is neither, a line is not a JSON object, or one of `fields` is missing in a row.
     """
     path = Path(source)
-    if path.is_file():
-        try:
-            return [json.loads(line) for line in path.read_text("utf-8").splitlines() if line.strip()]
-        except ValueError as error:
-            raise ValueError(f"{path} is not a file of JSON lines: {error}") from None
-    name, _, rest = str(source).partition(":")
+    rows = _read_lines(path) if path.is_file() else _load_hub(str(source))
+    for number, row in enumerate(rows, 1):
+        if missing := [name for name in fields if name not in row]:
+            raise ValueError(
+                f"{source}: row {number} has no field {', '.join(missing)}, but {', '.join(row)}: "
+                "this evaluation reads other data"
+            )
+    return rows
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    try:
+        # Not splitlines(): a line of JSON may hold other separators of lines (as MMLU's questions do).
+        rows = [json.loads(line) for line in path.read_text("utf-8").split("\n") if line.strip()]
+    except ValueError as error:
+        raise ValueError(f"{path} is not a file of JSON lines: {error}") from None
+    if any(not isinstance(row, dict) for row in rows):
+        raise ValueError(f"{path} is not a file of JSON lines: a line is not an object of named fields")
+    return rows
+
+
+def _load_hub(source: str) -> list[dict[str, Any]]:
+    path = Path(source)
+    name, _, rest = source.partition(":")
     config, _, split = rest.partition(":")
     if path.exists() or path.suffix in (".jsonl", ".json", ".txt") or name.count("/") > 1:
         raise ValueError(f"{path} is not a file of JSON lines: pass one, or a data set's name on the hub")

@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int
 from rich.table import Table
 
 from kivi_jax.config import ModelConfig
-from kivi_jax.eval.figures import new_figure
+from kivi_jax.figures import new_figure
 from kivi_jax.llama import Llama
 from kivi_jax.rope import apply_rope, rope_frequencies
 from pallas_kernels.packing import PAGE

@@ -12,8 +12,9 @@ from flax import nnx
 
 import convert
 from convert.errors import CheckpointError
+from convert.files import replacing
 from convert.hf import load_hf
-from convert.orbax import load, replacing, save
+from convert.orbax import load, save
 from kivi_jax.config import RopeConfig
 from tests.convert.checkpoints import write_checkpoint, write_tokenizer
 from tests.models import config, random_llama
@@ -157,19 +158,22 @@ def truncated(directory):
             file.write_bytes(file.read_bytes()[:10])
 
 
+def missing(directory):
+    next(file for file in (directory / "parameters").rglob("*") if file.is_file()).unlink()
+
+
 DAMAGE = {
     newer: "has format 99, this version reads up to 1",
     no_json: "kivi_jax.json is damaged",
     unknown_field: "kivi_jax.json is damaged",
     other_shape: "cannot be restored",
     another_layer: "cannot be restored",
-    no_parameters: "cannot be restored",
-    truncated: "cannot be restored",
+    no_parameters: r"is damaged \(.* is missing\): copy it or convert again",
+    missing: r"is damaged \(.* is missing\): copy it or convert again",
+    truncated: r"is damaged \(.* has 10 bytes, not [\d,]+\): copy it or convert again",
 }
 
 
-# Orbax abandons its other reads after one fails, and Python says so about each.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("damage", DAMAGE, ids=lambda damage: damage.__name__)
 def test_damage_is_named(tmp_path, damage):
     save(random_llama(config()), tmp_path / "saved")

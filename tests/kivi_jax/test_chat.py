@@ -127,7 +127,9 @@ def test_chat_in_the_terminal(command, monkeypatch):
     notes = error.splitlines()
     assert notes[0].startswith("full cache, up to 64 tokens; /stats")
     assert notes[1] == notes[-1] == "nothing yet, of 64 tokens"
-    assert re.fullmatch(r"10 of 64 tokens · cache [\d.]+ KiB, full cache [\d.]+ KiB \(1.00x\)", notes[2])
+    assert re.fullmatch(
+        r"10 of 64 tokens · cache [\d.]+ KiB, full cache [\d.]+ KiB \(1.00x smaller\)", notes[2]
+    )
     assert notes[3].startswith("there is no /nope: /stats")
     assert notes[4].startswith("error: the conversation has 19 tokens and the message 100")
     assert len(notes) == 6

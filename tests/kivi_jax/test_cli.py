@@ -1,10 +1,14 @@
 """`kivi-jax`: what the commands print, and how they end."""
 
+import inspect
 import io
 import re
+import shlex
 import sys
 
 import pytest
+from typer.core import TyperGroup
+from typer.main import get_command
 
 import kivi_jax as kj
 from kivi_jax.cli import app
@@ -34,7 +38,7 @@ def test_generate_prints_what_complete_gives_and_what_it_cost(command, model):
     cost = error.splitlines()[-1]
     assert re.fullmatch(
         r"3 prompt tokens · 6 new tokens · first after [\d.]+ s \(compiling and reading the prompt\) · "
-        r"then [\d.]+ tokens/s · cache [\d.]+ \w+, full cache [\d.]+ \w+ \([\d.]+x\)",
+        r"then [\d.]+ tokens/s · cache [\d.]+ \w+, full cache [\d.]+ \w+ \([\d.]+x (smaller|larger)\)",
         cost,
     )
 
@@ -78,6 +82,41 @@ def test_inspect_needs_no_weights(command, tmp_path):
     assert ratios["full"] == "1.00"
 
 
+def test_inspect_plans_pools_and_shows_whole_names(command, tmp_path, monkeypatch):
+    """In a narrow terminal, too, where two caches may differ in their last field only."""
+    directory = write_checkpoint(tmp_path / "model", LLAMA | dict(head_dim=128), tokens=61)
+    monkeypatch.setenv("COLUMNS", "80")
+    dense, packed = "kivi2+scope:window=512", "kivi2+scope:window=512:pool_bits=4"
+    options = ("--context", "11500", "--prompt", "7400", "--cache", dense, "--cache", packed)
+    code, out, _ = command("inspect", directory, *options)
+    assert code == 0
+    cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines() if "│" in line]
+    rows: list[list[str]] = []
+    for row in cells:  # a name goes on in the first cell of the next line
+        if row[3]:
+            rows.append(row)
+        else:
+            rows[-1][0] += row[0]
+    assert [row[0] for row in rows] == [dense, packed]
+    assert 5.2 < float(rows[0][3][:-1]) < float(rows[1][3][:-1])
+
+
+def test_inspect_knows_shapes_by_name(command):
+    code, out, _ = command("inspect", "llama-1b", "--context", "64", "--cache", "full")
+    assert code == 0
+    assert "64 tokens x 1 row, bfloat16; weights 2.3 GiB" in out
+
+
+def test_inspect_draws_its_plan(command, model, tmp_path):
+    file = tmp_path / "new" / "memory.png"
+    code, out, error = command("inspect", model, "--context", "64", "--cache", "full", "--plot", file)
+    assert code == 0
+    assert "64 tokens x 1 row" in out
+    assert error.endswith(f"wrote {file}\n")
+    assert file.read_bytes().startswith(b"\x89PNG")
+    assert [path.name for path in file.parent.iterdir()] == ["memory.png"]
+
+
 HELP = {
     (): ["demo", "generate", "convert", "inspect", "eval", "bench"],
     ("demo",): ["--problems", "--plot"],
@@ -85,7 +124,7 @@ HELP = {
     ("eval", "passkey"): ["--model", "--cache", "--tokens", "--out"],
     ("generate",): ["--cache", "--top-p"],
     ("convert",): ["--dtype", "--verify", "--overwrite"],
-    ("inspect",): ["--context", "--memory"],
+    ("inspect",): ["--context", "--memory", "--plot", "llama-8b"],
     ("bench",): [],
 }
 
@@ -97,6 +136,32 @@ def test_help(command, name):
     assert "Usage: kivi-jax" in out
     for shown in HELP[name]:
         assert shown in out
+
+
+def commands(group, *path):
+    """Every command and group below `group`, by its words."""
+    for name, command in getattr(group, "commands", {}).items():
+        yield (*path, name), command
+        yield from commands(command, *path, name)
+
+
+ALL = dict(commands(get_command(app)))
+
+
+@pytest.mark.parametrize("path", ALL, ids="-".join)
+def test_every_command_says_what_it_does_with_examples_that_it_takes(path):
+    """On one line of a terminal of 80 columns, so that they can be copied."""
+    text = inspect.cleandoc(ALL[path].help)
+    assert re.match(r"[A-Z][^\n]*[.?]", text)
+    examples = re.findall(r"((?:Example|First|Then):  (kivi-jax .*))", text)
+    assert examples
+    for shown, line in examples:
+        assert len(shown) <= 78
+        command, words = get_command(app), shlex.split(line)
+        while isinstance(command, TyperGroup):
+            words = words[1:]
+            command = command.commands[words[0]]
+        command.make_context(line, words[1:])  # raises where an option or a value is wrong
 
 
 @pytest.mark.parametrize(

@@ -7,10 +7,15 @@ import pytest
 
 import kivi_jax as kj
 from kivi_jax.generation import _generate, row_keys
+from kivi_jax.pool import TokenPool
 from tests.models import config, random_llama, stories
 
 LENGTHS = np.array([4, 9, 12])
 NEW = 12
+SCOPE = kj.kivi(
+    2, 8, 8, prompt=kj.SnapKV(budget=8, window=2), decode=kj.Slide(window=4, recent=2)
+)  # prompts longer and shorter than the budget
+UNIFIED = kj.scope(prompt=kj.StreamingLLM(sinks=2, recent=6), decode=kj.StreamingLLM(sinks=2, recent=8))
 
 
 def prompts(seed=0):
@@ -71,8 +76,14 @@ def expected_rows(endless, eos_ids):
 
 @pytest.mark.parametrize(
     ("cache", "steps"),
-    [(kj.full(), (4,)), (kj.full(), (0, 3)), (kj.kivi(2, 8, 8), (2, 5, 7))],
-    ids=["full-one", "full-two", "kivi2-three"],
+    [
+        (kj.full(), (4,)),
+        (kj.full(), (0, 3)),
+        (kj.kivi(2, 8, 8), (2, 5, 7)),
+        (SCOPE, (0, 5, 7)),
+        (UNIFIED, (0, 5, 7)),
+    ],
+    ids=["full-one", "full-two", "kivi2-three", "scope-three", "unified-three"],
 )
 def test_rows_end_at_their_own_step(cache, steps):
     """End-of-sequence tokens are taken from what rows 0, 1, 2 say at the given steps."""
@@ -86,11 +97,18 @@ def test_rows_end_at_their_own_step(cache, steps):
     np.testing.assert_array_equal(out.cache.lengths, LENGTHS + np.array(lengths) - 1)
 
 
-def test_a_row_that_ends_at_once_adds_nothing_to_the_cache(endless):
-    out = generate(lengths=LENGTHS, eos_ids=tuple(endless[:, 0].tolist()))
+@pytest.mark.parametrize("cache", [kj.full(), SCOPE, UNIFIED], ids=["full", "scope", "unified"])
+def test_a_row_that_ends_at_once_adds_nothing_to_the_cache(endless, cache):
+    out = generate(lengths=LENGTHS, cache=cache, eos_ids=tuple(endless[:, 0].tolist()))
     assert out.lengths.tolist() == [1, 1, 1]
     np.testing.assert_array_equal(out.cache.lengths, LENGTHS)
     np.testing.assert_array_equal(out.tokens[:, 0], endless[:, 0])
+    for pool in (
+        segment for layer in out.cache.layers for segment in layer if isinstance(segment, TokenPool)
+    ):
+        expected = np.minimum(LENGTHS, 8) if cache == UNIFIED else 0 * LENGTHS
+        np.testing.assert_array_equal(pool.held, expected)
+        np.testing.assert_array_equal((np.asarray(pool.positions) >= 0).sum(-1), expected[:, None] + [[0, 0]])
 
 
 def test_the_models_own_end_tokens_are_the_default(endless):

@@ -24,6 +24,10 @@ SELECTING = {
         prompt=kj.SnapKV(budget=12, window=4), decode=kj.Adaptive(window=9, recent=4, max_new_tokens=24)
     ),
     "h2o": kj.scope(prompt=kj.H2O(budget=12, recent=4), decode=kj.H2O(budget=16, recent=6)),
+    "streamingllm": kj.scope(
+        prompt=kj.StreamingLLM(sinks=2, recent=9), decode=kj.StreamingLLM(sinks=2, recent=12)
+    ),
+    "kivi2+h2o": kj.kivi(2, 8, 8, prompt=kj.H2O(budget=12, recent=4), decode=kj.Slide(window=8, recent=4)),
     "kivi2+pyramid": kj.kivi(2, 8, 8, prompt=kj.PyramidKV(budget=12, window=4, beta=2)),
     "kivi2+scope": kj.kivi(
         2,

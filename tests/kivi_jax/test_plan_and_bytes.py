@@ -51,6 +51,17 @@ def test_how_much_smaller_than_bfloat16(bits, least):
     assert full >= 2 * 32 * 8 * 32768 * 128 * 2  # K and V, layers, heads, tokens, channels, bytes
 
 
+def test_how_much_smaller_with_a_pool_for_what_is_generated():
+    """Llama-3.1-8B, a prompt of 7.4k tokens, 11.5k in all, decode window 512; less with a packed pool."""
+    options = dict(batch=1, context=11_500, prompt_tokens=7_400, dtype="bfloat16")
+    names = ("full", "kivi2", "kivi2+scope:window=512", "kivi2+scope:window=512:pool_bits=4")
+    full, kivi, dense, packed = (
+        plan_cache(LLAMA_8B, parse_cache(name), **options)["total"] for name in names
+    )
+    assert full / dense >= 5.2
+    assert packed < dense < kivi < full
+
+
 def test_a_window_bounds_the_cache():
     sizes = [
         plan_cache(config(sliding_window=16), kj.kivi(2, 8, 8), batch=1, context=n, dtype="float32")["total"]
@@ -80,7 +91,15 @@ def test_no_row_fits_where_the_weights_do_not():
 def test_parameters_are_counted():
     leaves = jax.tree.leaves(random_llama(config(tie_word_embeddings=True)))
     assert parameter_count(config(tie_word_embeddings=True)) == sum(leaf.size for leaf in leaves)
-    assert parameter_count(LLAMA_8B) == 8_030_261_248
+
+
+@pytest.mark.parametrize(
+    ("shape", "parameters"),
+    [("llama-1b", 1_235_814_400), ("mistral-7b", 7_248_023_552), ("llama-8b", 8_030_261_248)],
+)
+def test_shapes_have_their_models_parameters(shape, parameters):
+    """As the published checkpoints count them."""
+    assert parameter_count(SHAPES[shape]) == parameters
 
 
 @pytest.mark.parametrize("numbers", [dict(batch=0, context=8), dict(batch=1, context=0)], ids=str)
@@ -123,17 +142,25 @@ def test_names_of_caches(text, strategy):
         ("scope:window=wide", "window=wide must be a whole number"),
         ("scope:decode=best", "unknown selector 'best': choose one of slide"),
         ("kivi2:group_size=-8", "must be positive"),
+        ("kivi2:group_size=--8", "group_size=--8 must be a whole number"),
+        ("kivi2:group_size=8:group_size=16", "gives group_size twice"),
+        ("scope:my_prompt_budget=8", "slide has no field my_prompt_budget"),
+        ("scope:decode=h2o:recent=4", "h2o needs budget"),
+        ("scope:decode=adaptive", "adaptive needs max_new_tokens"),
+        (
+            "scope:prompt=snapkv:prompt_budget=8:prompt_pooling=median",
+            "pooling=median must be one of average, max",
+        ),
+        ("kivi2:scale_dtype=int8", "scale_dtype=int8 must be one of float16, bfloat16, float32"),
+        ("scope:pool_scale_dtype=half", "scale_dtype=half must be one of float16"),
+        ("scope:pool_bits=3", "must be 1, 2, 4 or 8"),
+        ("kivi2+scope:decode=h2o:budget=8:recent=4", "nothing would be packed"),
         ("kivi2:group_size=48", "residual_length=128 must be a multiple of key_group_size=48"),
     ],
 )
 def test_caches_that_cannot_be_read(text, message):
     with pytest.raises(ValueError, match=message):
         parse_cache(text)
-
-
-def test_an_unknown_dtype_of_scales():
-    with pytest.raises((ValueError, TypeError), match="scale_dtype"):  # the tests' type checks come first
-        parse_cache("kivi2:scale_dtype=int8")
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kivi_jax.buffers import DenseTokens, Step, attend_token
+from kivi_jax.cache import PoolQuantization
 from kivi_jax.pool import TokenPool
 from kivi_jax.selection import H2O, Adaptive, Discontinuous, Slide, StreamingLLM
 from kivi_jax.stores import DenseStore, PackedStore, hadamard
@@ -58,7 +59,9 @@ class Schedule:
             return min(window, held)
         if isinstance(s, Adaptive):
             return min(held, s.window, s.recent + (t - 1) // s.delta)
-        return min(held, s.window)
+        if isinstance(s, StreamingLLM):
+            return min(held, s.sinks + s.recent)
+        return min(held, s.budget if isinstance(s, H2O) else s.window)
 
 
 SELECTORS = [
@@ -67,35 +70,50 @@ SELECTORS = [
     Adaptive(window=9, recent=3, max_new_tokens=24),
     Discontinuous(window=9, recent=3, max_new_tokens=24),
     Discontinuous(window=8, recent=2, max_new_tokens=8),
+    H2O(budget=9, recent=3),
+    StreamingLLM(sinks=2, recent=7),
 ]
+LONGEST = 7  # tokens of a prompt: no more than the pools hold that prompts share with the output
+
+
+def held_segments(prompt, lengths, selector):
+    """A layer after right-padded prompts [2, B, K, P, H]: dense tokens and an empty pool, or one pool."""
+    batch, heads, width, dim = prompt.shape[1:]
+    if not selector.unified:
+        dense = DenseTokens.from_prompt(prompt[0], prompt[1], lengths, capacity=width, window=None)
+        return dense, empty_pool(lengths, heads, dim, selector)
+    positions = jnp.broadcast_to(jnp.arange(width), (batch, heads, width))
+    store = DenseStore.of(prompt[0], prompt[1], selector.slots)
+    return (TokenPool.of(store, positions, lengths, lengths, selector=selector),)
 
 
 @pytest.mark.parametrize("selector", SELECTORS, ids=repr)
-@settings(max_examples=6, deadline=None)
-@given(
-    lengths=st.lists(st.integers(1, 7), min_size=2, max_size=2),
-    ends=st.lists(st.integers(0, 30), min_size=2, max_size=2),
-    seed=st.integers(0, 99),
-)
-def test_pool_is_attention_over_a_pruned_list(selector, lengths, ends, seed):
-    """Prompt lengths, seeds, and rows that end at different steps."""
+@settings(max_examples=8, deadline=None)
+@given(data=st.data())
+def test_pool_is_attention_over_a_pruned_list(selector, data):
+    """Prompt lengths, seeds, numbers of rows and heads, and rows that end at different steps."""
     steps = 24
-    draw = np.random.default_rng(seed)
-    prompt = jnp.asarray(draw.normal(size=(2, 2, HEADS, 7, DIM)), jnp.float32)
-    queries = jnp.asarray(draw.normal(size=(steps, 2, HEADS * GROUPS, DIM)) * 2, jnp.float32)
-    tokens = jnp.asarray(draw.normal(size=(steps, 2, 2, HEADS, DIM)), jnp.float32)
-    n = jnp.asarray(lengths)
-    segments = (
-        DenseTokens.from_prompt(prompt[0], prompt[1], n, capacity=7, window=None),
-        empty_pool(n, HEADS, DIM, selector),
-    )
+    batch, heads, groups = data.draw(st.sampled_from([(2, 2, 2), (1, 3, 1), (3, 1, 4)]))
+    per_row = dict(min_size=batch, max_size=batch)
+    lengths = data.draw(st.lists(st.integers(1, LONGEST), **per_row))
+    ends = data.draw(st.lists(st.integers(0, 30), **per_row))
+    draw = np.random.default_rng(data.draw(st.integers(0, 99)))
+    prompt = jnp.asarray(draw.normal(size=(2, batch, heads, LONGEST, DIM)), jnp.float32)
+    queries = jnp.asarray(draw.normal(size=(steps, batch, heads * groups, DIM)) * 2, jnp.float32)
+    tokens = jnp.asarray(draw.normal(size=(steps, 2, batch, heads, DIM)), jnp.float32)
+    segments = held_segments(prompt, jnp.asarray(lengths), selector)
     wide = np.asarray(prompt, np.float64)
     lists = {
-        (b, k): ListPool([(wide[0, b, k, t], wide[1, b, k, t]) for t in range(lengths[b])], selector.recent)
-        for b in range(2)
-        for k in range(HEADS)
+        (b, k): ListPool(
+            [(wide[0, b, k, t], wide[1, b, k, t]) for t in range(lengths[b])],
+            selector.recent,
+            sinks=getattr(selector, "sinks", None),
+            unified=selector.unified,
+        )
+        for b in range(batch)
+        for k in range(heads)
     }
-    schedules = {b: Schedule(selector) for b in range(2)}
+    schedules = {b: Schedule(selector) for b in range(batch)}
     for t in range(1, steps + 1):
         active = np.array([t <= end for end in ends])
         query, (key, value) = queries[t - 1], tokens[t - 1]
@@ -103,8 +121,8 @@ def test_pool_is_attention_over_a_pruned_list(selector, lengths, ends, seed):
         for b in np.flatnonzero(active):
             held = len(lists[b, 0].tokens) + 1
             stay = schedules[b].stay(t, held)
-            for k in range(HEADS):
-                group = slice(k * GROUPS, (k + 1) * GROUPS)
+            for k in range(heads):
+                group = slice(k * groups, (k + 1) * groups)
                 expected = lists[b, k].step(
                     np.asarray(query[b, group], np.float64),
                     lengths[b] + t - 1,
@@ -117,10 +135,10 @@ def test_pool_is_attention_over_a_pruned_list(selector, lengths, ends, seed):
         for b, k in lists:
             assert kept(segments[-1], b, k) == lists[b, k].positions
             assert len(lists[b, k].positions) <= selector.slots
-        assert segments[-1].held.tolist() == [len(lists[b, 0].tokens) for b in range(2)]
+        assert segments[-1].held.tolist() == [len(lists[b, 0].tokens) for b in range(batch)]
 
 
-def replay(case, golden, inputs, selector, *, unified=False):
+def replay(case, golden, inputs, selector):
     """Kept sets of the original at every step against ours, one query head per KV head, layer 0."""
     order = golden[f"{case}__order"][:, 0].astype(int)  # steps + 1, H, slots; 255 is empty
     query, key, value = (jnp.asarray(inputs[name][0]) for name in "qkv")  # H, tokens, dim
@@ -130,7 +148,7 @@ def replay(case, golden, inputs, selector, *, unified=False):
     index = positions[..., None]
     keys, values = (jnp.take_along_axis(x[None, :, :prompt], index, axis=2) for x in (key, value))
     count, length = jnp.asarray([positions.shape[2]]), jnp.asarray([prompt])
-    if unified:
+    if selector.unified:
         store = DenseStore.of(keys, values, selector.slots)
         segments = (TokenPool.of(store, positions, count, length, selector=selector),)
     else:
@@ -142,29 +160,47 @@ def replay(case, golden, inputs, selector, *, unified=False):
             segments, query[None, :, at], key[None, :, at], value[None, :, at], jnp.asarray([True])
         )
         for head in range(key.shape[0]):
-            ours = set(kept(segments[-1], 0, head)) | (set() if unified else set(prompt_sets[head]))
+            ours = set(kept(segments[-1], 0, head)) | (set() if selector.unified else set(prompt_sets[head]))
             assert ours == set(order[t, head].tolist()) - {255}, f"step {t}, head {head}"
 
 
-@pytest.mark.parametrize("prompt", ["ALLKV", "H2O", "SnapKV"])
-@pytest.mark.parametrize("metric", ["slide", "adaptive", "discontinuous"])
-def test_kept_sets_equal_the_original_scope(shared, prompt, metric):
-    """At each of 60 steps, per head. The original does not bound adaptive's window: ours is set wide."""
-    golden = np.load(shared / "golden" / "scope_select_L1.npz")
-    inputs = np.load(shared / "golden" / "scope_select_inputs.npz")
-    if metric == "slide":
-        replay(f"{prompt}+slide_L1_P96", golden, inputs, Slide(window=24, recent=8))
-    else:
-        kind = {"adaptive": Adaptive, "discontinuous": Discontinuous}[metric]
-        selector = kind(window=40, recent=8, max_new_tokens=8 + 3 * 32)
-        assert selector.delta == 3
-        replay(f"{prompt}+{metric}_L1_P96_d3", golden, inputs, selector)
+def growing(kind, delta):
+    """A selector whose window grows every `delta` steps. The original does not bound it: ours is set wide."""
+    selector = kind(window=80, recent=8, max_new_tokens=8 + delta * 72)
+    assert selector.delta == delta
+    return selector
 
 
-def test_kept_sets_equal_the_original_unified_h2o(shared):
-    golden = np.load(shared / "golden" / "scope_select_L1.npz")
-    inputs = np.load(shared / "golden" / "scope_select_inputs.npz")
-    replay("H2O+h2o_L1_P96", golden, inputs, H2O(budget=72, recent=8), unified=True)
+@pytest.fixture(scope="module")
+def recorded(shared):
+    """The original's kept tokens, and the queries, keys and values it was given."""
+    files = ("L1", "shortprompts", "inputs")
+    one, short, inputs = (dict(np.load(shared / "golden" / f"scope_select_{name}.npz")) for name in files)
+    return one | short, inputs
+
+
+REPLAYS = {
+    **{f"{p}+slide_L1_P96": Slide(window=24, recent=8) for p in ("ALLKV", "H2O", "SnapKV")},
+    "SnapKV+slide_L1_P96_k7_maxpool": Slide(window=24, recent=8),
+    **{f"{p}+adaptive_L1_P96_d3": growing(Adaptive, 3) for p in ("ALLKV", "H2O", "SnapKV")},
+    **{f"{p}+discontinuous_L1_P96_d3": growing(Discontinuous, 3) for p in ("ALLKV", "H2O", "SnapKV")},
+    "H2O+adaptive_L1_P96_d5": growing(Adaptive, 5),
+    "H2O+discontinuous_L1_P96_d5": growing(Discontinuous, 5),
+    # Prompts of just the budget, and a little more; those below it the original prunes as if decoded.
+    **{f"{p}+slide_L1_P{n}": Slide(window=24, recent=8) for p in ("H2O", "SnapKV") for n in (48, 49, 60)},
+    **{f"ALLKV+slide_L1_P{n}": Slide(window=24, recent=8) for n in (40, 47, 48, 49, 60)},
+    **{f"H2O+adaptive_L1_P{n}_d3": growing(Adaptive, 3) for n in (48, 49, 60)},
+    **{f"H2O+discontinuous_L1_P{n}_d3": growing(Discontinuous, 3) for n in (48, 49, 60)},
+    "H2O+h2o_L1_P96": H2O(budget=72, recent=8),
+    "H2O+h2o_L1_P96_DW9_R8": H2O(budget=57, recent=8),
+    **{f"H2O+h2o_L1_P{n}": H2O(budget=72, recent=8) for n in (40, 47, 48, 49, 60)},
+}
+
+
+@pytest.mark.parametrize("case", REPLAYS)
+def test_kept_sets_equal_the_original_scope(recorded, case):
+    """At each of 60 steps, per head."""
+    replay(case, *recorded, REPLAYS[case])
 
 
 def test_streaming_llm_keeps_sinks_and_the_newest():
@@ -226,3 +262,9 @@ def test_a_packed_pool_holds_what_it_was_given(bits, error):
 def test_hadamard_is_orthonormal(size):
     matrix = hadamard(size)
     np.testing.assert_allclose(matrix @ matrix.T, np.eye(size), atol=1e-12)
+
+
+@pytest.mark.parametrize(("field", "value"), [("bits", 3), ("group_size", 0)])
+def test_what_a_pool_cannot_be_packed_as_is_said_at_once(field, value):
+    with pytest.raises(ValueError, match=f"{field}={value!r} must be"):
+        PoolQuantization(**{field: value})

@@ -1,5 +1,7 @@
 """Prompt selectors: against the recorded original, plain NumPy definitions, and their budgets."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,10 @@ from hypothesis import strategies as st
 
 import kivi_jax as kj
 from kivi_jax.attention import add_weights, causal_attention
-from kivi_jax.selection import ALL_QUERIES, drop_lowest, drop_one, pool_neighbours
+from kivi_jax.names import parse_cache
+from kivi_jax.plan import plan_cache
+from kivi_jax.selection import ALL_QUERIES, drop_lowest, drop_one, pool_neighbours, pyramid_budget
+from tests.models import config
 
 WIDTH, HEADS, DIM = 96, 4, 16
 
@@ -152,3 +157,96 @@ def test_dropping_one_is_dropping_the_lowest():
 def test_impossible_sizes_are_refused(build, message):
     with pytest.raises(ValueError, match=message):
         build()
+
+
+def best(score, count):
+    """The `count` highest; of equals, the newest."""
+    return set(sorted(range(len(score)), key=lambda i: (score[i], i), reverse=True)[:count])
+
+
+DEFINED = {
+    "streamingllm": kj.StreamingLLM(sinks=3, recent=9),
+    "h2o": kj.H2O(budget=12, recent=5),
+    "snapkv": kj.SnapKV(budget=12, window=5, kernel=3),
+    "snapkv, maximum": kj.SnapKV(budget=12, window=5, kernel=7, pooling="max"),
+    "pyramidkv": kj.PyramidKV(budget=12, window=5, beta=7, kernel=5),
+    "pyramidinfer": kj.PyramidInfer(budget=12, window=5, beta=3),
+    "keepall": kj.KeepAll(),
+}
+
+
+@pytest.mark.parametrize("name", DEFINED)
+def test_prompt_selectors_are_their_papers_definitions(name):
+    """Rows of several lengths, two query heads per KV head, five layers; against plain NumPy."""
+    selector, layers, lengths = DEFINED[name], 5, [40, 23, 12, 6, 1]
+    draw = np.random.default_rng(4)
+    query = jnp.asarray(draw.normal(size=(len(lengths), 4, 40, 8)) * 2, jnp.float32)
+    key = jnp.asarray(draw.normal(size=(len(lengths), 2, 40, 8)), jnp.float32)
+    weights = jnp.zeros(key.shape[:3])
+    if selector.observed:
+        weights = observed_weights(query, key, lengths, selector.observed)
+    for layer in range(layers):
+        positions, kept = selector.select(weights, jnp.asarray(lengths), layer, layers)
+        for (b, n), k in itertools.product(enumerate(lengths), range(2)):
+            heads = causal_weights(query[b, 2 * k : 2 * k + 2], jnp.repeat(key[b, k][None], 2, 0), n)
+            expected = defined(selector, heads, n, layer, layers)
+            assert set(positions[b, k, : kept[b]].tolist()) == expected
+
+
+def defined(selector, weights, n, layer, layers):
+    """The tokens that a paper keeps of a prompt of n, given all causal weights [H, n, n]."""
+    if isinstance(selector, kj.KeepAll):
+        return set(range(n))
+    if isinstance(selector, kj.StreamingLLM):
+        return {i for i in range(n) if i < selector.sinks or i >= n - selector.recent}
+    window = selector.recent if isinstance(selector, kj.H2O) else selector.window
+    cap = selector.budget
+    if n <= cap:
+        return set(range(n))
+    if isinstance(selector, kj.PyramidKV | kj.PyramidInfer):
+        base = cap - window
+        if n >= 2 * base:  # else every layer keeps as many
+            largest = min(2 * base - base // selector.beta, n - window)
+            smallest = 2 * base - largest
+            cap = min(n, largest - layer * ((largest - smallest) // layers) + window)
+    queries = slice(n - window, n) if selector.observed == window else slice(0, n)
+    score = weights[:, queries, : n - window].sum((0, 1))
+    if kernel := getattr(selector, "kernel", 0):
+        padded = np.pad(score, kernel // 2)
+        neighbours = np.lib.stride_tricks.sliding_window_view(padded, kernel)
+        score = neighbours.max(-1) if selector.pooling == "max" else neighbours.mean(-1)
+    return best(score, cap - window) | set(range(n - window, n))
+
+
+def test_of_equal_prompt_tokens_the_newer_stay():
+    selector = kj.H2O(budget=5, recent=2)
+    positions, _ = selector.select(jnp.ones((1, 1, 9)), jnp.asarray([9]), 0, 1)
+    assert positions[0, 0].tolist() == [4, 5, 6, 7, 8]
+
+
+def test_a_pyramid_has_the_budgets_of_the_original():
+    """Recorded from it: 79 and 48 of a prompt of 96, with a budget of 48 and a window of 16."""
+    for selector in (kj.PyramidKV(budget=48, window=16), kj.PyramidInfer(budget=48, window=16)):
+        budgets = [int(pyramid_budget(selector, jnp.asarray([96]), layer, 2)[0]) for layer in range(2)]
+        assert budgets == [79, 48]
+        assert [selector.most(layer, 2, 96) for layer in range(2)] == [79, 48]
+
+
+@pytest.mark.parametrize(
+    "name", ["scope", "scope:prompt=snapkv:prompt_budget=64:decode=keepall", "kivi2+scope"]
+)
+def test_models_with_a_sliding_window_are_refused_before_anything_is_computed(name):
+    with pytest.raises(ValueError, match="within sliding_window=16 tokens, on which selecting tokens is not"):
+        plan_cache(config(sliding_window=16), parse_cache(name), batch=1, context=8, dtype="float32")
+
+
+def test_a_prompt_that_fills_a_pool_that_it_shares_is_refused():
+    """With what to do; and taken if a prompt selector makes it small enough."""
+    options = dict(batch=1, context=64, prompt_tokens=40, dtype="float32")
+    shared = "scope:decode=h2o:budget=32:recent=8"
+    with pytest.raises(ValueError, match=r"the prompt may keep 40 tokens, .* pass a prompt= selector"):
+        plan_cache(config(), parse_cache(shared), **options)
+    planned = plan_cache(
+        config(), parse_cache(f"{shared}:prompt=h2o:prompt_budget=32:prompt_recent=8"), **options
+    )
+    assert planned["pool"] == 2 * 2 * 2 * 33 * 8 * 4  # layers, K and V, heads, slots, channels, bytes

@@ -12,11 +12,23 @@ def softmax_weights(query: np.ndarray, keys: list[np.ndarray]) -> np.ndarray:
 
 
 class ListPool:
-    """The kept tokens of one head, oldest first: (position, key, value). `prompt` is never pruned."""
+    """The kept tokens of one head, oldest first: (position, key, value).
 
-    def __init__(self, prompt: list[tuple[np.ndarray, np.ndarray]], recent: int):
-        self.prompt, self.recent = prompt, recent
-        self.tokens: list[tuple[int, np.ndarray, np.ndarray]] = []
+    `prompt` is never pruned, unless `unified`: then it is among the tokens. With `sinks`, not the heaviest
+    but the first of a text are kept beside the last `recent`.
+    """
+
+    def __init__(
+        self,
+        prompt: list[tuple[np.ndarray, np.ndarray]],
+        recent: int,
+        *,
+        sinks: int | None = None,
+        unified: bool = False,
+    ):
+        self.prompt = [] if unified else prompt
+        self.recent, self.sinks = recent, sinks
+        self.tokens = [(i, key, value) for i, (key, value) in enumerate(prompt)] if unified else []
 
     def step(self, queries: np.ndarray, position: int, key: np.ndarray, value: np.ndarray) -> np.ndarray:
         """Take a token and attend to all that is held [G, H]; remembers the weights summed over queries."""
@@ -28,7 +40,11 @@ class ListPool:
         return np.stack([attention(query, keys, values) for query in queries])
 
     def keep(self, count: int) -> None:
-        """Prune to the last `recent` and the heaviest of the others."""
+        """Prune to the last `recent`, and of the others the heaviest or those at sinks."""
+        if self.sinks is not None:
+            older, newest = self.tokens[: -self.recent], self.tokens[-self.recent :]
+            self.tokens = [token for token in older if token[0] < self.sinks] + newest
+            return
         others = range(len(self.tokens) - self.recent)
         ranked = sorted(others, key=lambda i: (self.weights[i], self.tokens[i][0]), reverse=True)
         chosen = set(ranked[: count - self.recent]) | set(range(len(self.tokens))[-self.recent :])

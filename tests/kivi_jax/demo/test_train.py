@@ -14,16 +14,14 @@ from kivi_jax.demo import tokenizer
 from kivi_jax.demo.batches import encode, training_batch
 from kivi_jax.demo.export import export
 from kivi_jax.demo.initialize import initialize
-from kivi_jax.demo.recipe import EVEN, Recipe, Stage, model_config
+from kivi_jax.demo.recipe import EVEN, Cycle, Recipe, Stage, model_config
 from kivi_jax.demo.tasks import Problem
 from kivi_jax.demo.train import TrainState, make_optimizer, train, update
 from kivi_jax.loading import load
 from kivi_jax.rope import apply_rope, rope_frequencies
 
-SHORT = Recipe(
-    stages=(Stage(steps=2, rows=4, tokens=96), Stage(steps=2, rows=4, tokens=128)),
-    rates=((0, 0.0), (1, 1.0), (3, 1.0), (4, 0.0)),
-)
+STAGES = Stage(steps=2, rows=4, tokens=96), Stage(steps=2, rows=4, tokens=128)
+SHORT = Recipe(cycles=(Cycle(STAGES, rates=((0, 0.0), (1, 1.0), (3, 1.0), (4, 0.0))),))
 
 
 @pytest.fixture(autouse=True)
@@ -51,18 +49,41 @@ def test_training_batches_differ_by_step_and_never_by_run():
     assert (first != second).any()
 
 
-def test_every_step_has_its_stage():
+def test_every_step_has_its_cycle_and_stage():
     first, second = Stage(steps=2, rows=4, tokens=96), Stage(steps=1, rows=4, tokens=128)
-    recipe = Recipe(stages=(first, second))
-    assert [recipe.stage(step) for step in range(recipe.steps)] == [first, first, second]
-    with pytest.raises(ValueError, match="below 3"):
-        recipe.stage(3)
+    recipe = Recipe(cycles=(Cycle((first, second), rates=()), Cycle((first,), rates=())))
+    expected = [(0, first), (0, first), (0, second), (1, first), (1, first)]
+    assert [recipe.find(step) for step in range(recipe.steps)] == expected
+    assert [recipe.first_step(cycle) for cycle in (0, 1)] == [0, 3]
+    with pytest.raises(ValueError, match="step=5 must be below 5"):
+        recipe.find(5)
+
+
+def test_a_cycle_needs_only_the_model_that_the_one_before_ends_with(tmp_path):
+    cycle = Cycle(STAGES[:1], rates=((0, 0.0), (1, 1.0), (2, 0.0)))
+    recipe = Recipe(cycles=(cycle, cycle))
+    whole, _ = train(recipe, tmp_path / "whole", measure_every=4)
+    first, _ = train(Recipe(cycles=(cycle,)), tmp_path / "first", measure_every=4)
+    second, curve = train(recipe, tmp_path / "second", start=first, cycle=1, measure_every=4)
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(whole), nnx.state(second))
+    assert [measure["step"] for measure in curve] == [4]
+
+    mean, _ = train(
+        Recipe(cycles=(cycle, dataclasses.replace(cycle, average=True))),
+        tmp_path / "mean",
+        start=first,
+        cycle=1,
+    )
+    jax.tree.map(
+        lambda got, a, b: np.testing.assert_allclose(got, (a + b) / 2, atol=1e-6),
+        *(nnx.state(model) for model in (mean, first, second)),
+    )
 
 
 def test_a_step_lowers_the_loss():
     graph, parameters = nnx.split(initialize(model_config(), 0))
-    optimizer = make_optimizer(SHORT)
-    state = TrainState(parameters, optimizer.init(parameters))
+    optimizer = make_optimizer(SHORT, 0)
+    state = TrainState(parameters, optimizer.init(parameters), began=jax.tree.map(jnp.copy, parameters))
     batch = training_batch(tokenizer.build(), 0, rows=4, tokens=96, names=EVEN)
     losses = []
     for _ in range(SHORT.steps):

@@ -1,12 +1,16 @@
 """`kivi-jax eval`: predictions that survive a cut, and what the report says of them."""
 
+import functools
 import json
+import os
+import signal
+import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 
-from kivi_jax.cli import app
-from kivi_jax.console import run
 from kivi_jax.eval import generating
 from kivi_jax.eval.jobs import read_records
 from tests.convert.checkpoints import LLAMA, write_checkpoint
@@ -17,18 +21,9 @@ CACHES = ("full", "kivi2:group_size=8:residual_length=8")
 
 
 @pytest.fixture
-def command(monkeypatch, capsys):
-    """The command line in this process: exit code, stdout and stderr, without colors and 200 wide."""
-    monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setenv("NO_COLOR", "1")
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["kivi-jax", "eval", *map(str, arguments)])
-        with pytest.raises(SystemExit) as caught:
-            run(app)
-        return caught.value.code, *capsys.readouterr()
-
-    return call
+def command(command):
+    """`kivi-jax eval` in this process."""
+    return functools.partial(command, "eval")
 
 
 @pytest.fixture(scope="module")
@@ -37,13 +32,27 @@ def model(tmp_path_factory):
     return write_checkpoint(tmp_path_factory.mktemp("eval") / "model", config, tokens=61)
 
 
+@pytest.fixture
+def computed(monkeypatch):
+    """The prompts that were continued in this process."""
+    prompts = []
+    original = generating.continue_prompts
+
+    def counting(model, batch, **options):
+        prompts.extend(batch)
+        return original(model, batch, **options)
+
+    monkeypatch.setattr(generating, "continue_prompts", counting)
+    return prompts
+
+
 def needle(model, out):
     options = [option for cache in CACHES for option in ("--cache", cache)]
     lengths = ("--length", 60, "--length", 64)  # of one padded width
     return ("needle", "--model", model, "--out", out, *lengths, "--depths", 3, "--batch", 2, *options)
 
 
-def test_an_evaluation_cut_off_is_finished_with_the_same_predictions(command, model, tmp_path, monkeypatch):
+def test_an_evaluation_cut_off_is_finished_with_the_same_predictions(command, model, tmp_path, computed):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     code, out, _ = command(*needle(model, whole))
     assert code == 0
@@ -53,14 +62,7 @@ def test_an_evaluation_cut_off_is_finished_with_the_same_predictions(command, mo
         (cut / "needle").mkdir(parents=True, exist_ok=True)
         (cut / "needle" / name).write_bytes(data[: len(data) * 2 // 3] if name == names[0] else data[:10])
     held = len(read_records(cut / "needle" / names[0])[1])
-    computed = []
-    original = generating.continue_prompts
-
-    def counting(model, prompts, **options):
-        computed.extend(prompts)
-        return original(model, prompts, **options)
-
-    monkeypatch.setattr(generating, "continue_prompts", counting)
+    computed.clear()
     code, again, _ = command(*needle(model, cut))
     assert code == 0
     assert 0 < held < 6
@@ -74,6 +76,53 @@ def test_an_evaluation_cut_off_is_finished_with_the_same_predictions(command, mo
     code, reported, _ = command("report", whole)
     assert code == 0
     assert "60 tokens" in reported
+
+
+def test_an_evaluation_killed_is_finished_with_the_same_predictions(command, model, tmp_path, computed):
+    """SIGKILL to a process that has written some predictions; the next one computes the others only."""
+    whole, cut, name = tmp_path / "whole", tmp_path / "cut", "full.jsonl"
+    options = ("--length", 64, "--depths", 5, "--repeats", 200, "--batch", 2, "--cache", "full")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "kivi_jax.cli", "eval"]
+        + [str(word) for word in ("needle", "--model", model, "--out", cut, *options)],
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])},
+    )
+    deadline = time.monotonic() + 300
+    path = cut / "needle" / name
+    while not (path.exists() and path.read_bytes().count(b"\n") > 5):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    held = len(read_records(path)[1])
+    assert 5 <= held < 1000
+    limited = (*options, "--limit", held + 6)
+    assert command("needle", "--model", model, "--out", cut, *limited)[0] == 0
+    assert len(computed) == 6
+    assert command("needle", "--model", model, "--out", whole, *limited)[0] == 0
+    assert path.read_bytes() == (whole / "needle" / name).read_bytes()
+
+
+def test_longgenbench_reports_its_tasks_together(command, model, tmp_path):
+    """Run at once or one after another, from one folder; prompts have as many questions as the papers'."""
+    data = tmp_path / "data"
+    data.mkdir()
+    for task, count, answer in (("gsm8k", 30, "#### 1"), ("csqa", 40, "A")):
+        prompt = "".join(f"Question_{i}: w{i}\n" for i in range(1, count + 1))
+        row = {"prompt": prompt, "answers": [answer] * count}
+        (data / f"{task}_{count}.jsonl").write_text(json.dumps(row) + "\n")
+    options = ("--model", model, "--data", data, "--max-new-tokens", 2, "--cache", "full", "--task")
+    for out, runs in {"one": [["gsm8k"], ["csqa"]], "two": [["gsm8k", "--task", "csqa"]]}.items():
+        for tasks in runs:
+            code, printed, _ = command("longgenbench", *options, *tasks, "--out", tmp_path / out)
+            assert code == 0
+        assert "CSQA+" in printed
+        assert "GSM8K+" in printed
+    for task, message in (("mmlu", "there is no mmlu_30.jsonl"), ("x", "unknown task x")):
+        code, _, error = command("longgenbench", *options, task, "--out", tmp_path / "three")
+        assert code == 2
+        assert message in error
 
 
 def write_records(path, cache, scores, evaluation="ruler"):
@@ -93,6 +142,7 @@ def test_the_report_marks_differences_within_noise(command, tmp_path):
     code, out, _ = command("report", tmp_path)
     assert code == 0
     rows = {line.split("│")[1].strip(): line for line in out.splitlines() if line.startswith("│")}
+    assert "percent of 40 samples" in out
     assert "75.00" in rows["full"]
     assert "72.50~" in rows["near"]
     assert "noise" in rows["near"]
@@ -113,10 +163,22 @@ def test_the_report_marks_differences_within_noise(command, tmp_path):
             ("longgenbench", "--model", "MODEL", "--out", "o", "--data", "d", "--task", "x"),
             "unknown task",
         ),
+        (
+            ("gsm8k", "--model", "MODEL", "--out", "o", "--data", "rows"),
+            "rows/train.jsonl: row 1 has no field",
+        ),
+        *(
+            ((name, "--model", "MODEL", "--out", "o", "--data", "rows/train.jsonl"), "row 1 has no field")
+            for name in ("ruler", "needle", "longgenbench")
+        ),
+        (("study", "--model", "MODEL", "--out", "o", "--data", "rows/train.jsonl"), "the text has"),
+        (("kept", "--model", "MODEL", "--cache", "scope:window=4"), "recent=256 and window=4"),
     ],
 )
 def test_mistakes_end_in_one_line(command, model, arguments, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / "train.jsonl").write_text('{"other": 1}\n')
     code, _, error = command(*(str(model) if word == "MODEL" else word for word in arguments))
     assert code == 2
     assert message in error

@@ -1,5 +1,6 @@
 """The lm-evaluation-harness on our models: its numbers are transformers', its texts are `complete`'s."""
 
+import json
 import subprocess
 import sys
 
@@ -12,10 +13,13 @@ from tests.convert.checkpoints import LLAMA, write_checkpoint
 pytest.importorskip("lm_eval", reason="the harness is not installed (extra eval)")
 
 from lm_eval import simple_evaluate
+from lm_eval._cli.utils import key_val_to_dict
 from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
+from lm_eval.utils import simple_parse_args_string
 
-from kivi_jax.eval.lm_eval import KiviJax
+from kivi_jax.eval.lm_eval import KiviJax, main
+from kivi_jax.names import parse_cache
 
 KIVI = "kivi2:group_size=8:residual_length=8"
 
@@ -33,11 +37,21 @@ def requests(kind, *arguments):
     ]
 
 
+def transformers_log_probs(model, context, continuation):
+    """Log-probabilities of a continuation's tokens, and whether each was the likeliest."""
+    import torch
+
+    with torch.no_grad():
+        log_probs = torch.log_softmax(model(torch.tensor([context + continuation])).logits[0], -1).numpy()
+    rows = np.arange(len(continuation)) + len(context) - 1
+    return log_probs[rows, continuation], log_probs[rows].argmax(-1) == continuation
+
+
 TEXTS = [("w3 w1 w4 w1", " w5 w9"), ("w2 w7", " w1"), ("w8 " * 30 + "w3", " w1 w4"), ("", "w6 w5")]
 
 
 def test_log_likelihoods_under_a_full_cache_are_transformers(checkpoint):
-    torch = pytest.importorskip("torch")
+    pytest.importorskip("torch")
     from transformers import LlamaForCausalLM
 
     ours = KiviJax(str(checkpoint), batch_size=3)
@@ -45,12 +59,35 @@ def test_log_likelihoods_under_a_full_cache_are_transformers(checkpoint):
     model = LlamaForCausalLM.from_pretrained(checkpoint).eval()
     for (context, continuation), (log_prob, greedy) in zip(TEXTS, answers, strict=True):
         start = ours.tok_encode(context) or [2]  # there is no begin token: the text's end stands for it
-        ids = start + ours.tok_encode(continuation)
-        with torch.no_grad():
-            log_probs = torch.log_softmax(model(torch.tensor([ids])).logits[0], -1).numpy()
-        rows, tokens = np.arange(len(start), len(ids)) - 1, ids[len(start) :]
-        assert log_prob == pytest.approx(log_probs[rows, tokens].sum(), abs=1e-3)
-        assert greedy == (log_probs[rows].argmax(-1) == tokens).all()
+        log_probs, likeliest = transformers_log_probs(model, start, ours.tok_encode(continuation))
+        assert log_prob == pytest.approx(log_probs.sum(), abs=1e-3)
+        assert greedy == likeliest.all()
+
+
+def test_a_trained_models_log_likelihoods_are_transformers(shared):
+    """Texts of GSM8K, with a tokenizer that puts a token before each; and rolling over several windows."""
+    pytest.importorskip("torch")
+    from transformers import LlamaForCausalLM
+
+    directory = shared / "models" / "stories260K"
+    ours = KiviJax(str(directory), batch_size=2, max_length=100)
+    model = LlamaForCausalLM.from_pretrained(directory).eval()
+    rows = [
+        json.loads(line) for line in (shared / "data/gsm8k/test.jsonl").read_text("utf-8").split("\n")[:2]
+    ]
+    pairs = [(row["question"][-60:], " " + row["answer"][:40]) for row in rows]
+    answers = ours.loglikelihood(requests("loglikelihood", *pairs), disable_tqdm=True)
+    for (context, continuation), (log_prob, _) in zip(pairs, answers, strict=True):
+        whole, start = ours.tok_encode(context + continuation), ours.tok_encode(context)
+        assert start[0] == whole[0] == 1
+        log_probs, _ = transformers_log_probs(model, start, whole[len(start) :])
+        assert log_prob == pytest.approx(log_probs.sum(), abs=1e-3)
+    (rolled,) = ours.loglikelihood_rolling(requests("loglikelihood_rolling", (rows[0]["question"],)), True)
+    ids = ours.tok_encode(rows[0]["question"])
+    windows = [([1], ids[:100]), (ids[len(ids) - 101 : 100], ids[100:])]  # the last has a full context
+    expected = sum(transformers_log_probs(model, *window)[0].sum() for window in windows)
+    assert len(ids) < 200
+    assert rolled == pytest.approx(expected, abs=1e-3)
 
 
 def test_bits_change_log_likelihoods_and_rolling_ones_are_sums_over_windows(checkpoint):
@@ -84,6 +121,47 @@ def test_generation_equals_complete_and_stops_where_told(checkpoint, cache):
     stop = answers[0].split()[4]
     stopped = lm.generate_until(requests("generate_until", (texts[0], options | {"until": [stop]})), True)
     assert stopped == [answers[0].split(stop)[0]]
+
+
+CACHES = [
+    "kivi4:group_size=8:residual_length=16:scale_dtype=bfloat16",
+    "scope:window=8:recent=4",
+    "scope:prompt=snapkv:prompt_budget=8:prompt_window=2:prompt_pooling=max:decode=keepall",
+    "scope:prompt=h2o:prompt_budget=8:prompt_recent=2:decode=h2o:budget=10:recent=4",
+    "scope:prompt=streamingllm:prompt_sinks=2:prompt_recent=4:decode=streamingllm:sinks=2:recent=6",
+    "kivi2+scope:group_size=8:residual_length=8:prompt=pyramidkv:prompt_budget=8:prompt_window=2:window=8:recent=4",
+    "kivi2+scope:group_size=8:residual_length=8:prompt=pyramidinfer:prompt_budget=8:prompt_window=2:decode="
+    "adaptive:window=8:recent=4:max_new_tokens=20:pool_bits=4:pool_group_size=8",
+    "scope:decode=discontinuous:window=8:recent=4:max_new_tokens=20:pool_bits=2:pool_group_size=8",
+]
+
+
+@pytest.mark.parametrize("read", [simple_parse_args_string, key_val_to_dict], ids=["python", "command"])
+@pytest.mark.parametrize("cache", CACHES)
+def test_model_args_carry_the_name_of_every_cache(read, cache):
+    """Through both of the harness's readers, to the strategy that the name means."""
+    assert read(f"pretrained=x,cache={cache},max_length=64") == {
+        "pretrained": "x",
+        "cache": cache,
+        "max_length": 64,
+    }
+    assert parse_cache(cache) != kj.full()
+
+
+@pytest.mark.parametrize("cache", [CACHES[3], CACHES[5], CACHES[7]])
+def test_selecting_caches_generate_as_complete_does_and_score_what_they_hold(checkpoint, cache):
+    lm = KiviJax(str(checkpoint), cache=cache, batch_size=2)
+    text = "w3 w1 w4 " * 8
+    (answer,) = lm.generate_until(
+        requests("generate_until", (text, {"until": [], "max_gen_toks": 20, "do_sample": False})), True
+    )
+    model, tokenizer = kj.load(checkpoint)
+    assert [answer] == kj.complete(model, tokenizer, [text], cache=parse_cache(cache), max_new_tokens=20)
+    pair = (text, " ".join(f" w{i * i % 61}" for i in range(20)))
+    ((log_prob, _),) = lm.loglikelihood(requests("loglikelihood", pair), True)
+    ((full, _),) = KiviJax(str(checkpoint), batch_size=2).loglikelihood(requests("loglikelihood", pair), True)
+    assert log_prob != full
+    assert log_prob == pytest.approx(full, rel=0.05)
 
 
 TASK = """
@@ -127,10 +205,39 @@ def test_the_harness_runs_a_local_task_over_gsm8k_offline(shared, tmp_path, cach
 def test_what_cannot_be_used_is_refused(checkpoint):
     with pytest.raises(ValueError, match="batch_size='auto'"):
         KiviJax(str(checkpoint), batch_size="auto")
+    with pytest.raises(ValueError, match="model_args of kivi-jax has no cahce: take pretrained, cache"):
+        KiviJax(str(checkpoint), cahce="kivi2")
+    with pytest.raises(ValueError, match="value_group_size=32 must divide"):
+        KiviJax(str(checkpoint), cache="kivi2")
     lm = KiviJax(str(checkpoint), max_length=8)
     options = {"until": [], "max_gen_toks": 8}
     with pytest.raises(ValueError, match="leaves no room"):
         lm.generate_until(requests("generate_until", ("w1", options)), True)
+
+
+def test_a_greedy_task_may_ask_for_a_repetition_penalty(checkpoint):
+    lm = KiviJax(str(checkpoint))
+    options = {"until": [], "max_gen_toks": 8, "do_sample": False, "repetition_penalty": 1.5}
+    (answer,) = lm.generate_until(requests("generate_until", ("w3 w1", options)), True)
+    model, tokenizer = kj.load(checkpoint)
+    sampler = kj.Greedy(repetition_penalty=1.5)
+    assert [answer] == kj.complete(
+        model, tokenizer, ["w3 w1"], cache=kj.full(), max_new_tokens=8, sampler=sampler
+    )
+
+
+def test_a_mistake_on_the_command_line_ends_in_one_line(checkpoint, tmp_path, monkeypatch, capfd):
+    (tmp_path / "task.yaml").write_text(TASK.replace("DATA", "none.jsonl").replace("CACHE", str(tmp_path)))
+    model_args = f"pretrained={checkpoint},cache=kivi3"
+    arguments = ["run", "--model", "kivi-jax", "--tasks", "questions", "--include_path", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["lm_eval", *arguments, "--model_args", model_args])
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit) as caught:
+        main()
+    error = capfd.readouterr().err
+    assert caught.value.code == 2
+    assert "Traceback" not in error
+    assert error.splitlines()[-1].startswith("error: unknown cache 'kivi3'")
 
 
 def test_the_package_does_not_need_the_harness():

@@ -1,5 +1,6 @@
 """LongGenBench: published generations score as published, and built prompts are what the papers ask."""
 
+import itertools
 import json
 
 import pytest
@@ -50,7 +51,7 @@ def test_answers_are_found_by_number_the_first_readable_one():
 def test_built_prompts_hold_every_question_once_and_what_is_recorded_finds_their_numbers(shared):
     rows = read_rows(shared / "data/gsm8k/test.jsonl")[:70]
     samples = longgenbench.build_samples(
-        "gsm8k", rows, examples=rows[60:68], questions_per_prompt=30, max_new_tokens=10
+        "gsm8k", rows, examples=rows[60:], example_count=8, questions_per_prompt=30, max_new_tokens=10
     )
     assert [len(sample.answers) for sample in samples] == [30, 30]
     assert [sample.info["first"] for sample in samples] == [9, 9]
@@ -63,7 +64,64 @@ def test_built_prompts_hold_every_question_once_and_what_is_recorded_finds_their
     assert read.answers == samples[0].answers
 
 
+CSQA = {  # as the hub has it
+    "question": "Where is a doormat likely to be in front of?",
+    "choices": {"label": ["A", "B", "C"], "text": ["facade", "front door", "doorway"]},
+    "answerKey": "B",
+}
+MMLU = {"question": "2 + 2?", "subject": "arithmetic", "choices": ["3", "4"], "answer": 1}
+GSM8K = {"question": "How many?", "answer": "Twice 3 is <<2*3=6>>6.\n#### 6"}
+
+
+@pytest.mark.parametrize(
+    ("task", "row", "text", "shown"),
+    [
+        ("gsm8k", GSM8K, "How many?", "Twice 3 is 6.\nThe answer is 6."),
+        ("csqa", CSQA, f"{CSQA['question']}\n(A) facade (B) front door (C) doorway", "The answer is (B)."),
+        ("mmlu", MMLU, "2 + 2?\n(A) 3 (B) 4", "The answer is (B)."),
+        ("mmlu", MMLU | {"rationale": "Count."}, "2 + 2?\n(A) 3 (B) 4", "Count. The answer is (B)."),
+    ],
+)
+def test_base_data_sets_become_questions_whose_shown_answers_score(task, row, text, shown):
+    """What an example shows is what scorers read: a model that copies the form is scored right."""
+    (sample,) = longgenbench.build_samples(
+        task, [row, row], examples=[row], example_count=8, questions_per_prompt=2, max_new_tokens=10
+    )
+    assert f"Question_1:\n{text}\n\nAnswer_1:\n{shown}\n\n" in sample.prompt
+    assert sample.prompt.endswith(f"Question_2:\n{text}\nQuestion_3:\n{text}\n\n")
+    record = {"task": sample.task, "answers": sample.answers, **sample.info}
+    record["prediction"] = f"Answer_2:\n{shown}\n\nAnswer_3:\n{shown}\n\n"
+    assert longgenbench.published(record) == longgenbench.by_number(record) == 1
+
+
+def test_prompts_stay_within_a_subject():
+    rows = [MMLU | {"subject": name, "question": f"{name} {i}?"} for i in range(3) for name in ("law", "art")]
+    samples = longgenbench.build_samples(
+        "mmlu", rows, examples=rows, example_count=1, questions_per_prompt=2, max_new_tokens=10
+    )
+    assert [sample.id for sample in samples] == ["mmlu-law-0", "mmlu-art-0"]
+    assert "law" not in samples[1].prompt
+    with pytest.raises(ValueError, match="no examples of the subject art"):
+        longgenbench.build_samples(
+            "mmlu", rows, examples=rows[:1], example_count=1, questions_per_prompt=2, max_new_tokens=10
+        )
+
+
+def test_the_papers_prompts_have_these_numbers_of_questions(shared):
+    for task, most in itertools.product(longgenbench.TASKS, (4096, 8192)):
+        count = longgenbench.papers_questions(task, most)
+        row = read_rows(shared / f"data/longgenbench/data/{task}/{task}_{count}.jsonl")[0]
+        assert len(row["answers"]) == count
+
+
+def test_prompts_without_numbered_questions_are_refused():
+    with pytest.raises(ValueError, match="no Question_1: build prompts"):
+        longgenbench.read_samples("gsm8k", [{"prompt": "2 + 2?", "answers": ["4"]}], max_new_tokens=1)
+
+
 def test_too_few_questions_are_refused():
-    rows = [{"question": "q", "answer": "a"}]
-    with pytest.raises(ValueError, match="do not fill one prompt"):
-        longgenbench.build_samples("mmlu", rows, examples=[], questions_per_prompt=2, max_new_tokens=1)
+    options = dict(example_count=1, questions_per_prompt=2, max_new_tokens=1)
+    with pytest.raises(ValueError, match="1 questions do not fill one prompt"):
+        longgenbench.build_samples("gsm8k", [GSM8K], examples=[GSM8K], **options)
+    with pytest.raises(ValueError, match="no field answer or answerKey, but question"):
+        longgenbench.build_samples("gsm8k", [{"question": "q"}], examples=[GSM8K], **options)

@@ -93,6 +93,34 @@ def test_longbench_reads_its_own_prompts(shared):
         assert longbench.score(best) == pytest.approx(1, abs=1e-6)
 
 
+def test_longbench_reads_the_tasks_that_are_wanted(shared):
+    folder = shared / "data" / "longbench"
+    samples = longbench.read_samples(folder, None, limit=1, tasks=["passage_retrieval_zh"])
+    assert [item.task for item in samples] == ["passage_retrieval_zh"]
+    for task, match in (
+        ("hotpot", "unknown task hotpot"),
+        ("lcc", "no file of the task lcc, but multi_news"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            longbench.read_samples(folder, None, limit=1, tasks=[task])
+
+
+def test_longbench_of_the_hub_are_the_15_tasks_of_kivi(shared, monkeypatch):
+    asked = []
+
+    def recorded(source, *fields):
+        asked.append(source)
+        assert fields[:3] == ("context", "input", "answers")
+        return [dict.fromkeys(fields, "x")]
+
+    monkeypatch.setattr(longbench, "read_rows", recorded)
+    prompts = shared / "data" / "longbench"
+    samples = longbench.read_samples("some/LongBench", prompts, limit=1)
+    assert len(asked) == len(samples) == 15
+    assert asked[0] == "some/LongBench:narrativeqa"
+    assert max(item.max_new_tokens for item in samples) == longbench.LONGEST_ANSWER
+
+
 def test_longbench_without_prompts_or_tasks_says_what_is_missing(tmp_path):
     with pytest.raises(ValueError, match=r"dataset2prompt\.json cannot be read"):
         longbench.read_samples(tmp_path, None, limit=None)
@@ -106,9 +134,17 @@ def test_rows_are_json_lines(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"a": 1}) + "\n\n")
     assert read_rows(path) == [{"a": 1}]
+    path.write_text('{"a": "one\x85two\u2028three"}\n', "utf-8")
+    assert read_rows(path) == [{"a": "one\x85two\u2028three"}]
     path.write_text("no json")
     with pytest.raises(ValueError, match="not a file of JSON lines"):
         read_rows(path)
+    path.write_text("[1]\n")
+    with pytest.raises(ValueError, match="not an object"):
+        read_rows(path)
+    path.write_text('{"a": 1}\n{"b": 1, "c": 2}\n')
+    with pytest.raises(ValueError, match="row 2 has no field a, but b, c"):
+        read_rows(path, "a")
     with pytest.raises(ValueError, match="not a file of JSON lines"):
         read_rows(tmp_path)
     with pytest.raises(ValueError, match="not a file of JSON lines"):

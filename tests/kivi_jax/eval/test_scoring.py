@@ -101,6 +101,13 @@ def test_gsm8k_reads_the_number_behind_the_mark_or_the_last():
     assert gsm8k.flexible(record) == 1
 
 
+def test_gsm8k_scores_no_answer_as_wrong_and_takes_answers_without_a_mark():
+    record = {"prediction": "no idea", "answers": ["12"]}
+    assert gsm8k.strict(record) == gsm8k.flexible(record) == 0
+    record = {"prediction": "#### 12", "answers": ["12"]}
+    assert gsm8k.strict(record) == gsm8k.flexible(record) == 1
+
+
 def test_a_needle_is_found_if_it_is_the_first_number():
     assert needle.score({"prediction": " 12345. Remember", "answers": ["12345"]}) == 1
     assert needle.score({"prediction": "1 12345", "answers": ["12345"]}) == 0
