@@ -5,7 +5,7 @@ CPU-only jaxlib lowers for CUDA. So registers, spills and the number of instruct
 known for every architecture before a GPU is at hand, and CI can refuse a change that makes them worse.
 XLA carries its own copy of Triton; the instruction counts differ from pip's by a few per cent.
 
-`python -m kivi_jax.bench.aot` prints the table of `COMPILED` cases.
+`kivi-jax bench kernels --aot` prints the table of `COMPILED` cases, and of those that are timed on a GPU.
 """
 
 import collections
@@ -21,13 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from rich.console import Console
 from rich.table import Table
 
 from pallas_kernels.packing import PAGE
 from pallas_kernels.quantized_attention import pallas_triton, split_kv, triton
 from pallas_kernels.quantized_attention.cases import COMPILED, Case
-from pallas_kernels.quantized_attention.tuning import choose
+from pallas_kernels.quantized_attention.tuning import Tuning, choose
 
 # What Pallas asks of the device while lowering, by compute capability; any device of it would do.
 DEVICES = {80: "NVIDIA A100-SXM4-80GB", 89: "NVIDIA L4", 90: "NVIDIA H100 80GB HBM3"}
@@ -87,10 +86,10 @@ def run(
 ) -> list[dict[str, Any]]:
     """One record per kernel, case and architecture: what it becomes with the tuning chosen there.
 
-    Keys: case, kernel, arch, pages, registers, spill_bytes, shared_bytes, instructions_per_code (of the
-    loop over tiles without a mask, times the programs that share a KV head's codes), and merge_share (the
-    bytes that combining the splits writes and reads, relative to those of the packed tokens). Cases that a
-    kernel refuses are left out.
+    Keys: case, kernel, arch, pages, splits, registers, spill_bytes, shared_bytes, instructions_per_code (of
+    the loop over tiles without a mask, times the programs that share a KV head's codes), packed_bytes (of
+    all tokens), and what the other kernels of a call have of its bytes and of its instructions:
+    other_bytes_share, other_instructions_share (see `_others`). Cases that a kernel refuses are left out.
     """
     records = []
     for kernel in kernels:
@@ -101,35 +100,22 @@ def run(
     return records
 
 
-def record(case: Case, sm: int, kernel: str = "pallas_triton") -> dict[str, Any]:
-    """See `run`.
+def record(
+    case: Case, sm: int, kernel: str = "pallas_triton", tuning: Tuning | None = None
+) -> dict[str, Any]:
+    """See `run`; by default with the tuning chosen for the device.
 
     Raises:
         NotImplementedError: the kernel refuses the case.
     """
-    tuning = choose(
-        rows=case.batch * case.kv_heads,
-        slots=case.slots,
-        heads=case.query_groups,
-        dim=case.head_dim,
-        bits=max(case.key_bits, case.value_bits),
-        device_kind=DEVICES[sm],
-    )
-    scale = case.head_dim**-0.5
+    scale, tuning = case.head_dim**-0.5, tuning or tuning_for(case, DEVICES[sm])
     arguments = jax.eval_shape(lambda: (case.query(), *case.pack(*case.dense()[1:]), *case.token_ranges()))
+    plan, operands = _plan(arguments, scale, tuning)
     if kernel == "triton":
         from pallas_kernels.quantized_attention import triton_kernels
 
-        plans: list[split_kv.Case] = []
-
-        def keep_plan(query: Any, key: Any, value: Any) -> None:
-            plans.append(split_kv.plan(query, key, value, scale, tuning, interpret=False))
-
-        jax.eval_shape(keep_plan, *arguments[:3])
-        (plan,) = plans
         triton.check(plan)
-        stores = case.batch * case.kv_heads
-        constants = triton.constants(plan, case.batch, stores * case.query_groups // plan.heads, stores)
+        constants = triton.constants(plan, *(operands[i].shape[0] for i in (0, 2, 4)))
         warps, stages = tuning.warps, tuning.stages
         report = triton_report(
             triton_kernels.attend_split, triton.pointers(), constants, sm=sm, warps=warps, stages=stages
@@ -142,32 +128,79 @@ def record(case: Case, sm: int, kernel: str = "pallas_triton") -> dict[str, Any]
         report, _ = pallas_reports(attend, *arguments, sm=sm)
     codes = 2 * tuning.pages * PAGE * case.head_dim  # of keys and of values, in a tile
     programs = -(-case.query_groups // tuning.heads)
-    heads = case.batch * case.kv_heads * case.query_groups
-    merge_bytes = 2 * 4 * heads * tuning.splits * (case.head_dim + 2)
-    packed_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(arguments[1:3]))
+    each = report.per_code(codes)[0] * programs
+    packed_bytes = sum(map(_nbytes, jax.tree.leaves(arguments[1:3])))
+    all_codes = 2 * case.batch * case.kv_heads * case.slots * case.head_dim
+    partials_bytes, other_bytes, other_instructions = _others(plan, operands, arguments[0])
     return {
         "case": case.name,
         "kernel": kernel,
         "arch": report.arch,
         "pages": tuning.pages,
+        "splits": tuning.splits,
         "registers": report.registers,
         "spill_bytes": report.spill_bytes,
         "shared_bytes": report.shared_bytes,
-        "instructions_per_code": report.per_code(codes)[0] * programs,
-        "merge_share": merge_bytes / packed_bytes,
+        "instructions_per_code": each,
+        "packed_bytes": packed_bytes,
+        "other_bytes_share": other_bytes / (packed_bytes + partials_bytes + other_bytes),
+        "other_instructions_share": other_instructions / (each * all_codes + other_instructions),
     }
+
+
+def tuning_for(case: Case, device_kind: str) -> Tuning:
+    """How the kernels cut up a case on a device."""
+    return choose(
+        rows=case.batch * case.kv_heads,
+        slots=case.slots,
+        heads=case.query_groups,
+        dim=case.head_dim,
+        bits=max(case.key_bits, case.value_bits),
+        device_kind=device_kind,
+    )
+
+
+def _plan(arguments: Any, scale: float, tuning: Tuning) -> tuple[split_kv.Case, Any]:
+    """What is static about a call, and the shapes of the arrays that its main kernel reads."""
+    plans: list[split_kv.Case] = []
+
+    def operands(query: Any, key: Any, value: Any, start: Any, end: Any) -> tuple[Any, ...]:
+        plans.append(split_kv.plan(query, key, value, scale, tuning, interpret=False))
+        return split_kv.operands(plans[0], query, key, value, start, end)
+
+    shapes = jax.eval_shape(operands, *arguments)
+    return plans[0], shapes
+
+
+def _others(plan: split_kv.Case, operands: Any, query: Any) -> tuple[int, int, int]:
+    """Bytes of the splits' results, which the main kernel writes; bytes and instructions of other kernels.
+
+    Those are: laying out the query as operands (reads it, writes them: three instructions a number), and
+    merging the splits (reads their results, writes one: a load and a multiply-add a number).
+    """
+    heads = operands[2].shape[0] * plan.heads
+    result = 4 * heads * (plan.dim + 2)
+    partials_bytes = result * plan.tuning.splits
+    laid_out = operands[2].size + operands[3].size
+    other_bytes = _nbytes(query) + sum(map(_nbytes, operands[2:4])) + partials_bytes + result
+    return partials_bytes, other_bytes, 3 * laid_out + 2 * partials_bytes // 4
+
+
+def _nbytes(array: Any) -> int:
+    return array.size * array.dtype.itemsize
 
 
 def table(records: list[dict[str, Any]]) -> Table:
     """The records as a table."""
     out = Table("case", "kernel", "arch", title="decode attention, compiled without a GPU")
-    for heading in ("pages", "registers", "spilled B", "shared B", "instructions/code"):
+    headings = ("pages", "splits", "registers", "spilled B", "instr./code", "other bytes", "other instr.")
+    for heading in headings:
         out.add_column(heading, justify="right")
     for r in records:
-        numbers = (r["pages"], r["registers"], r["spill_bytes"], r["shared_bytes"])
-        out.add_row(
-            r["case"], r["kernel"], r["arch"], *map(str, numbers), f"{r['instructions_per_code']:.2f}"
-        )
+        numbers = (r["pages"], r["splits"], r["registers"], r["spill_bytes"])
+        shares = (r["other_bytes_share"], r["other_instructions_share"])
+        rest = (f"{r['instructions_per_code']:.2f}", *(f"{share:.1%}" for share in shares))
+        out.add_row(r["case"], r["kernel"], r["arch"], *map(str, numbers), *rest)
     return out
 
 
@@ -283,7 +316,3 @@ def _loops(sass: str) -> tuple[collections.Counter[str], ...]:
         collections.Counter(re.split(r"[. ]", text, maxsplit=1)[0] for text in code[start : end + 1])
         for start, end in spans
     )
-
-
-if __name__ == "__main__":
-    Console(width=110).print(table(run()))

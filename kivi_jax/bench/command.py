@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from kivi_jax.bench.shapes import SHAPES
@@ -173,6 +174,7 @@ def throughput(
     shape: ShapeOption = "llama-8b",
     context: Annotated[int, typer.Option(help="Tokens in each row's cache when timing starts.")] = 8192,
     new_tokens: Annotated[int, typer.Option(help="Steps to time.")] = 16,
+    batch: Annotated[int, typer.Option(help="Rows; 0: as many as fit.")] = 0,
     memory: Annotated[str, typer.Option(help="What to fill; empty: 90 % of the device.")] = "",
     cache: CachesOption = None,
     dtype: DtypeOption = "bfloat16",
@@ -187,16 +189,26 @@ def throughput(
     strategies = {name: parse_cache(name) for name in cache or ["full", "kivi4", "kivi2"]}
     limit = parse_bytes(memory) if memory else None
     records = _written(
-        run(_shape(shape), strategies, context=context, new_tokens=new_tokens, dtype=dtype, memory=limit),
+        run(
+            _shape(shape),
+            strategies,
+            context=context,
+            new_tokens=new_tokens,
+            dtype=dtype,
+            batch=batch or None,
+            memory=limit,
+        ),
         out and out / "throughput.json",
     )
-    title = f"largest batch, {shape} {dtype}, {context:,} tokens a row"
-    table = Table("cache", "batch", "ms/step", "tokens/s", "cache", "peak", title=title, caption=machine())
+    title = f"{shape} {dtype}, {context:,} tokens a row"
+    columns = ("cache", "batch", "ms/step", "unwaited", "tokens/s", "cache", "peak")
+    table = Table(*columns, title=title, caption=machine())
     for record in records:
         table.add_row(
             record["cache"],
             str(record["batch"]),
             f"{record['ms']:.2f}",
+            f"{record['unwaited_ms']:.2f}",
             f"{record['tokens_per_s']:.0f}",
             format_bytes(record["cache_bytes"]),
             format_bytes(record["peak_bytes"]) if record["peak_bytes"] else "",
@@ -226,7 +238,7 @@ def kernels(
     if aot:
         from kivi_jax.bench.aot import run, table
 
-        Console(width=110).print(table(stage("aot", run(chosen(COMPILED)))))
+        Console(width=120).print(table(stage("aot", run(chosen((*COMPILED, *GPU))))))
         return
     import jax
 
@@ -241,6 +253,65 @@ def kernels(
         return
     console.print(gpu.error_table(stage("correctness", gpu.correctness())))
     console.print(gpu.table(stage("speed", gpu.speed(chosen(GPU)))))
+
+
+@bench.command()
+def compiled(
+    shape: Annotated[str, typer.Option(help="125m or llama-8b; random weights.")] = "llama-8b",
+    layers: Annotated[int, typer.Option(help="Layers of the model: compiling takes time for each.")] = 2,
+    context: Annotated[int, typer.Option(help="Tokens in the cache.")] = 4096,
+    cache: Annotated[list[str] | None, typer.Option(help="Caches to compare; may be repeated.")] = None,
+    out: Annotated[Path | None, typer.Option(help="A directory for one JSON file a table.")] = None,
+) -> None:
+    """Count what XLA launches on a GPU, for packing a prompt and for a decode step. Needs no GPU.
+
+    Example:  kivi-jax bench compiled --cache full --cache kivi2
+    """
+    import dataclasses
+
+    from kivi_jax.bench import compiled as programs
+
+    device, config = programs.described_gpu(), dataclasses.replace(_shape(shape), num_layers=layers)
+    strategies = {name: parse_cache(name) for name in cache or ["full", "kivi2", "scope", "kivi2+scope"]}
+    console = Console(width=110)
+    packed = list(_written(programs.packing(device), out and out / "packing.json"))
+    console.print(programs.packing_table(packed))
+    found = programs.steps(device, config, strategies, context=context)
+    console.print(programs.steps_table(list(_written(found, out and out / "steps.json"))))
+    console.print(f"{shape}, {layers} layers, {context:,} tokens; {device.device_kind}; {machine()}")
+
+
+@bench.command()
+def gpu(
+    out: Annotated[Path, typer.Option(help="A directory for one JSON file a stage.")],
+    stage: Annotated[list[str] | None, typer.Option(help="Only these stages; may be repeated.")] = None,
+    rehearse: Annotated[bool, typer.Option("--rehearse", help="On a CPU, with tiny sizes.")] = False,
+    seconds: Annotated[float, typer.Option(help="What a stage may take at most.")] = 460.0,
+) -> None:
+    """Learn all there is from a GPU: versions, predictions, correctness, kernels, whole steps, in stages.
+
+    Example:  kivi-jax bench gpu --out results
+
+    Example:  kivi-jax bench gpu --out results --stage predictions
+    """
+    from kivi_jax.bench import gpu as stages
+    from kivi_jax.bench import kernels, predictions
+
+    console = Console(width=110)
+    for name, found in stages.run(out, stage or list(stages.STAGES), rehearse=rehearse, seconds=seconds):
+        records, error = found["records"], found.get("error")
+        ending = f"[bold red]{escape(error)}[/]" if error else "complete"
+        took = f"{len(records)} records in {found['seconds']:.0f} s"
+        console.print(f"{name}: {took}, {ending}", highlight=False)
+        if name == "environment":
+            console.print(*records)
+        if name.startswith("correctness") and records:
+            console.print(kernels.error_table(records))
+        if name == "speed" and records:
+            console.print(kernels.table(records))
+    measured = [record for name in ("speed", *stages.STEPS) for record in stages.read(out / f"{name}.json")]
+    if compared := predictions.compare(stages.read(out / "predictions.json"), measured):
+        console.print(predictions.table(compared))
 
 
 def _written(records: Iterable[dict[str, Any]], path: Path | None) -> Iterator[dict[str, Any]]:

@@ -61,9 +61,14 @@ def run(
     steppers: dict[str, Callable[[], Any]] = {}
     sizes: dict[str, int] = {}
     with concurrent.futures.ThreadPoolExecutor() as pool:  # most of the time is the compiler's
-        ours = pool.map(lambda s: _ours(model, s, context, new_tokens, batch, dtype), strategies.values())
-        for name, (step, size) in zip(strategies, ours, strict=True):
-            steppers[name], sizes[name] = step, size
+        capacity = room(context, new_tokens)
+
+        def stepper(strategy: CacheStrategy) -> _Stepper:
+            compiled = _compile(model, strategy, context, capacity, batch, dtype)
+            return _Stepper(compiled, model, strategy, context, capacity, batch, dtype)
+
+        for name, ours in zip(strategies, pool.map(stepper, strategies.values()), strict=True):
+            steppers[name], sizes[name] = ours, ours.cache_bytes
     if against_torch:
         name = "transformers (torch)"
         steppers[name], sizes[name] = _transformers(config, context, batch)
@@ -84,42 +89,65 @@ def throughput(
     context: int,
     new_tokens: int,
     dtype: DTypeLike,
-    memory: int | None,
+    batch: int | None = None,
+    memory: int | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """Decode with as many rows as fit into `memory` bytes: by default 90 % of what the device has.
+    """Decode with `batch` rows, by default as many as fit into `memory` bytes: 90 % of what the device has.
 
-    Yields for each strategy: cache (its name), batch, ms (a step, median), tokens_per_s, cache_bytes,
-    peak_bytes (the device's, where it counts them; it only ever grows from one strategy to the next).
+    All programs are compiled first, together; then the caches are filled and timed one after the other.
+
+    Yields for each strategy: cache (its name), batch, ms (a step, median), unwaited_ms (a step of many that
+    are sent off before the first is awaited), device_ms (what the GPU works in one, where there is one),
+    tokens_per_s, cache_bytes, peak_bytes (the device's, where it counts them; it only ever grows from one
+    strategy to the next).
 
     Raises:
         ValueError: the device does not say how much memory it has; or not one row fits.
     """
-    stats = jax.devices()[0].memory_stats() or {}
-    if memory is None:
-        if "bytes_limit" not in stats:
-            raise ValueError("this device does not say how much memory it has: pass --memory, as in 4GiB")
-        memory = int(0.9 * stats["bytes_limit"])
-    model = Llama(config, dtype=dtype, rngs=nnx.Rngs(0))
-    capacity = context + new_tokens + 8
-    for name, strategy in strategies.items():
-        batch = largest_batch(config, strategy, context=capacity, dtype=dtype, memory_bytes=memory)
-        if batch == 0:
+    capacity = room(context, new_tokens)
+
+    def rows(name: str, strategy: CacheStrategy) -> int:
+        if batch is not None:
+            return batch
+        limit = _memory() if memory is None else memory
+        fitting = largest_batch(config, strategy, context=capacity, dtype=dtype, memory_bytes=limit)
+        if fitting == 0:
             raise ValueError(
-                f"not one row of {capacity:,} tokens fits into {format_bytes(memory)} with {name}"
+                f"not one row of {capacity:,} tokens fits into {format_bytes(limit)} with {name}"
             )
-        step, size = _ours(model, strategy, context, new_tokens, batch, dtype)
-        (samples,) = _take_turns({name: step}, new_tokens, name=name).values()
+        return fitting
+
+    batches = {name: rows(name, strategy) for name, strategy in strategies.items()}
+    model = Llama(config, dtype=dtype, rngs=nnx.Rngs(0))
+
+    def compiled(name: str) -> Any:
+        return _compile(model, strategies[name], context, capacity, batches[name], dtype)
+
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        programs = dict(zip(strategies, pool.map(compiled, strategies), strict=True))
+    for name, strategy in strategies.items():
+        stepper = _Stepper(programs[name], model, strategy, context, capacity, batches[name], dtype)
+        (samples,) = _take_turns({name: stepper}, new_tokens, name=name).values()
         ms = statistics.median(samples)
-        peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
         yield {
             "cache": name,
-            "batch": batch,
+            "batch": batches[name],
             "ms": ms,
-            "tokens_per_s": batch / ms * 1e3,
-            "cache_bytes": size,
-            "peak_bytes": peak,
+            "unwaited_ms": stepper.unwaited_ms(),
+            "device_ms": _device_ms(stepper),
+            "tokens_per_s": batches[name] / ms * 1e3,
+            "cache_bytes": stepper.cache_bytes,
+            "peak_bytes": (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use"),
         }
-        del step  # and with it the cache, before the next one is made
+        del stepper  # and with it the cache, before the next one is made
+
+
+def _memory() -> int:
+    """Nine tenths of the device's memory, in bytes."""
+    stats = jax.devices()[0].memory_stats() or {}
+    if "bytes_limit" not in stats:
+        raise ValueError("this device does not say how much memory it has: pass --memory, as in 4GiB")
+    return int(0.9 * stats["bytes_limit"])
 
 
 def filled_cache(
@@ -134,7 +162,6 @@ def filled_cache(
     """A cache that holds `context` random tokens a row, the same in every row."""
     shape = (1, config.num_kv_heads, context, config.head_dim)
 
-    @functools.partial(jax.jit, static_argnames="index")
     def layer(index: int) -> Any:
         key, value = jax.random.normal(jax.random.key(index), (2, *shape), dtype)
         weights = jax.random.uniform(jax.random.key(index), shape[:3])
@@ -147,28 +174,76 @@ def filled_cache(
         )
         return jax.tree.map(lambda leaf: jnp.repeat(leaf, batch, axis=0), held)
 
-    layers = tuple(layer(index) for index in range(config.num_layers))
-    return KVCache(layers, jnp.full(batch, context, jnp.int32), strategy, capacity)
+    # Layers that are shaped alike are copies of one another: what they hold does not change the time.
+    made: dict[Any, Any] = {}
+    layers = []
+    for index in range(config.num_layers):
+        leaves, tree = jax.tree.flatten(jax.eval_shape(functools.partial(layer, index)))
+        shapes = (tree, *((leaf.shape, leaf.dtype) for leaf in leaves))
+        if shapes in made:
+            layers.append(jax.tree.map(jnp.copy, made[shapes]))
+        else:
+            layers.append(made.setdefault(shapes, jax.jit(layer, static_argnums=0)(index)))
+    return KVCache(tuple(layers), jnp.full(batch, context, jnp.int32), strategy, capacity)
 
 
-def _ours(
-    model: Llama, strategy: CacheStrategy, context: int, new_tokens: int, batch: int, dtype: DTypeLike
-) -> tuple[Callable[[], Any], int]:
-    capacity = context + new_tokens + 8  # with the steps that warm up and that are profiled
-    cache = filled_cache(model.config, strategy, context=context, capacity=capacity, batch=batch, dtype=dtype)
-    token = jnp.zeros(batch, jnp.int32)
-    compiled = _greedy_step.lower(model, token, cache).compile()
+def room(context: int, new_tokens: int) -> int:
+    """Slots for the context, the steps that are timed, and those before and after them."""
+    return context + new_tokens + 16
 
-    def step() -> None:
-        nonlocal cache, token
-        token, cache = compiled(model, token, cache)
-        jax.block_until_ready(token)
 
-    return step, cache_bytes(cache)["total"]
+def _compile(
+    model: Llama, strategy: CacheStrategy, context: int, capacity: int, batch: int, dtype: DTypeLike
+) -> Any:
+    """The program of a step, from the cache's shapes."""
+    fill = functools.partial(
+        filled_cache, model.config, strategy, context=context, capacity=capacity, batch=batch, dtype=dtype
+    )
+    token = jax.ShapeDtypeStruct((batch,), jnp.int32)
+    return greedy_step.lower(model, token, jax.eval_shape(fill)).compile()
+
+
+class _Stepper:
+    """Calls a compiled step again and again, with the cache that the last call returned."""
+
+    def __init__(
+        self,
+        compiled: Any,
+        model: Llama,
+        strategy: CacheStrategy,
+        context: int,
+        capacity: int,
+        batch: int,
+        dtype: DTypeLike,
+    ) -> None:
+        self.compiled, self.model = compiled, model
+        self.cache = filled_cache(
+            model.config, strategy, context=context, capacity=capacity, batch=batch, dtype=dtype
+        )
+        self.token = jnp.zeros(batch, jnp.int32)
+        self.cache_bytes = cache_bytes(self.cache)["total"]
+
+    def send(self) -> None:
+        """One step, not awaited."""
+        self.token, self.cache = self.compiled(self.model, self.token, self.cache)
+
+    def __call__(self) -> None:
+        """One step, awaited."""
+        self.send()
+        jax.block_until_ready(self.token)
+
+    def unwaited_ms(self, steps: int = 8) -> float:
+        """Milliseconds of a step of several that are sent off before the first is awaited."""
+        begin = time.perf_counter()
+        for _ in range(steps):
+            self.send()
+        jax.block_until_ready(self.token)
+        return (time.perf_counter() - begin) * 1e3 / steps
 
 
 @functools.partial(jax.jit, donate_argnames=("cache",))
-def _greedy_step(model: Llama, token: Int[Array, "B"], cache: KVCache) -> tuple[Int[Array, "B"], KVCache]:
+def greedy_step(model: Llama, token: Int[Array, "B"], cache: KVCache) -> tuple[Int[Array, "B"], KVCache]:
+    """The likeliest next token of every row, and the cache with `token` in it."""
     logits, cache = model.decode(token, cache)
     return jnp.argmax(logits, axis=-1).astype(jnp.int32), cache
 

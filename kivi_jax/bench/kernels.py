@@ -9,9 +9,11 @@ import collections
 import concurrent.futures
 import contextlib
 import dataclasses
+import datetime
 import functools
-import importlib
+import importlib.util
 import itertools
+import platform
 import statistics
 import tempfile
 import time
@@ -24,11 +26,14 @@ import jax.numpy as jnp
 from jaxtyping import Array
 from rich.table import Table
 
+from kivi_jax.bench import aot
 from pallas_kernels import partials
+from pallas_kernels.device import compute_capability
 from pallas_kernels.quantization import dequantize
 from pallas_kernels.quantized_attention import quantized_attention
 from pallas_kernels.quantized_attention.cases import CORRECTNESS, GPU, Case
 from pallas_kernels.quantized_attention.tuning import Tuning, choose
+from pallas_kernels.ring import newest_token
 
 IMPLEMENTATIONS = ("pallas_triton", "triton")
 COMPILERS = 16  # programs compiled at a time
@@ -39,42 +44,58 @@ _LEAST_CALLS = 24
 Record = dict[str, Any]
 
 
-def environment() -> list[Record]:
-    """Versions, the device, and its two ceilings: bytes copied and bfloat16 operations per second."""
+def environment(*, copied: int = 2**30, side: int = 8192) -> list[Record]:
+    """Versions, the device, and its two ceilings: bytes copied and bfloat16 operations per second.
+
+    They are measured on `copied` float32 numbers, and on the product of two matrices of side `side`.
+    """
     from importlib import metadata
 
-    names = ("jax", "jaxlib", "flax", "triton", "jax-triton", "torch", "transformers")
+    names = ("jax", "jaxlib", "jax-cuda13-plugin", "flax", "triton", "jax-triton", "torch", "transformers")
     versions = {}
     for name in names:
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
-    size, side = 2**30, 8192
     square = jax.random.normal(jax.random.key(0), (side, side), jnp.bfloat16)
-    copied = _wall_seconds(lambda x: x + 1, jnp.ones(size, jnp.float32))
-    multiplied = _wall_seconds(jnp.dot, square, square)
+    copy_seconds = _wall_seconds(lambda x: x + 1, jnp.ones(copied, jnp.float32))
+    product_seconds = _wall_seconds(jnp.dot, square, square)
     return [
         {
             "device": jax.devices()[0].device_kind,
+            "python": platform.python_version(),
+            "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
             "versions": versions,
-            "copy_gigabytes_per_s": 2 * 4 * size / copied / 1e9,
-            "bfloat16_teraflops": 2 * side**3 / multiplied / 1e12,
+            "copy_gigabytes_per_s": 2 * 4 * copied / copy_seconds / 1e9,
+            "bfloat16_teraflops": 2 * side**3 / product_seconds / 1e12,
         }
     ]
 
 
-def correctness(cases: Sequence[Case] = (*CORRECTNESS, *GPU[:1])) -> Iterator[Record]:
+def correctness(
+    cases: Sequence[Case] = (*CORRECTNESS, *GPU[:1]),
+    implementations: Sequence[str] = ("xla", *IMPLEMENTATIONS),
+    *,
+    interpret: bool = False,
+) -> Iterator[Record]:
     """The relative error of norms of every implementation against float32 on the same codes.
 
     Keys: case, implementation, error (a number, or why the implementation refuses the case). Memory that
     outputs are likely to get is filled with NaN before, so that an element nobody writes is not a zero.
+    With `interpret`, kernels that Pallas can interpret run on a CPU.
     """
+
+    def attention(case: Case, implementation: str) -> Callable[..., Any]:
+        if interpret and implementation.startswith("pallas"):
+            module = importlib.import_module(f"pallas_kernels.quantized_attention.{implementation}")
+            return functools.partial(module.attend, scale=case.head_dim**-0.5, interpret=True)
+        return functools.partial(quantized_attention, implementation=implementation)  # pyright: ignore[reportArgumentType]
 
     def check(case: Case, implementation: str) -> Record:
         record: Record = {"case": case.name, "implementation": implementation}
         query, (key, value) = case.query(), jax.jit(case.pack)(*case.dense()[1:])
         start, end = case.token_ranges()
         try:
-            attend = jax.jit(functools.partial(quantized_attention, implementation=implementation))  # pyright: ignore[reportArgumentType]
+            attend = jax.jit(attention(case, implementation))
             compiled = attend.lower(query, key, value, start=start, end=end).compile()
         except NotImplementedError as reason:
             return record | {"error": f"refused: {reason}"}
@@ -85,18 +106,18 @@ def correctness(cases: Sequence[Case] = (*CORRECTNESS, *GPU[:1])) -> Iterator[Re
         norm = jnp.maximum(jnp.linalg.norm(expected), 1e-30)
         return record | {"error": float(jnp.linalg.norm(got - expected) / norm)}
 
-    yield from _in_parallel(check, itertools.product(cases, ("xla", *IMPLEMENTATIONS)))
+    yield from _in_parallel(check, itertools.product(cases, implementations))
 
 
-def speed(cases: Sequence[Case] = GPU) -> Iterator[Record]:
-    """Microseconds of every contender on every case.
+def speed(cases: Sequence[Case] = GPU, implementations: Sequence[str] = IMPLEMENTATIONS) -> Iterator[Record]:
+    """Microseconds of every contender on every case: bfloat16 ones, and `implementations` on packed tokens.
 
     Keys: case, contender, us, bytes (of the tokens it reads), gigabytes_per_s, kernels (name -> us). A
     contender that is not installed or refuses the case has `reason` instead.
     """
     for case in cases:
-        jobs = [(case, name) for name in _contenders(case)]
-        programs = dict(zip((name for _, name in jobs), _in_parallel(_build, jobs), strict=True))
+        jobs = [(case, name, implementations) for name in _contenders(case, implementations)]
+        programs = dict(zip((name for _, name, _ in jobs), _in_parallel(_build, jobs), strict=True))
         for name, built in programs.items():
             record: Record = {"case": case.name, "contender": name}
             try:
@@ -116,10 +137,15 @@ def sweep(
     tunings: Sequence[Tuning] | None = None,
     implementation: str = "pallas_triton",
 ) -> Iterator[Record]:
-    """Microseconds of tunings of every case. Keys: case, the fields of `Tuning`, us, kernels (or reason)."""
+    """Microseconds of tunings of every case. Keys: case, the fields of `Tuning`, us, kernels (or reason).
+
+    Where Triton's compiler is installed, tunings with which the kernel spills registers are not run.
+    """
     attend = importlib.import_module(f"pallas_kernels.quantized_attention.{implementation}").attend
 
     def build(case: Case, tuning: Tuning) -> Any:
+        if spilled := _spilled(case, tuning, implementation):
+            return f"{spilled} bytes are spilled"
         call = functools.partial(attend, scale=case.head_dim**-0.5, tuning=tuning)
         try:
             shapes = jax.eval_shape(lambda: _packed_buffers(case, copies=1)[0])
@@ -151,6 +177,14 @@ def _tunings(case: Case) -> list[Tuning]:
             splits = max(1, min(splits, tiles))
             found.add(dataclasses.replace(default, splits=splits, pages=pages, stages=stages))
     return sorted(found, key=dataclasses.astuple)
+
+
+def _spilled(case: Case, tuning: Tuning, implementation: str) -> int:
+    """Bytes that the kernel spills, compiled for the device; 0 where Triton's compiler is not installed."""
+    if importlib.util.find_spec("triton") is None:
+        return 0
+    capability = round(10 * compute_capability(jax.devices()[0]))
+    return aot.record(case, capability, implementation, tuning)["spill_bytes"]
 
 
 def best_tunings(records: Sequence[Record]) -> Table:
@@ -195,14 +229,13 @@ def table(records: Sequence[Record]) -> Table:
 def kernel_seconds(compiled: Any, buffers: Sequence[tuple[Any, ...]]) -> dict[str, float]:
     """Seconds of each GPU kernel in a call of `compiled`, by the kernel's name, as the profiler saw them.
 
-    Raises:
-        NotImplementedError: the profiler saw no GPU.
+    Without a GPU, the seconds of a whole call, named "wall clock": good for a rehearsal.
     """
     calls = list(buffers) * max(1, round(_LEAST_CALLS / len(buffers)))
     jax.block_until_ready(compiled(*calls[0]))
+    begin = time.perf_counter()
     found = profiled(lambda: [jax.block_until_ready(compiled(*arguments)) for arguments in calls])
-    if not found:
-        raise NotImplementedError("the profiler saw no GPU")
+    found = found or {"wall clock": time.perf_counter() - begin}
     return {name: seconds / len(calls) for name, seconds in found.items()}
 
 
@@ -246,9 +279,7 @@ def _poison() -> None:
 
 def _reference(query: Array, key: Array, value: Array, start: Array, end: Array) -> Array:
     """Float32 attention over the tokens [start, end) of a ring."""
-    slots = key.shape[2]
-    newest = end[:, None] - 1 - (end[:, None] - 1 - jnp.arange(slots)) % slots
-    visible = (newest >= jnp.maximum(start, 0)[:, None])[:, None]
+    visible = (newest_token(end, key.shape[2]) >= jnp.maximum(start, 0)[:, None])[:, None]
     scale = query.shape[-1] ** -0.5
     return partials.normalize(partials.attend(query.astype(jnp.float32), key, value, visible, scale=scale))
 
@@ -277,7 +308,9 @@ def _dense_buffers(case: Case, copies: int | None = None) -> tuple[list[tuple[An
     return [make(seed) for seed in (_copies(size) if copies is None else range(copies))], size
 
 
-def _contenders(case: Case) -> dict[str, tuple[Callable[..., Array], bool] | str]:
+def _contenders(
+    case: Case, implementations: Sequence[str]
+) -> dict[str, tuple[Callable[..., Array], bool] | str]:
     """Ways to compute the case: a function and whether it reads packed tokens; or a backend of PyTorch."""
 
     def xla(query: Array, key: Array, value: Array) -> Array:
@@ -293,13 +326,15 @@ def _contenders(case: Case) -> dict[str, tuple[Callable[..., Array], bool] | str
         "bfloat16, XLA": (xla, False),
         "bfloat16, torch cuDNN": "CUDNN_ATTENTION",
         "bfloat16, torch flash": "FLASH_ATTENTION",
-        **{f"packed, {name}": (packed(name), True) for name in IMPLEMENTATIONS},
+        **{f"packed, {name}": (packed(name), True) for name in implementations},
     }
 
 
-def _build(case: Case, contender: str) -> Callable[[], tuple[dict[str, float], int]] | str:
+def _build(
+    case: Case, contender: str, implementations: Sequence[str]
+) -> Callable[[], tuple[dict[str, float], int]] | str:
     """What measures a contender, compiled: returns seconds by kernel, and the bytes of the tokens read."""
-    found = _contenders(case)[contender]
+    found = _contenders(case, implementations)[contender]
     if isinstance(found, str):
         return functools.partial(_torch_seconds, case, found)
     attend, is_packed = found

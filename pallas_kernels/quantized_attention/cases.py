@@ -61,7 +61,7 @@ class Case:
         return jnp.array(start, jnp.int32), jnp.array(end, jnp.int32)
 
     def dense(
-        self, seed: int = 0
+        self, seed: int | Int[Array, ""] = 0
     ) -> tuple[Float[Array, "B N H"], Float[Array, "B K S H"], Float[Array, "B K S H"]]:
         """A query, keys and values in float32, normally distributed, keys with a few outlying channels."""
         at = jax.random.split(jax.random.key(seed), 3)
@@ -71,7 +71,7 @@ class Case:
         key = jax.random.normal(at[1], store) + offset[None, None, None, :]
         return query, key, jax.random.normal(at[2], store)
 
-    def query(self, seed: int = 0) -> Float[Array, "B N H"]:
+    def query(self, seed: int | Int[Array, ""] = 0) -> Float[Array, "B N H"]:
         """The query of `dense` in the case's dtype."""
         return self.dense(seed)[0].astype(jnp.dtype(self.query_dtype))
 
@@ -163,7 +163,8 @@ COMPILED: tuple[Case, ...] = (
     Case("2 bits, groups 128", 4, 8, 4, 128, 32768, key_group=128, value_group=128, query_dtype="bfloat16"),
     Case("2 bits, G 1", 4, 8, 1, 128, 32768, query_dtype="bfloat16"),
     Case("2 bits, G 8", 4, 8, 8, 128, 32768, query_dtype="bfloat16"),
-    Case("2 bits, G 16", 4, 2, 16, 128, 32768, query_dtype="bfloat16"),
+    Case("2 bits, G 16", 16, 2, 16, 128, 32768, query_dtype="bfloat16"),
+    Case("2 bits, G 16, few rows", 4, 2, 16, 128, 32768, query_dtype="bfloat16"),
     Case("2 bits, H 64", 4, 8, 4, 64, 32768, query_dtype="bfloat16"),
     Case("2 bits, H 96", 4, 8, 4, 96, 32768, query_dtype="bfloat16"),
     Case("2 bits, H 256", 4, 8, 4, 256, 32768, query_dtype="bfloat16"),

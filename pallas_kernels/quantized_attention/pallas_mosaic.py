@@ -85,6 +85,10 @@ def _tile(case: Case, *scales: Any) -> Case:
     for store in (case.key, case.value):
         if store.words not in (16, 32, 64, 128):
             raise NotImplementedError(f"a token of {store.words} bytes, not 16, 32, 64 or 128")
+    if case.key.words > 32 and not hasattr(plgpu, "store") and not case.interpret:
+        raise NotImplementedError(
+            f"keys of {case.key.words} bytes need jax 0.12 or later"
+        )  # to store q * scale
     for scale in scales:
         if scale.itemsize != 2:
             raise NotImplementedError(f"scales of {scale}, not of 16 bits")

@@ -121,13 +121,13 @@ def _scores(
     column = tl.arange(0, COLUMNS)
     query = ()
     for j in tl.static_range(PLANES):
-        at = again * PLANES + j
-        rows = tl.load(Q + (at * FOLD * LANES + fold_lane[:, None]) * DEPTH + depth[None, :])
+        at = (again * PLANES + j) * (FOLD * LANES * DEPTH)
+        rows = tl.load(Q + at + fold_lane[:, None] * DEPTH + depth[None, :])
         query = query + (tl.trans(rows),)
-    plain = tl.trans(tl.load(Q_PLAIN + (again * LANES + lane[:, None]) * DIM + dim[None, :]))
+    plain = tl.trans(tl.load(Q_PLAIN + again * (LANES * DIM) + lane[:, None] * DIM + dim[None, :]))
     first_group = slot * TILE // GROUP
     group = tl.arange(0, GROUPS)
-    zero = tl.load(KZ + (first_group + group[:, None]) * DIM + dim[None, :]).to(tl.float16)
+    zero = tl.load(KZ + first_group * DIM + group[:, None] * DIM + dim[None, :]).to(tl.float16)
     zero = tl.reshape(tl.broadcast_to(tl.expand_dims(zero, 1), (GROUPS, REPEAT, DIM)), (GROUPS * REPEAT, DIM))
     biases = _unstack(tl.dot(zero, plain) * UNIT, GROUPS)
     found = ()
@@ -137,10 +137,11 @@ def _scores(
         )
         bias = tl.reshape(bias, (PAGE, LANES))
         at = first_group + page * GROUPS // PAGES
-        scale = tl.load(KS + (at * PLANES + plane_row[:, None]) * COLUMNS + column[None, :]).to(tl.float16)
+        scale = tl.load(KS + at * DIM + plane_row[:, None] * COLUMNS + column[None, :]).to(tl.float16)
         scales = _unstack(scale, PLANES)
-        row = (slot * PAGES + page) * ROWS + tl.arange(0, ROWS)
-        words = _widen(tl.load(KW + row[:, None] * DEPTH + depth[None, :]), INTERPRET)
+        row = tl.arange(0, ROWS)
+        at = (slot * PAGES + page) * (ROWS * DEPTH)
+        words = _widen(tl.load(KW + at + row[:, None] * DEPTH + depth[None, :]), INTERPRET)
         if FOLD == 1:
             score = bias
         else:
@@ -196,18 +197,20 @@ def _visit(
         weight = _exp2(found[page] * up - offset, INTERPRET).to(tl.float16)
         # Zeros of the groups, and below them a row of ones: the denominator.
         inside = tl.broadcast_to((row16 < GROUPS)[:, None], (TILE_ROWS, PAGE))
-        zero = tl.load(VZ + (at * GROUPS + row16[:, None]) * PAGE + lane32[None, :], mask=inside, other=0.0)
+        first = at * (GROUPS * PAGE)
+        zero = tl.load(VZ + first + row16[:, None] * PAGE + lane32[None, :], mask=inside, other=0.0)
         zero = tl.where((row16 == GROUPS)[:, None], 1.0, zero.to(tl.float16)).to(tl.float16)
         sums = tl.dot(zero, weight, sums)
-        scale = tl.load(VS + (at * GROUPS + group[:, None]) * PAGE + lane32[None, :]).to(tl.float16)
+        scale = tl.load(VS + first + group[:, None] * PAGE + lane32[None, :]).to(tl.float16)
         # All groups as one block, so that the weights change layout once: see `pallas_triton.py`.
         scaled = tl.broadcast_to(tl.expand_dims(weight, 1), (PAGE, GROUPS, LANES))
         scaled = scaled * tl.broadcast_to(tl.expand_dims(tl.trans(scale), 2), (PAGE, GROUPS, LANES))
         scaled = _unstack_columns(tl.reshape(scaled, (PAGE, GROUPS * LANES)), GROUPS)
         new = ()
         for block in tl.static_range(BLOCKS):
-            row = at * VALUE_COLUMNS + block * VALUE_ROWS + tl.arange(0, VALUE_ROWS)
-            words = _widen(tl.load(VW + row[:, None] * PAGE + lane32[None, :]), INTERPRET)
+            row = tl.arange(0, VALUE_ROWS)
+            first = (at * VALUE_COLUMNS + block * VALUE_ROWS) * PAGE
+            words = _widen(tl.load(VW + first + row[:, None] * PAGE + lane32[None, :]), INTERPRET)
             for j in tl.static_range(PLANES):
                 codes = _plane(words, ((1 << VALUE_BITS) - 1) << (VALUE_BITS * j), INTERPRET)
                 weights = scaled[(j * VALUE_COLUMNS + block * VALUE_ROWS) // VALUE_GROUP]

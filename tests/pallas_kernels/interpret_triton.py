@@ -1,9 +1,10 @@
 """Run the Triton kernels in Triton's interpreter.
 
-    TRITON_INTERPRET=1 python -m tests.pallas_kernels.interpret_triton
+    TRITON_INTERPRET=1 python -m tests.pallas_kernels.interpret_triton [EVERY FIRST]
 
 A process of its own, because Triton decides when it is imported whether its functions are interpreted. It
-prints, as JSON, the relative error of every case against the XLA implementation, or why it is refused.
+prints, as JSON, the relative error of every case against the XLA implementation, or why it is refused; or of
+every EVERY-th case from the FIRST on.
 """
 
 import json
@@ -104,10 +105,10 @@ def allow_new_numpy() -> None:
     interpreter._patch_lang_tensor = patch
 
 
-def main() -> None:
+def main(every: int = 1, first: int = 0) -> None:
     allow_new_numpy()
     results: dict[str, float | str] = {}
-    for case in CORRECTNESS:
+    for case in CORRECTNESS[first::every]:
         try:
             results[case.name] = relative_error(case)
         except NotImplementedError as reason:
@@ -116,4 +117,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(*map(int, sys.argv[1:]))

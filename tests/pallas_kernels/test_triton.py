@@ -9,14 +9,17 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install 'kivi-jax[aot]'")
 
+PARTS = 3  # of the cases, so that workers share them
 
-def test_interpreted_kernels_equal_xla():
+
+@pytest.mark.parametrize("first", range(PARTS))
+def test_interpreted_kernels_equal_xla(first):
     """Every case that the kernels do not refuse, within what float16 operands allow."""
-    command = [sys.executable, "-m", "tests.pallas_kernels.interpret_triton"]
+    command = [sys.executable, "-m", "tests.pallas_kernels.interpret_triton", str(PARTS), str(first)]
     environment = os.environ | {"TRITON_INTERPRET": "1", "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     results = json.loads(done.stdout)
     errors = {name: error for name, error in results.items() if isinstance(error, float)}
-    assert len(errors) >= 15
+    assert len(errors) >= 4
     assert {name: error for name, error in errors.items() if error > 1e-3} == {}

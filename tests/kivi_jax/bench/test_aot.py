@@ -7,12 +7,11 @@ from pallas_kernels.quantized_attention.cases import COMPILED, GPU
 
 pytest.importorskip("triton", reason="Triton's compiler is not installed: pip install 'kivi-jax[aot]'")
 
-BUDGET = {  # instructions per code
+BUDGET = {  # instructions per code; `kivi-jax bench kernels --aot` has more cases than CI has time for
     "2 bits": 1.8,
     "2 bits, groups 128": 1.5,
     "4 bits": 2.0,
     "2 bits, H 64": 2.5,
-    "2 bits, H 96": 2.4,
     "2 bits, G 16": 2.4,
 }
 cases = [case for case in COMPILED if case.name in BUDGET]
@@ -31,8 +30,10 @@ def test_kernels_keep_their_budget(kernel, case, sm):
     assert record["instructions_per_code"] <= BUDGET[case.name]
 
 
-def test_merging_is_a_small_part_of_a_long_decode_step():
-    """By bytes. One row is the worst case: many splits of few tokens (a tenth of the time on an H100)."""
-    one, eight = (next(case for case in GPU if case.name == name) for name in ("1 x 32k", "8 x 32k"))
-    assert aot.record(one, 90)["merge_share"] < 0.2
-    assert aot.record(eight, 90)["merge_share"] < 0.05
+@pytest.mark.parametrize("name", ["1 x 32k", "8 x 32k"])
+def test_most_of_the_work_is_the_main_kernels(name):
+    """Laying out the query and merging the splits, of all bytes and instructions of a call."""
+    (case,) = [case for case in GPU if case.name == name]
+    record = aot.record(case, 90)
+    assert 0 < record["other_bytes_share"] <= 0.15
+    assert 0 < record["other_instructions_share"] <= 0.15

@@ -1,0 +1,158 @@
+"""XLA's programs for an NVIDIA GPU, read without one: what is launched, and what does it move?
+
+A GPU's driver takes microseconds for every kernel it launches, so a decode step of small kernels costs by
+their number. XLA compiles for a GPU that is only described (an H100 here), where `jax[cuda13]` is installed.
+"""
+
+import collections
+import functools
+import importlib.util
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from rich.table import Table
+
+from kivi_jax.bench.decode import filled_cache, greedy_step, room
+from kivi_jax.cache import CacheStrategy
+from kivi_jax.config import ModelConfig
+from kivi_jax.llama import Llama
+from pallas_kernels.quantization import quantize
+
+_H100 = """
+gpu_device_info {
+  cuda_compute_capability { major: 9 minor: 0 feature_extension: ACCELERATED_FEATURES }
+  core_count: 132 fpus_per_core: 128 clock_rate_ghz: 1.98
+  threads_per_warp: 32 threads_per_block_limit: 1024 threads_per_core_limit: 2048
+  thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  registers_per_block_limit: 65536 registers_per_core_limit: 65536
+  shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448 shared_memory_per_core: 233472
+  memory_bandwidth: 3352320000000 l2_cache_size: 52428800 device_memory_size: 84942979072
+  driver_version: "13.0.0" runtime_version: "13.0.0" compile_time_toolkit_version: "13.0.0"
+  dnn_version: "9.10.0"
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 10 patch: 0 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+_ITEM_BYTES = {"pred": 1, "bf16": 2} | {
+    f"{kind}{bits}": bits // 8 for kind in "sufc" for bits in (8, 16, 32, 64)
+}
+# What a program does without launching a kernel for it.
+_FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id"}
+
+
+class Launch(NamedTuple):
+    """One kernel of a program."""
+
+    name: str
+    kind: str  # "fusion", "copy", "custom-call", ...
+    bytes: int  # of its operands and results; too many where it updates a part of one in place
+
+
+def described_gpu() -> Any:
+    """The GPU of this machine, or else an H100 that can only be compiled for.
+
+    Raises:
+        NotImplementedError: JAX's CUDA plugin is not installed.
+    """
+    # The plugin would refuse to load where it finds no driver.
+    os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
+    if jax.default_backend() == "gpu":
+        return jax.devices()[0]
+    if importlib.util.find_spec("jax_cuda13_plugin") is None:
+        raise NotImplementedError("compiling for a GPU needs JAX's CUDA plugin: pip install 'kivi-jax[cuda]'")
+    from jax.experimental import topologies
+
+    found = topologies.get_topology_desc("described", "cuda", topology="1x1x1", target_config=_H100)
+    return found.devices[0]
+
+
+def compile_for(device: Any, f: Any, *arguments: Any) -> str:
+    """The optimized program of the jitted `f(*arguments)`, arrays or their shapes, as text."""
+    sharding = jax.sharding.SingleDeviceSharding(device)
+
+    def placed(x: Any) -> Any:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    with jax.default_device(device):
+        return f.lower(*jax.tree.map(placed, arguments)).compile().as_text()
+
+
+def launches(program: str) -> list[Launch]:
+    """The kernels of a compiled program's entry, in order; a loop or a conditional counts as one."""
+    entry = program[program.index("\nENTRY ") :]
+    sizes: dict[str, int] = {}
+    found = []
+    for name, shape, kind, rest in re.findall(
+        r"^  (?:ROOT )?%?([\w.-]+) = (.+?) ([\w-]+)\((.*)$", entry, re.M
+    ):
+        sizes[name] = _shape_bytes(shape)
+        if kind not in _FREE:
+            operands = re.findall(r"%([\w.-]+)", rest.split("), ")[0])
+            found.append(Launch(name, kind, sizes[name] + sum(sizes.get(operand, 0) for operand in operands)))
+    return found
+
+
+def _shape_bytes(shape: str) -> int:
+    """Bytes of an array or a tuple of arrays, as XLA writes its shape: (f32[8,128]{1,0}, pred[])."""
+    total = 0
+    for kind, sizes in re.findall(r"(\w+)\[([\d,]*)\]", shape):
+        total += _ITEM_BYTES.get(kind, 0) * math.prod(int(size) for size in sizes.split(",") if size)
+    return total
+
+
+def packing(device: Any, *, tokens: int = 32768) -> Iterator[dict[str, Any]]:
+    """Quantizing a prompt's keys and values, bfloat16 [1, 8, tokens, 128], to 2 bits in groups of 32.
+
+    Keys: what, kernels, bytes that these move, and least_bytes: of one read and one write.
+    """
+    x = jax.ShapeDtypeStruct((1, 8, tokens, 128), jnp.bfloat16)
+    for what, axis in (("keys", "token"), ("values", "channel")):
+        pack = functools.partial(quantize, bits=2, group_size=32, group_axis=axis)
+        found = launches(compile_for(device, jax.jit(pack), x))
+        least = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((x, jax.eval_shape(pack, x))))
+        moved = sum(launch.bytes for launch in found)
+        yield {"what": what, "kernels": len(found), "bytes": moved, "least_bytes": least}
+
+
+def steps(
+    device: Any, config: ModelConfig, strategies: Mapping[str, CacheStrategy], *, context: int
+) -> Iterator[dict[str, Any]]:
+    """A decode step of one bfloat16 row, per cache. Keys: cache, kernels, and how many are of each kind."""
+    dtype, capacity = jnp.bfloat16, room(context, 1)
+    model = nnx.eval_shape(lambda: Llama(config, dtype=dtype, rngs=nnx.Rngs(0)))
+    token = jax.ShapeDtypeStruct((1,), jnp.int32)
+    for name, strategy in strategies.items():
+        fill = functools.partial(
+            filled_cache, config, strategy, context=context, capacity=capacity, batch=1, dtype=dtype
+        )
+        found = launches(compile_for(device, greedy_step, model, token, jax.eval_shape(fill)))
+        kinds = collections.Counter(launch.kind for launch in found)
+        yield {"cache": name, "kernels": len(found), "kinds": dict(kinds)}
+
+
+def packing_table(records: list[dict[str, Any]]) -> Table:
+    """What `packing` found."""
+    out = Table(
+        "a prompt's", "kernels", "MB moved", "MB at least", title="quantize and pack, as XLA compiles it"
+    )
+    for record in records:
+        megabytes = (f"{record[key] / 1e6:.0f}" for key in ("bytes", "least_bytes"))
+        out.add_row(record["what"], str(record["kernels"]), *megabytes)
+    return out
+
+
+def steps_table(records: list[dict[str, Any]]) -> Table:
+    """What `steps` found."""
+    out = Table("cache", "kernels a step", "of them", title="a decode step, as XLA compiles it")
+    for record in records:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(record["kinds"].items()))
+        out.add_row(record["cache"], str(record["kernels"]), kinds)
+    return out

@@ -1,0 +1,56 @@
+"""Reading XLA's programs."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from kivi_jax.bench import compiled
+
+# As XLA prints a program for a GPU, shortened.
+PROGRAM = """HloModule jit_f, entry_computation_layout={(f32[4,8]{1,0})->(u8[4]{0}, pred[])}
+
+%fused (p: f32[4,8]) -> u8[4] {
+  %p = f32[4,8]{1,0} parameter(0)
+  ROOT %c = u8[4]{0} convert(%p)
+}
+
+ENTRY %main.8 (x.1: f32[4,8]) -> (u8[4], pred[]) {
+  %x.1 = f32[4,8]{1,0} parameter(0), metadata={op_name="x"}
+  %both = (u8[4]{0}, pred[]) fusion(%x.1), kind=kLoop, calls=%fused, metadata={op_name="a(b)/c"}
+  %first = u8[4]{0} get-tuple-element(%both), index=0
+  %copy.1 = u8[4]{0} copy(%first)
+  %call = bf16[2,2]{1,0} custom-call(%copy.1, %x.1), custom_call_target="triton_kernel_call"
+  ROOT %tuple = (u8[4]{0}, pred[]) tuple(%copy.1, %first)
+}
+"""
+
+
+def test_launches_of_a_program():
+    assert compiled.launches(PROGRAM) == [
+        ("both", "fusion", 128 + 4 + 1),
+        ("copy.1", "copy", 4 + 4),
+        ("call", "custom-call", 4 + 128 + 8),
+    ]
+
+
+def test_reads_what_the_installed_xla_prints():
+    """On the CPU, where elementwise work becomes one fusion that reads once and writes once."""
+    x = jax.ShapeDtypeStruct((1024,), jnp.float32)
+    program = compiled.compile_for(jax.devices("cpu")[0], jax.jit(lambda x: jnp.sin(x) * x + 1), x)
+    (launch,) = compiled.launches(program)
+    assert launch.kind == "fusion"
+    assert launch.bytes == 2 * 4 * 1024
+
+
+def test_packing_is_a_few_kernels_and_reads_a_prompt_twice():
+    """What XLA makes of it on the machine that runs the tests: no float copy of the prompt is written."""
+    for record in compiled.packing(jax.devices("cpu")[0], tokens=1024):
+        prompt = 2 * 8 * 1024 * 128
+        assert record["least_bytes"] == prompt * 19 // 16  # 2 bits and 16-bit scales and zeros of 32 codes
+        assert record["kernels"] <= 12
+
+
+def test_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(compiled.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(NotImplementedError, match=r"kivi-jax\[cuda\]"):
+        compiled.described_gpu()
