@@ -19,8 +19,8 @@ Why it reads as it does, for XLA:CPU (measured on 4 Zen cores, jax 0.10.2, keys 
   32 tokens of a page are the rows instead, as they lie in the words: twice as fast there, and up to twice as
   slow anywhere else.
 
-So run, it has 0.8 to 1.3 times the speed of dense float32 attention there, and 0.4 to 1.05 times on two cores of a
-virtual machine, where handing each of these small loops to the second core costs what it saves.
+So run, it has 0.8 to 1.3 times the speed of dense float32 attention there, and 0.4 to 1.05 times on two cores
+of a virtual machine, where handing each of these small loops to the second core costs what it saves.
 """
 
 import math
