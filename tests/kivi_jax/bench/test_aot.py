@@ -30,10 +30,9 @@ def test_kernels_keep_their_budget(kernel, case, sm):
     assert record["instructions_per_code"] <= BUDGET[case.name]
 
 
-@pytest.mark.parametrize("name", ["1 x 32k", "8 x 32k"])
-def test_most_of_the_work_is_the_main_kernels(name):
-    """Laying out the query and merging the splits, of all bytes and instructions of a call."""
-    (case,) = [case for case in GPU if case.name == name]
+def test_most_of_the_work_is_the_main_kernels():
+    """Laying out the query and merging the splits, by bytes and instructions; one row is the worst case."""
+    (case,) = [case for case in GPU if case.name == "1 x 32k"]
     record = aot.record(case, 90)
     assert 0 < record["other_bytes_share"] <= 0.15
     assert 0 < record["other_instructions_share"] <= 0.15
