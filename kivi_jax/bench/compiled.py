@@ -22,7 +22,7 @@ from kivi_jax.bench.decode import filled_cache, greedy_step, room
 from kivi_jax.cache import CacheStrategy
 from kivi_jax.config import ModelConfig
 from kivi_jax.llama import Llama
-from pallas_kernels.quantization import quantize
+from pallas_kernels.quantization import GroupAxis, quantize
 
 _H100 = """
 gpu_device_info {
@@ -114,7 +114,8 @@ def packing(device: Any, *, tokens: int = 32768) -> Iterator[dict[str, Any]]:
     Keys: what, kernels, bytes that these move, and least_bytes: of one read and one write.
     """
     x = jax.ShapeDtypeStruct((1, 8, tokens, 128), jnp.bfloat16)
-    for what, axis in (("keys", "token"), ("values", "channel")):
+    axes: dict[str, GroupAxis] = {"keys": "token", "values": "channel"}
+    for what, axis in axes.items():
         pack = functools.partial(quantize, bits=2, group_size=32, group_axis=axis)
         found = launches(compile_for(device, jax.jit(pack), x))
         least = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((x, jax.eval_shape(pack, x))))
