@@ -176,11 +176,13 @@ def inspect(
     limit = parse_bytes(memory or "24GiB")
     weights = parameter_count(config) * {"float32": 4}.get(dtype.value, 2)
     rows_of = f"{context:,} tokens x {batch} row{'s' * (batch > 1)}"
+    console = Console()
     table = Table(
         title=f"{rows_of}, {dtype.value}; weights {format_bytes(weights)}",
         caption=f"max batch: rows of {context:,} tokens that fit into {memory or '24GiB'} beside the weights",
+        padding=(0, 1 if console.width >= 110 else 0),  # nine columns, in 80 characters, too
     )
-    table.add_column("cache", overflow="fold")  # names differ at their ends
+    table.add_column("cache", overflow="fold", min_width=11)  # names differ at their ends
     columns = ("bytes/token", "total", "smaller", "packed", "scales", "full prec.", "pool", "max batch")
     for column in columns:
         table.add_column(column.replace(" ", "\n").replace("/", "/\n"), justify="right", no_wrap=True)
@@ -204,7 +206,7 @@ def inspect(
             format_bytes(parts["pool"]),
             f"{rows:,}",
         )
-    Console().print(table)
+    console.print(table)
     if plot is not None:
         _plot_plan(
             plot,

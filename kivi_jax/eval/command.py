@@ -154,7 +154,7 @@ def longgenbench(
 
     Tasks run one after another into one folder are reported together.
 
-    Example:  kivi-jax eval longgenbench --model ./llama-8b --data ./prompts --task csqa --out out
+    Example:  kivi-jax eval longgenbench --model ./llama-8b --data ./lgb --out out
     """
     from kivi_jax.eval import longgenbench as bench
     from kivi_jax.eval.samples import find_file, read_rows
