@@ -167,7 +167,7 @@ def study(
     prompt: Sequence[int],
     continuation: Sequence[int],
     caches: Mapping[str, CacheStrategy],
-    advance: Callable[[], object],
+    advance: Callable[[], object] = lambda: None,
 ) -> tuple[Float[Array, "L K T T"], dict[str, Bool[np.ndarray, "L K steps T"]]]:
     """Full attention's weights over prompt and continuation, and what every cache held at every step.
 
