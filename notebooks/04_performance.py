@@ -54,7 +54,7 @@ from rich.console import Console
 
 from kivi_jax.bench import attention, kernels
 from kivi_jax.bench.command import machine
-from kivi_jax.bench.decode import run
+from kivi_jax.bench.decode import room, run
 from kivi_jax.bench.shapes import SHAPES
 from kivi_jax.console import format_bytes
 from kivi_jax.names import parse_cache
@@ -156,7 +156,7 @@ for length, batch, result in measured:
         shape,
         timed[result.name],
         batch=batch,
-        context=length + STEPS + 8,  # room for the steps, and for those that warm up
+        context=room(length, STEPS),
         prompt_tokens=length,
         dtype=dtype,
     )
