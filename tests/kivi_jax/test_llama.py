@@ -155,8 +155,9 @@ def test_block_size_does_not_change_the_result(name):
         for got, expected in zip(held, reference[1], strict=True):
             seen = np.asarray(got.position)[..., None] >= 0
             difference = np.where(seen, got.key - expected.key, 0)
-            # A scale that lies between two float16 numbers may be stored as either.
-            assert np.mean(np.abs(difference) > 2e-5) < 0.01
+            # A scale that lies between two float16 numbers may be stored as either; nothing else may differ.
+            packed = STRATEGIES[name].quantization is not None
+            assert np.mean(np.abs(difference) > 2e-5) <= (0.01 if packed else 0)
             np.testing.assert_allclose(difference, 0, atol=2e-3)
 
 
