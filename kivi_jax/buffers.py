@@ -33,7 +33,7 @@ from pallas_kernels.quantization import (
     set_token,
 )
 from pallas_kernels.quantized_attention import quantized_attention
-from pallas_kernels.ring import fill, newest_token
+from pallas_kernels.ring import Ring, fill, newest_token
 
 S = TypeVar("S", bound="Segment")
 
@@ -114,7 +114,8 @@ class DenseTokens:
 
     def attend(self, query: Float[Array, "B N H"]) -> AttentionPartial:
         """See `Segment`."""
-        return _attend_ring(query, self.keys, self.values, self.lengths, self.window)
+        start, scale = _first_visible(self.lengths, self.window), query.shape[-1] ** -0.5
+        return Ring(self.keys, self.values, self.lengths).attend(query, start=start, scale=scale)
 
     def append(self, step: Step) -> "DenseTokens":
         """See `Segment`."""
@@ -232,15 +233,14 @@ class KiviTokens:
 
     def attend(self, query: Float[Array, "B N H"]) -> AttentionPartial:
         """See `Segment`."""
-        packed = quantized_attention(
+        return quantized_attention(
             query,
             self.keys,
             self.values,
             start=_first_visible(self.lengths, self.window),
             end=jnp.maximum(self.lengths - self.residual_length, 0),
+            residual=Ring(self.key_ring, self.value_ring, self.lengths),
         )
-        ring = _attend_ring(query, self.key_ring, self.value_ring, self.lengths, self.window)
-        return partials.merge(packed, ring)
 
     def append(self, step: Step) -> "KiviTokens":
         """See `Segment`: the token joins the rings; the value it displaces is packed."""
@@ -329,18 +329,6 @@ def attend_token(
     visible = jnp.ones((query.shape[0], 1, 1), bool)
     scale = query.shape[-1] ** -0.5
     return partials.attend(query, key[:, :, None], value[:, :, None], visible, scale=scale)
-
-
-def _attend_ring(
-    query: Float[Array, "B N H"],
-    keys: Float[Array, "B K S H"],
-    values: Float[Array, "B K S H"],
-    lengths: Int[Array, "B"],
-    window: int | None,
-) -> AttentionPartial:
-    token = newest_token(lengths, keys.shape[2])
-    visible = token >= _first_visible(lengths, window)[:, None]
-    return partials.attend(query, keys, values, visible[:, None], scale=query.shape[-1] ** -0.5)
 
 
 def _first_visible(lengths: Int[Array, "B"], window: int | None) -> Int[Array, "B"]:

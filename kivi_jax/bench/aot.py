@@ -179,11 +179,11 @@ def _others(plan: split_kv.Case, operands: Any, query: Any) -> tuple[int, int, i
     merging the splits (reads their results, writes one: a load and a multiply-add a number).
     """
     heads = operands[2].shape[0] * plan.heads
-    result = 4 * heads * (plan.dim + 2)
-    partials_bytes = result * plan.tuning.splits
+    numbers = heads * (plan.dim + 2)
+    partials_bytes = heads * (2 * plan.dim + 2 * 4) * plan.tuning.splits
     laid_out = operands[2].size + operands[3].size
-    other_bytes = _nbytes(query) + sum(map(_nbytes, operands[2:4])) + partials_bytes + result
-    return partials_bytes, other_bytes, 3 * laid_out + 2 * partials_bytes // 4
+    other_bytes = _nbytes(query) + sum(map(_nbytes, operands[2:4])) + partials_bytes + 4 * numbers
+    return partials_bytes, other_bytes, 3 * laid_out + 2 * numbers * plan.tuning.splits
 
 
 def _nbytes(array: Any) -> int:

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.device import compute_capability, default_device
 from pallas_kernels.partials import AttentionPartial
 from pallas_kernels.quantization import QuantizedTensor
+from pallas_kernels.ring import Ring
 
 Implementation = Literal["xla", "pallas_triton", "triton", "pallas_mosaic"]
 Attend = Callable[..., AttentionPartial]
@@ -34,9 +35,12 @@ def quantized_attention(
     start: Int[Array, "B"],
     end: Int[Array, "B"],
     scale: float | None = None,
+    residual: Ring | None = None,
     implementation: Implementation | None = None,
 ) -> AttentionPartial:
     """Attention of one query per row and head over the packed tokens `start <= t < end` of its row.
+
+    With a `residual` also over its tokens `t >= start`, which should be none of the packed range.
 
     `key` and `value` denote [B, K, S, H], keys grouped over tokens and values over channels. Token t is
     in slot t % S: the store is a ring, of which the newest S tokens before `end` are present. The
@@ -55,12 +59,17 @@ def quantized_attention(
         order: tuple[Implementation, ...] = (*_KERNELS, "xla") if device.platform == "gpu" else ("xla",)
     else:
         order = (implementation,)
+
+    def attend(name: Implementation) -> AttentionPartial:
+        call = _load(name, device)
+        return call(query, key, value, start=start, end=end, scale=scale, residual=residual)
+
     for name in order[:-1]:
         try:
-            return _load(name, device)(query, key, value, start=start, end=end, scale=scale)
+            return attend(name)
         except NotImplementedError as reason:
             _log_fallback(name, str(reason))
-    return _load(order[-1], device)(query, key, value, start=start, end=end, scale=scale)
+    return attend(order[-1])
 
 
 def _check(query: Array, key: QuantizedTensor, value: QuantizedTensor) -> None:

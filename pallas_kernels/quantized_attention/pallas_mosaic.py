@@ -37,6 +37,7 @@ from pallas_kernels.partials import NO_SCORE, AttentionPartial
 from pallas_kernels.quantization import QuantizedTensor
 from pallas_kernels.quantized_attention.split_kv import Case, plan
 from pallas_kernels.quantized_attention.tuning import Tuning
+from pallas_kernels.ring import Ring, merge_residual
 
 plgpu: Any = mosaic_gpu  # what it offers changes with every release of jax
 
@@ -56,6 +57,7 @@ def attend(
     start: Int[Array, "B"],
     end: Int[Array, "B"],
     scale: float,
+    residual: Ring | None = None,
     tuning: Tuning | None = None,
     interpret: bool = False,
 ) -> AttentionPartial:
@@ -72,7 +74,8 @@ def attend(
         fewer = dataclasses.replace(case.tuning, splits=max(1, case.tuning.splits // 4))
         case = dataclasses.replace(case, tuning=fewer)
     operands = _operands(case, query, key, value, start, end)
-    return _merge(case, query.shape, *_partials(case, *operands))
+    packed = _merge(case, query.shape, *_partials(case, *operands))
+    return merge_residual(packed, query, residual, start=start, scale=scale)
 
 
 def _tile(case: Case, *scales: Any) -> Case:

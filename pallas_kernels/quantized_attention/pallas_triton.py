@@ -11,7 +11,8 @@ fast as its cores can look at them: the number of instructions per code decides 
         probability . value   = (probability * scale) . code + probability . zero
 3.  Codes are the matrix unit's left operand; the query heads of one KV head are its 8 or 16 columns.
 4.  A program is one warp. It owns a run of tiles of one (row, KV head), so nothing is exchanged between
-    warps, and the parallelism comes from splitting the tokens; `_merge` combines the splits.
+    warps, and the parallelism comes from splitting the tokens; `_merge` combines the splits. Their results
+    are written normalized, as float16: half the bytes, and the rounding errors of many splits cancel.
 5.  Tiles whose tokens are all visible carry no mask; the few at the ends of the range have their own loop.
 
 Token t is in slot t % S, so the loops run over tiles of *tokens*, and a tile's place in the ring is its
@@ -45,11 +46,13 @@ from pallas_kernels.quantized_attention.split_kv import (
     power_of_two,
 )
 from pallas_kernels.quantized_attention.tuning import Tuning
+from pallas_kernels.ring import Ring
 
 _UNIT = 2.0**-24  # the value of float16's smallest subnormal: what a code's lowest bit is worth
 _LIFT = 8.0  # probabilities are kept times 2**8: float16 has room above 1, and none below 2**-24
 _LOWEST = -1e20  # no score, in units of `_UNIT`; finite, so that differences of maxima are
 _LOG2E = math.log2(math.e)
+_RESIDUAL_TOKENS = 64  # of the residual that are attended to at a time
 
 
 def attend(
@@ -60,17 +63,21 @@ def attend(
     start: Int[Array, "B"],
     end: Int[Array, "B"],
     scale: float,
+    residual: Ring | None = None,
     tuning: Tuning | None = None,
     interpret: bool = False,
 ) -> AttentionPartial:
     """See `quantized_attention`. Products are of float16 numbers, sums are float32.
 
+    What merges the splits also attends to the residual: as XLA's, that would be five kernels more.
+
     Raises:
         NotImplementedError: a group or head size that the kernel has no block for.
     """
     case = plan(query, key, value, scale, tuning, interpret)
-    out, top, denom = _partials(case, *operands(case, query, key, value, start, end))
-    out, top, denom = _merge(case, out, top, denom)
+    splits = _partials(case, *operands(case, query, key, value, start, end))
+    recent = () if residual is None else _residual_operands(case, query, residual, start)
+    out, top, denom = _merge(case, *splits, *recent)
     return AttentionPartial(
         out.reshape(query.shape), top.reshape(query.shape[:2]), denom.reshape(query.shape[:2])
     )
@@ -80,11 +87,6 @@ def _partials(case: Case, *arrays: Array) -> tuple[Array, Array, Array]:
     """(out, max in powers of two, denom) of every (row and head block, split, query head)."""
     programs, splits = arrays[2].shape[0], case.tuning.splits  # one query operand for each
 
-    def of_program(array: Array) -> pl.BlockSpec:
-        """Consecutive programs share an array that has fewer rows than there are programs."""
-        rest, share = array.shape[1:], programs // array.shape[0]
-        return pl.BlockSpec((None, *rest), lambda i, split: (_div(i, share), *(0 for _ in rest)))
-
     def of_split(*rest: int) -> pl.BlockSpec:
         return pl.BlockSpec((None, None, *rest), lambda i, split: (i, split, *(0 for _ in rest)))
 
@@ -93,12 +95,21 @@ def _partials(case: Case, *arrays: Array) -> tuple[Array, Array, Array]:
         functools.partial(_attend_split, case),
         name="quantized_attention",
         grid=(programs, splits),
-        in_specs=[of_program(array) for array in arrays],
+        in_specs=[_of_program(array, programs) for array in arrays],
         out_specs=[of_split(*shape) for shape in outputs],
-        out_shape=[jax.ShapeDtypeStruct((programs, splits, *shape), jnp.float32) for shape in outputs],
+        out_shape=[
+            jax.ShapeDtypeStruct((programs, splits, *shape), dtype)
+            for shape, dtype in zip(outputs, (jnp.float16, jnp.float32, jnp.float32), strict=True)
+        ],
         compiler_params=plt.CompilerParams(num_warps=case.tuning.warps, num_stages=case.tuning.stages),
         interpret=case.interpret,
     )(*arrays)
+
+
+def _of_program(array: Array, programs: int) -> pl.BlockSpec:
+    """Consecutive programs share an array that has fewer rows than there are programs."""
+    rest, share = array.shape[1:], programs // array.shape[0]
+    return pl.BlockSpec((None, *rest), lambda i, *_: (_div(i, share), *(0 for _ in rest)))
 
 
 def _call(kernel: Callable[..., None], **options: Any) -> Callable[..., Any]:
@@ -226,6 +237,8 @@ def _attend_split(case: Case, *refs: Any) -> None:
         return jnp.sum(jnp.where((row16 == row)[:, None], sums, 0.0), axis=0) * 2.0**-_LIFT
 
     head = jnp.arange(lanes, dtype=jnp.int32)
+    denom = sum_row(case.value_groups)
+    norm = 1 / jnp.where(denom > 0, denom, 1.0)[None, :]
     zero_sums = [sum_row(group) for group in range(case.value_groups)]
     for accumulator, (j, row, group) in zip(accumulators, parts, strict=True):
         out = accumulator * (2.0 ** -(case.value.bits * j + _LIFT) / _UNIT) + zero_sums[group][None, :]
@@ -233,14 +246,28 @@ def _attend_split(case: Case, *refs: Any) -> None:
         channel = j * case.value.words + at
         in_group = (channel >= group * case.value.group) & (channel < (group + 1) * case.value.group)
         written = (head < case.heads)[:, None] & ((at < case.value.words) & in_group)[None, :]
+        out = (out * norm).astype(jnp.float16)
         plt.store(out_ref.at[head[:, None], channel[None, :]], out.T, mask=written)
     plt.store(max_ref.at[head], top * up, mask=head < case.heads)
-    plt.store(denom_ref.at[head], sum_row(case.value_groups), mask=head < case.heads)
+    plt.store(denom_ref.at[head], denom, mask=head < case.heads)
 
 
-def _merge(case: Case, out: Array, top: Array, denom: Array) -> tuple[Array, Array, Array]:
-    """Combine the splits in one launch; the maximum comes back in natural logarithms."""
-    programs, splits = top.shape[:2]
+def _residual_operands(
+    case: Case, query: Float[Array, "B N H"], residual: Ring, start: Int[Array, "B"]
+) -> tuple[Array, ...]:
+    """The arrays that merging reads to attend to the residual, each with its rows in front."""
+    rows = residual.keys.shape[0] * residual.keys.shape[1]
+    keys, values = (x.reshape(rows, *x.shape[2:]) for x in (residual.keys, residual.values))
+    limits = (x.astype(jnp.int32)[:, None] for x in (start, residual.end))
+    return query.reshape(-1, case.heads, case.dim), keys, values, *limits
+
+
+def _merge(case: Case, *arrays: Array) -> tuple[Array, Array, Array]:
+    """Combine the splits, and attend to the residual if there is one: one launch.
+
+    The maximum comes back in natural logarithms.
+    """
+    programs, splits = arrays[1].shape[:2]
 
     def of_head(*rest: int) -> pl.BlockSpec:
         return pl.BlockSpec(
@@ -251,20 +278,26 @@ def _merge(case: Case, out: Array, top: Array, denom: Array) -> tuple[Array, Arr
         return pl.BlockSpec((None, None, *rest), lambda i, head, block: (i, head, *(0 for _ in rest)))
 
     outputs = ((case.dim,), (), ())
+    query, recent = arrays[3:4], arrays[4:]
     return _call(
         functools.partial(_merge_splits, case),
         name="quantized_attention_merge",
         grid=(programs, case.heads, -(-case.dim // MERGED_CHANNELS)),
-        in_specs=[of_head(*shape) for shape in outputs],
+        in_specs=[
+            *(of_head(*shape) for shape in outputs),
+            *(merged(case.dim) for _ in query),
+            *(_of_program(array, programs) for array in recent),
+        ],
         out_specs=[merged(*shape) for shape in outputs],
         out_shape=[jax.ShapeDtypeStruct((programs, case.heads, *s), jnp.float32) for s in outputs],
         compiler_params=plt.CompilerParams(num_warps=4, num_stages=2),
         interpret=case.interpret,
-    )(out, top, denom)
+    )(*arrays)
 
 
-def _merge_splits(case: Case, out_ref: Any, top_ref: Any, denom_ref: Any, *merged_refs: Any) -> None:
-    """One program: some channels of a query head. Splits without tokens weigh 0 or have denominator 0."""
+def _merge_splits(case: Case, out_ref: Any, top_ref: Any, denom_ref: Any, *refs: Any) -> None:
+    """One program: some channels of a query head. Splits without tokens weigh nothing."""
+    *recent, merged_ref, merged_top_ref, merged_denom_ref = refs
     split = jnp.arange(power_of_two(case.tuning.splits), dtype=jnp.int32)
     channel = pl.program_id(2) * MERGED_CHANNELS + jnp.arange(MERGED_CHANNELS, dtype=jnp.int32)
     present, inside = split < case.tuning.splits, channel < case.dim
@@ -272,14 +305,47 @@ def _merge_splits(case: Case, out_ref: Any, top_ref: Any, denom_ref: Any, *merge
     tops = plt.load(top_ref.at[split], mask=present, other=lowest)
     denoms = plt.load(denom_ref.at[split], mask=present, other=jnp.zeros_like(lowest))
     mask = present[:, None] & inside[None, :]
-    nothing = jnp.zeros(mask.shape, jnp.float32)
+    nothing = jnp.zeros(mask.shape, out_ref.dtype)
     outs = plt.load(out_ref.at[split[:, None], channel[None, :]], mask=mask, other=nothing)
-    highest = tops.max(0)
-    weights = _exp2(tops - highest, case)
-    denom = jnp.sum(denoms * weights, axis=0)
-    plt.store(merged_refs[0].at[channel], jnp.sum(outs * weights[:, None], axis=0), mask=inside)
-    merged_refs[1][...] = jnp.where(denom > 0, highest / _LOG2E, NO_SCORE)  # the same from every program
-    merged_refs[2][...] = denom
+    top = tops.max(0)
+    weights = denoms * _exp2(tops - top, case)
+    out = jnp.sum(outs.astype(jnp.float32) * weights[:, None], axis=0)
+    denom = jnp.sum(weights, axis=0)
+    if recent:
+        out, top, denom = _attend_residual(case, recent, channel, out, top, denom)
+    plt.store(merged_ref.at[channel], out, mask=inside)
+    merged_top_ref[...] = jnp.where(denom > 0, top / _LOG2E, NO_SCORE)  # the same from every program
+    merged_denom_ref[...] = denom
+
+
+def _attend_residual(
+    case: Case, refs: Any, channel: Array, out: Array, top: Array, denom: Array
+) -> tuple[Array, Array, Array]:
+    """Fold the residual's tokens into (out of some channels, max in powers of two, denom) of a head."""
+    query_ref, key_ref, value_ref, start_ref, end_ref = refs
+    slots, dims = key_ref.shape[0], power_of_two(case.dim)
+    block = min(_RESIDUAL_TOKENS, power_of_two(slots))
+    query = _load(query_ref, (), (dims,)).astype(jnp.float32) * (case.scale * _LOG2E)
+    dim = jnp.arange(dims, dtype=jnp.int32)
+    start, last = jnp.maximum(start_ref[0], 0), end_ref[0] - 1
+
+    def rows(ref: Any, slot: Array, at: Array) -> Array:
+        mask = (slot < slots)[:, None] & (at < case.dim)[None, :]
+        nothing = jnp.zeros(mask.shape, ref.dtype)
+        return plt.load(ref.at[slot[:, None], at[None, :]], mask=mask, other=nothing).astype(jnp.float32)
+
+    def visit(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        out, top, denom = carry
+        slot = i * block + jnp.arange(block, dtype=jnp.int32)
+        token = last - jax.lax.rem(last - slot + slots, jnp.full_like(slot, slots))
+        score = jnp.sum(rows(key_ref, slot, dim) * query[None, :], axis=1)
+        score = jnp.where((slot < slots) & (token >= start), score, NO_SCORE)
+        new_top = jnp.maximum(top, score.max(0))
+        weight, fade = _exp2(score - new_top, case), jnp.exp2(top - new_top)
+        added = jnp.sum(rows(value_ref, slot, channel) * weight[:, None], axis=0)
+        return out * fade + added, new_top, denom * fade + jnp.sum(weight, axis=0)
+
+    return jax.lax.fori_loop(0, -(-slots // block), visit, (out, top, denom))
 
 
 def _div(x: Array, by: int) -> Array:

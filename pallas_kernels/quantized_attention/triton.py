@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.device import compute_capability, default_device
@@ -15,6 +16,7 @@ from pallas_kernels.partials import AttentionPartial
 from pallas_kernels.quantization import QuantizedTensor
 from pallas_kernels.quantized_attention.split_kv import MERGED_CHANNELS, Case, operands, plan, power_of_two
 from pallas_kernels.quantized_attention.tuning import Tuning
+from pallas_kernels.ring import Ring, merge_residual
 
 
 def attend(
@@ -25,6 +27,7 @@ def attend(
     start: Int[Array, "B"],
     end: Int[Array, "B"],
     scale: float,
+    residual: Ring | None = None,
     tuning: Tuning | None = None,
 ) -> AttentionPartial:
     """See `quantized_attention`. Products are of float16 numbers, sums are float32.
@@ -51,7 +54,7 @@ def attend(
     partials = jax_triton.triton_call(
         *arrays,
         kernel=triton_kernels.attend_split,
-        out_shape=shapes(programs, splits, case.heads, dim=case.dim),
+        out_shape=shapes(programs, splits, case.heads, dim=case.dim, dtype=jnp.float16),
         grid=(programs, splits),
         num_warps=case.tuning.warps,
         num_stages=case.tuning.stages,
@@ -68,7 +71,8 @@ def attend(
         **merge_constants(case),
     )
     heads = query.shape[:2]
-    return AttentionPartial(out.reshape(query.shape), top.reshape(heads), denom.reshape(heads))
+    packed = AttentionPartial(out.reshape(query.shape), top.reshape(heads), denom.reshape(heads))
+    return merge_residual(packed, query, residual, start=start, scale=scale)
 
 
 def check(case: Case) -> None:
@@ -80,15 +84,16 @@ def check(case: Case) -> None:
         raise NotImplementedError(f"values in groups of {case.value.group}, no power of two")
 
 
-def shapes(*lead: int, dim: int) -> tuple[jax.ShapeDtypeStruct, ...]:
-    """Shapes of out, max and denom of queries `lead`."""
-    return tuple(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((*lead, dim), lead, lead))
+def shapes(*lead: int, dim: int, dtype: DTypeLike = jnp.float32) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """Shapes of out, which is of `dtype`, max and denom of queries `lead`."""
+    number = jax.ShapeDtypeStruct(lead, jnp.float32)
+    return jax.ShapeDtypeStruct((*lead, dim), dtype), number, number
 
 
 def pointers() -> dict[str, str]:
     """Triton's types of the array arguments of `attend_split`, for 16-bit scales."""
     half, word, number, index = "*fp16", "*u8", "*fp32", "*i32"
-    types = (index, index, half, half, word, half, half, word, half, half, number, number, number)
+    types = (index, index, half, half, word, half, half, word, half, half, half, number, number)
     names = ("START", "END", "Q", "Q_PLAIN", "KW", "KS", "KZ", "VW", "VS", "VZ", "OUT", "TOP", "DENOM")
     return dict(zip(names, types, strict=True))
 

@@ -308,6 +308,8 @@ def attend_split(
     row16 = tl.arange(0, TILE_ROWS)
     row = tl.arange(0, VALUE_ROWS)
     at = (query * SPLITS + split) * HEADS
+    denom = tl.sum(tl.where((row16 == GROUPS)[:, None], sums, 0.0), 0) * 2.0**-8
+    norm = 1 / tl.where(denom > 0, denom, 1.0)[None, :]
     for block in tl.static_range(BLOCKS):
         for j in tl.static_range(PLANES):
             group = (j * VALUE_COLUMNS + block * VALUE_ROWS) // VALUE_GROUP
@@ -318,8 +320,8 @@ def attend_split(
             )
             channel = j * VALUE_COLUMNS + block * VALUE_ROWS + row
             written = tl.broadcast_to((lane < HEADS)[:, None], (LANES, VALUE_ROWS))
-            tl.store(OUT + (at + lane[:, None]) * DIM + channel[None, :], tl.trans(out), mask=written)
-    denom = tl.sum(tl.where((row16 == GROUPS)[:, None], sums, 0.0), 0) * 2.0**-8
+            out = tl.trans((out * norm).to(tl.float16))
+            tl.store(OUT + (at + lane[:, None]) * DIM + channel[None, :], out, mask=written)
     tl.store(TOP + at + lane, top * UP, mask=lane < HEADS)
     tl.store(DENOM + at + lane, denom, mask=lane < HEADS)
 
@@ -343,9 +345,10 @@ def merge_splits(
     denoms = tl.load(DENOM + at, mask=present, other=0.0)
     outs = tl.load(OUT + at[:, None] * DIM + channel[None, :], mask=mask, other=0.0)
     highest = tl.max(tops, 0)
-    weights = _exp2(tops - highest, INTERPRET)
-    denom = tl.sum(denoms * weights, 0)
+    weights = denoms * _exp2(tops - highest, INTERPRET)
+    denom = tl.sum(weights, 0)
     merged = program * HEADS + head
-    tl.store(OUT_MERGED + merged * DIM + channel, tl.sum(outs * weights[:, None], 0), mask=channel < DIM)
+    out = tl.sum(outs.to(tl.float32) * weights[:, None], 0)
+    tl.store(OUT_MERGED + merged * DIM + channel, out, mask=channel < DIM)
     tl.store(TOP_MERGED + merged, tl.where(denom > 0, highest * LN2, NO_SCORE))
     tl.store(DENOM_MERGED + merged, denom)

@@ -32,7 +32,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 from pallas_kernels.packing import PAGE
 from pallas_kernels.partials import NO_SCORE, AttentionPartial, empty, merge, softmax_weights
 from pallas_kernels.quantization import QuantizedTensor
-from pallas_kernels.ring import newest_token
+from pallas_kernels.ring import Ring, merge_residual, newest_token
 
 
 def attend(
@@ -43,6 +43,7 @@ def attend(
     start: Int[Array, "B"],
     end: Int[Array, "B"],
     scale: float,
+    residual: Ring | None = None,
     block_elements: int = 1 << 20,
 ) -> AttentionPartial:
     """See `quantized_attention`; about `block_elements` keys are dequantized at a time."""
@@ -67,7 +68,8 @@ def attend(
         part = _attend_block(grouped, _slice(key, at, block), _slice(value, at, block), seen)
         return merge(running, part)
 
-    return jax.lax.fori_loop(0, needed.sum(), body, empty(query.shape))
+    packed = jax.lax.fori_loop(0, needed.sum(), body, empty(query.shape))
+    return merge_residual(packed, query, residual, start=start, scale=scale)
 
 
 def _attend_block(

@@ -14,6 +14,7 @@ from pallas_kernels.partials import merge, normalize
 from pallas_kernels.quantization import QuantizedTensor, dequantize
 from pallas_kernels.quantized_attention import pallas_mosaic, pallas_triton, quantized_attention, xla
 from pallas_kernels.quantized_attention.cases import CORRECTNESS, Case
+from pallas_kernels.ring import Ring
 from tests.oracles import attention as oracle
 from tests.oracles import quantization as quantization_oracle
 
@@ -53,10 +54,10 @@ def jitted(implementation, head_dim):
     return jax.jit(functools.partial(quantized_attention, implementation=implementation))
 
 
-def run(implementation, query, key, value, start, end):
+def run(implementation, query, key, value, start, end, **options):
     call = jitted(implementation, query.shape[-1])
     try:
-        return call(query, key, value, start=start, end=end)
+        return call(query, key, value, start=start, end=end, **options)
     except NotImplementedError as reason:
         pytest.skip(str(reason))
 
@@ -83,6 +84,30 @@ def test_equals_the_oracle(implementation, case):
     assert got.out.dtype == got.max.dtype == got.denom.dtype == jnp.float32
     assert relative_error(normalize(got), out / np.where(seen, denom, 1)[..., None]) < tolerance
     assert relative_error(np.asarray(got.log_sum_exp)[seen], log_sum_exp) < tolerance
+
+
+@each_implementation
+@pytest.mark.parametrize(
+    "name", ["tiles_wrapped", "tiles_empty_row", "tiles_mqa", "head_96", "window", "head_8"]
+)
+@pytest.mark.parametrize(("slots", "newer"), [(32, 0), (96, 5), (128, 300)])
+def test_also_attends_to_a_residual(implementation, name, slots, newer):
+    """A ring that is not full, one that ends with the packed tokens, and one that has wrapped."""
+    (case,) = [c for c in CORRECTNESS if c.name == name]
+    query, key, value, start, end = inputs(case)
+    shape = (case.batch, case.kv_heads, slots, case.head_dim)
+    ring = Ring(*jax.random.normal(jax.random.key(slots), (2, *shape)), end + newer)
+    got = run(implementation, query, key, value, start, end, residual=ring)
+
+    packed = oracle.ring_visible(start, end, case.slots)
+    recent = oracle.ring_visible(start, ring.end, slots)
+    visible = [[[*a, *b]] * case.kv_heads for a, b in zip(packed, recent, strict=True)]
+    keys, values = (
+        np.concatenate([read(a), np.asarray(b)], axis=2) for a, b in ((key, ring.keys), (value, ring.values))
+    )
+    out, _, denom = oracle.attend(query, keys, values, visible, case.head_dim**-0.5)
+    want = out / np.where(denom > 0, denom, 1)[..., None]
+    assert relative_error(normalize(got), want) < IMPLEMENTATIONS[implementation]
 
 
 @each_implementation
