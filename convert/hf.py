@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 
 from convert.errors import CheckpointError
-from convert.rules import Path, is_derived, model_config, source_of
+from convert.rules import Path, is_derived, model_config, sources_of
 from kivi_jax.config import ModelConfig
 from kivi_jax.llama import Llama
 
@@ -47,22 +47,27 @@ def load_hf(directory: FilePath, *, dtype: DTypeLike, progress: Progress | None 
     check_tokenizer(directory, config)
     files = _tensor_files(directory)
     abstract = abstract_parameters(config, dtype)
-    sources = {path: source_of(path) for path in abstract}
+    sources = {path: sources_of(path, config) for path in abstract}
     shapes = {
-        source.name: abstract[path].shape[::-1] if source.transpose else abstract[path].shape
-        for path, source in sources.items()
+        source.name: jax.eval_shape(source.part_of, abstract[path]).shape
+        for path, parts in sources.items()
+        for source in parts
     }
     _check_coverage(config, files, shapes)
     if config.tie_word_embeddings and "lm_head.weight" in files:
-        _check_tied(files, sources["embed", "embedding"].name)
+        _check_tied(files, sources["embed", "embedding"][0].name)
     filled: dict[Path, jax.Array] = {}
+    done = 0
     # Largest first: reading needs a tensor's size more, which is least when the model is nearly whole.
     for path in sorted(sources, key=lambda path: -abstract[path].size):
-        name, transpose = sources[path]
-        tensor = _read_tensor(files[name][0], name)
-        filled[path] = jnp.asarray(tensor.T if transpose else tensor, dtype)
-        if progress is not None:
-            progress(len(filled), len(sources))
+        parts: list[jax.Array] = []
+        for source in sources[path]:
+            tensor = _read_tensor(files[source.name][0], source.name)
+            parts.append(jnp.asarray(tensor.T if source.transpose else tensor, dtype))
+            done += 1
+            if progress is not None:
+                progress(done, len(shapes))
+        filled[path] = jnp.concatenate(parts, axis=-1)
     return build(config, filled, dtype)
 
 

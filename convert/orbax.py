@@ -23,7 +23,7 @@ from convert.hf import abstract_parameters, build, check_tokenizer
 from kivi_jax.config import ModelConfig, config_from_dict
 from kivi_jax.llama import Llama
 
-FORMAT = 1
+FORMAT = 2  # in format 1, queries, keys and values were projections of their own
 MANIFEST = "kivi_jax.json"
 BESIDE = ("*config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*")
 
@@ -69,7 +69,7 @@ def load(directory: FilePath, *, dtype: DTypeLike | None = None) -> Llama:
     """The model that `save` wrote, cast to `dtype` (by default as it was saved).
 
     Raises:
-        CheckpointError: the directory is damaged, or of a newer format.
+        CheckpointError: the directory is damaged, or of another format.
     """
     config, saved_dtype, files = read_manifest(directory)
     check_tokenizer(directory, config)
@@ -100,14 +100,15 @@ def read_manifest(directory: FilePath) -> Manifest:
     """What a converted model says about itself.
 
     Raises:
-        CheckpointError: the manifest is damaged, or of a newer format.
+        CheckpointError: the manifest is damaged, or of another format.
     """
     file = directory / MANIFEST
     try:
         manifest: dict[str, Any] = json.loads(file.read_text())
-        if manifest["format"] > FORMAT:
+        if manifest["format"] != FORMAT:
+            cure = "upgrade kivi-jax" if manifest["format"] > FORMAT else "convert again"
             raise CheckpointError(
-                f"{file} has format {manifest['format']}, this version reads up to {FORMAT}: upgrade kivi-jax"
+                f"{file} has format {manifest['format']}, this version reads {FORMAT}: {cure}"
             )
         config, dtype = config_from_dict(manifest["config"]), jnp.dtype(manifest["dtype"]).name
         return Manifest(config, dtype, dict(manifest["files"]))

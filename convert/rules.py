@@ -6,19 +6,19 @@ from typing import Any, NamedTuple, get_args
 
 from convert.errors import CheckpointError
 from kivi_jax.config import ModelConfig, RopeConfig, RopeKind
+from kivi_jax.llama import query_key_value_columns
 
 Path = tuple[str, ...]  # of a parameter in the model: ("layers", "0", "mlp", "gate", "kernel")
 
+# The modules whose outputs, side by side, are those of ours.
 _LAYER_MODULES = {
-    ("attention", "query"): "self_attn.q_proj",
-    ("attention", "key"): "self_attn.k_proj",
-    ("attention", "value"): "self_attn.v_proj",
-    ("attention", "output"): "self_attn.o_proj",
-    ("mlp", "gate"): "mlp.gate_proj",
-    ("mlp", "up"): "mlp.up_proj",
-    ("mlp", "down"): "mlp.down_proj",
-    ("attention_norm",): "input_layernorm",
-    ("mlp_norm",): "post_attention_layernorm",
+    ("attention", "query_key_value"): ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    ("attention", "output"): ("self_attn.o_proj",),
+    ("mlp", "gate"): ("mlp.gate_proj",),
+    ("mlp", "up"): ("mlp.up_proj",),
+    ("mlp", "down"): ("mlp.down_proj",),
+    ("attention_norm",): ("input_layernorm",),
+    ("mlp_norm",): ("post_attention_layernorm",),
 }
 _MODULES = {"embed": "model.embed_tokens", "norm": "model.norm", "lm_head": "lm_head"}
 _FIELDS = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
@@ -56,20 +56,30 @@ _ROPE_NAMES = {"type", "rope_type", "rope_theta", "finetuned", "partial_rotary_f
 
 
 class Source(NamedTuple):
-    """The tensor of a checkpoint that fills a parameter."""
+    """A tensor of a checkpoint, and the part of a parameter that it fills."""
 
     name: str
+    columns: slice  # on the parameter's last axis
     transpose: bool  # torch keeps linear weights [out, in], we [in, out]
 
+    def part_of(self, parameter: Any) -> Any:
+        """The part of a whole parameter, as the checkpoint holds it. Of a NumPy array it is a view."""
+        part = parameter[..., self.columns]
+        return part.T if self.transpose else part
 
-def source_of(path: Path) -> Source:
-    """Where a parameter comes from in a Hugging Face checkpoint."""
+
+def sources_of(path: Path, config: ModelConfig) -> tuple[Source, ...]:
+    """Where the parts of a parameter come from in a Hugging Face checkpoint."""
     *module, field = path
     if module[0] == "layers":
-        name = f"model.layers.{module[1]}.{_LAYER_MODULES[tuple(module[2:])]}"
+        names = [f"model.layers.{module[1]}.{name}" for name in _LAYER_MODULES[tuple(module[2:])]]
     else:
-        name = _MODULES[module[0]]
-    return Source(f"{name}.{_FIELDS[field]}", transpose=field == "kernel")
+        names = [_MODULES[module[0]]]
+    columns = query_key_value_columns(config) if module[-1] == "query_key_value" else (slice(None),)
+    return tuple(
+        Source(f"{name}.{_FIELDS[field]}", part, transpose=field == "kernel")
+        for name, part in zip(names, columns, strict=True)
+    )
 
 
 def is_derived(name: str) -> bool:

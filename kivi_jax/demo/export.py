@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 from safetensors.numpy import save_file
 
-from convert.rules import source_of
+from convert.rules import sources_of
 from kivi_jax.config import ModelConfig
 from kivi_jax.demo import tokenizer
 from kivi_jax.llama import Llama
@@ -35,9 +35,9 @@ def _tensors(model: Llama) -> dict[str, np.ndarray]:
     leaves = jax.tree_util.tree_leaves_with_path(nnx.to_pure_dict(nnx.state(model)))
     tensors: dict[str, np.ndarray] = {}
     for path, value in leaves:
-        name, transpose = source_of(tuple(str(key.key) for key in path))
-        tensor = np.asarray(value.astype(jnp.bfloat16))
-        tensors[name] = np.ascontiguousarray(tensor.T if transpose else tensor)
+        parameter = np.asarray(value.astype(jnp.bfloat16))
+        for source in sources_of(tuple(str(key.key) for key in path), model.config):
+            tensors[source.name] = np.ascontiguousarray(source.part_of(parameter))
     return tensors
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 
 from kivi_jax.config import ModelConfig
-from kivi_jax.llama import Llama
+from kivi_jax.llama import Attention, Llama, query_key_value_columns
 
 POSITION_PAIRS = 10  # the fastest channel pairs of a head tell positions apart
 CONTENT_PAIRS = 16  # the slowest compare contents; they turn little within the context
@@ -78,15 +78,17 @@ def _look_back(model: Llama, common: np.ndarray) -> None:
         turned = np.concatenate([gain * np.cos(angle), gain * np.sin(angle)])
         return np.outer(common, turned) / (config.hidden_size / 2) ** 0.5
 
-    _set(attention.key, 0, read(0))
-    _set(attention.query, 0, read(1))
-    _set(attention.query, 1, read(2))
+    queries, keys, _ = query_key_value_columns(config)
+    _set(attention, keys, 0, read(0))
+    _set(attention, queries, 0, read(1))
+    _set(attention, queries, 1, read(2))
 
 
 def _write(model: Llama, code: np.ndarray, targets: tuple[np.ndarray, np.ndarray]) -> None:
     """Layer 0: heads 0 and 1 write the code of the token they attend to into their target."""
     attention = model.layers[0].attention
-    _set(attention.value, 0, code)
+    _, _, values = query_key_value_columns(model.config)
+    _set(attention, values, 0, code)
     kernel = np.array(attention.output.kernel[...])
     for head, target in enumerate(targets):
         kernel[head * code.shape[1] : (head + 1) * code.shape[1]] = target.T * WRITE_GAIN
@@ -96,8 +98,9 @@ def _write(model: Llama, code: np.ndarray, targets: tuple[np.ndarray, np.ndarray
 def _match(model: Llama, head: int, *, query: np.ndarray, key: np.ndarray) -> None:
     """Layer 1: query head `head` attends to where its code in `query` stands in `key`."""
     attention = model.layers[1].attention
-    _set(attention.query, head, _slow_channels(query))
-    _set(attention.key, head * model.config.num_kv_heads // model.config.num_heads, _slow_channels(key))
+    queries, keys, _ = query_key_value_columns(model.config)
+    _set(attention, queries, head, _slow_channels(query))
+    _set(attention, keys, head * model.config.num_kv_heads // model.config.num_heads, _slow_channels(key))
 
 
 def _slow_channels(code: np.ndarray) -> np.ndarray:
@@ -109,8 +112,9 @@ def _slow_channels(code: np.ndarray) -> np.ndarray:
     return moved * CONTENT_GAIN
 
 
-def _set(projection: nnx.Linear, head: int, columns: np.ndarray) -> None:
-    """Replace one head's columns [D, H] of a projection's kernel."""
+def _set(attention: Attention, part: slice, head: int, columns: np.ndarray) -> None:
+    """Replace one head's columns [D, H] in the queries', keys' or values' part of the kernel."""
+    projection, size = attention.query_key_value, columns.shape[1]
     kernel = np.array(projection.kernel[...])
-    kernel[:, head * columns.shape[1] : (head + 1) * columns.shape[1]] = columns
+    kernel[:, part][:, head * size : (head + 1) * size] = columns
     projection.kernel.set_value(jnp.asarray(kernel))

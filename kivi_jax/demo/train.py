@@ -12,6 +12,7 @@ import functools
 import itertools
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -34,7 +35,7 @@ from kivi_jax.demo.export import export
 from kivi_jax.demo.initialize import initialize
 from kivi_jax.demo.recipe import Recipe, model_config
 from kivi_jax.figures import new_figure, save_figure
-from kivi_jax.llama import Llama
+from kivi_jax.llama import Llama, query_key_value_columns
 from kivi_jax.loading import load
 
 Measure = dict[str, int | float]  # of one step: its number, seconds since the start, loss, accuracy by task
@@ -121,15 +122,51 @@ def make_optimizer(recipe: Recipe, cycle: int) -> optax.GradientTransformation:
         embedding = any(getattr(key, "key", None) == "embed" for key in path)
         return MuonDimensionNumbers() if leaf.ndim == 2 and not embedding else None
 
-    return optax.chain(
-        optax.clip_by_global_norm(recipe.clip),
-        muon(
-            schedule(recipe.muon_rate),
-            adam_learning_rate=schedule(recipe.adam_rate),
-            adam_b2=0.98,
-            muon_weight_dimension_numbers=functools.partial(jax.tree.map_with_path, is_matrix),
+    return _projections_apart(
+        optax.chain(
+            optax.clip_by_global_norm(recipe.clip),
+            muon(
+                schedule(recipe.muon_rate),
+                adam_learning_rate=schedule(recipe.adam_rate),
+                adam_b2=0.98,
+                muon_weight_dimension_numbers=functools.partial(jax.tree.map_with_path, is_matrix),
+            ),
         ),
+        query_key_value_columns(model_config()),
     )
+
+
+def _projections_apart(
+    optimizer: optax.GradientTransformation, columns: Sequence[slice]
+) -> optax.GradientTransformation:
+    """`optimizer`, to which a layer's queries, keys and values are matrices of their own.
+
+    Muon makes the change of every matrix orthogonal: of each projection, not of the three side by side.
+    """
+
+    def split(tree: Any) -> Any:
+        def parts(path: tuple[Any, ...], leaf: Array) -> Array | tuple[Array, ...]:
+            fused = any(getattr(key, "key", None) == "query_key_value" for key in path)
+            return tuple(leaf[..., part] for part in columns) if fused else leaf
+
+        return jax.tree.map_with_path(parts, tree)
+
+    def join(tree: Any) -> Any:
+        def whole(leaf: Array | tuple[Array, ...]) -> Array:
+            return jnp.concatenate(leaf, axis=-1) if isinstance(leaf, tuple) else leaf
+
+        return jax.tree.map(whole, tree, is_leaf=lambda leaf: isinstance(leaf, tuple))
+
+    def init(params: optax.Params) -> optax.OptState:
+        return optimizer.init(split(params))
+
+    def update(
+        updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, optax.OptState]:
+        updates, state = optimizer.update(split(updates), state, split(params))
+        return join(updates), state
+
+    return optax.GradientTransformation(init, update)
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "optimizer"), donate_argnames=("state",))

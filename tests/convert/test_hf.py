@@ -23,15 +23,14 @@ def test_tensors_land_in_their_places(tmp_path):
     model = load_hf(write_checkpoint(tmp_path, tensors=tensors), dtype="float32")
     layer = model.layers[1]
     for got, name in (
-        (layer.attention.query, "self_attn.q_proj"),
-        (layer.attention.key, "self_attn.k_proj"),
-        (layer.attention.value, "self_attn.v_proj"),
         (layer.attention.output, "self_attn.o_proj"),
         (layer.mlp.gate, "mlp.gate_proj"),
         (layer.mlp.up, "mlp.up_proj"),
         (layer.mlp.down, "mlp.down_proj"),
     ):
         np.testing.assert_array_equal(got.kernel[...], tensors[f"model.layers.1.{name}.weight"].T)
+    projections = [tensors[f"model.layers.1.self_attn.{name}_proj.weight"] for name in "qkv"]
+    np.testing.assert_array_equal(layer.attention.query_key_value.kernel[...], np.concatenate(projections).T)
     np.testing.assert_array_equal(
         layer.attention_norm.scale[...], tensors["model.layers.1.input_layernorm.weight"]
     )
@@ -42,7 +41,7 @@ def test_tensors_land_in_their_places(tmp_path):
     np.testing.assert_array_equal(model.norm.scale[...], tensors["model.norm.weight"])
     np.testing.assert_array_equal(model.lm_head.kernel[...], tensors["lm_head.weight"].T)
     leaves = jax.tree.leaves(nnx.state(model))
-    assert len(leaves) == len(tensors)
+    assert len(leaves) == len(tensors) - 2 * len(model.layers)  # three are one parameter
     assert all(isinstance(leaf, jax.Array) for leaf in leaves)
 
 
@@ -54,6 +53,20 @@ def test_weights_are_cast(tmp_path, stored, dtype):
     assert {leaf.dtype.name for leaf in jax.tree.leaves(nnx.state(model))} == {dtype}
     expected = tensors["lm_head.weight"].T.astype(jnp.dtype(dtype))
     np.testing.assert_array_equal(model.lm_head.kernel[...], expected)
+
+
+def test_biases_of_queries_keys_and_values_stand_side_by_side(tmp_path):
+    tensors = random_tensors(LLAMA)
+    biases = {
+        name.replace("weight", "bias"): np.random.default_rng(len(name)).random(len(tensor), np.float32)
+        for name, tensor in tensors.items()
+        if "self_attn" in name
+    }
+    directory = write_checkpoint(tmp_path, {**LLAMA, "attention_bias": True}, tensors | biases)
+    attention = load_hf(directory, dtype="float32").layers[0].attention
+    expected = [biases[f"model.layers.0.self_attn.{name}_proj.bias"] for name in "qkv"]
+    np.testing.assert_array_equal(attention.query_key_value.bias[...], np.concatenate(expected))
+    np.testing.assert_array_equal(attention.output.bias[...], biases["model.layers.0.self_attn.o_proj.bias"])
 
 
 def test_shards_give_the_same_model_and_progress_counts_tensors(tmp_path):
@@ -98,6 +111,8 @@ def test_all_errors_are_reported_together(tmp_path):
     tensors["model.layers.0.mlp.down_proj.weight"] = np.zeros((48, 32), np.float32)
     tensors["model.layers.0.mlp.up_proj.weight"] = np.zeros((48, 32), np.int8)
     tensors["model.layers.2.mlp.up_proj.weight"] = np.zeros((48, 32), np.float32)
+    del tensors["model.layers.1.self_attn.v_proj.weight"]
+    tensors["model.layers.1.self_attn.k_proj.weight"] = np.zeros((32, 32), np.float32)
     with pytest.raises(CheckpointError) as caught:
         load_hf(write_checkpoint(tmp_path, tensors=tensors), dtype="float32")
     for said in (
@@ -105,6 +120,8 @@ def test_all_errors_are_reported_together(tmp_path):
         "model.layers.2.mlp.up_proj.weight is not a tensor of this model",
         "model.layers.0.mlp.down_proj.weight has shape [48, 32], config.json asks for [32, 48]",
         "model.layers.0.mlp.up_proj.weight has type I8",
+        "model.layers.1.self_attn.v_proj.weight is missing",
+        "model.layers.1.self_attn.k_proj.weight has shape [32, 32], config.json asks for [16, 32]",
     ):
         assert said in str(caught.value)
     assert "\n" not in str(caught.value)

@@ -126,6 +126,11 @@ def newer(directory):
     (directory / "kivi_jax.json").write_text(json.dumps(manifest | {"format": 99}))
 
 
+def older(directory):
+    manifest = json.loads((directory / "kivi_jax.json").read_text())
+    (directory / "kivi_jax.json").write_text(json.dumps(manifest | {"format": 1}))
+
+
 def no_json(directory):
     (directory / "kivi_jax.json").write_text("{")
 
@@ -163,7 +168,8 @@ def missing(directory):
 
 
 DAMAGE = {
-    newer: "has format 99, this version reads up to 1",
+    newer: "has format 99, this version reads 2: upgrade kivi-jax",
+    older: "has format 1, this version reads 2: convert again",
     no_json: "kivi_jax.json is damaged",
     unknown_field: "kivi_jax.json is damaged",
     other_shape: "cannot be restored",

@@ -2,11 +2,12 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from convert.errors import CheckpointError
 from convert.hf import abstract_parameters, read_config
-from convert.rules import model_config, source_of
+from convert.rules import model_config, sources_of
 from kivi_jax.config import RopeConfig
 from tests.convert.checkpoints import LLAMA, random_tensors
 
@@ -177,20 +178,33 @@ def test_attributes_without_effect_are_accepted():
     assert model_config(llama(**harmless)) == model_config(LLAMA)
 
 
+def source_names(raw, field=None):
+    """The tensors of all parameters, or of those called `field`."""
+    config = model_config(raw)
+    paths = [path for path in abstract_parameters(config, "float32") if field in (None, path[-1])]
+    return [source.name for path in paths for source in sources_of(path, config)]
+
+
 @pytest.mark.parametrize("tied", [False, True])
-def test_parameters_and_tensors_correspond_one_to_one(tied):
+def test_every_tensor_is_the_source_of_one_parameter(tied):
     raw = llama(tie_word_embeddings=tied)
-    paths = abstract_parameters(model_config(raw), "float32")
-    sources = [source_of(path).name for path in paths]
-    assert sorted(sources) == sorted(random_tensors(raw))
+    assert sorted(source_names(raw)) == sorted(random_tensors(raw))
 
 
 def test_biases_have_names_of_their_own():
-    paths = abstract_parameters(model_config(llama(attention_bias=True, mlp_bias=True)), "float32")
-    biases = {source_of(path).name for path in paths if path[-1] == "bias"}
+    biases = source_names(llama(attention_bias=True, mlp_bias=True), "bias")
     modules = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"]
     modules += ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
-    assert biases == {f"model.layers.{i}.{module}.bias" for i in range(2) for module in modules}
+    assert sorted(biases) == sorted(f"model.layers.{i}.{module}.bias" for i in range(2) for module in modules)
+
+
+def test_sources_cover_a_parameter_once():
+    config = model_config(llama(num_attention_heads=8, attention_bias=True))
+    for path, leaf in abstract_parameters(config, "float32").items():
+        covered = np.zeros(leaf.shape, int)
+        for source in sources_of(path, config):
+            source.part_of(covered)[...] += 1
+        assert (covered == 1).all()
 
 
 @pytest.mark.parametrize("content", [None, "{", "[]"])

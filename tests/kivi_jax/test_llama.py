@@ -10,7 +10,7 @@ from flax import nnx
 
 import kivi_jax as kj
 from kivi_jax.config import RopeConfig
-from kivi_jax.llama import _decode, _prefill
+from kivi_jax.llama import _decode, _prefill, query_key_value_columns
 from tests.models import config, random_llama, stories
 
 STRATEGIES = {
@@ -207,12 +207,13 @@ def test_scope_equals_the_original_end_to_end(shared):
     prompt = np.load(shared / "golden" / "kivi_stream_stories260K_T77.npz")["prompt_ids"]
     grouped = stories(shared)
     model = random_llama(replace(grouped.config, num_kv_heads=grouped.config.num_heads))
-    nnx.update(model, nnx.state(grouped, lambda path, _: "key" not in path and "value" not in path))
+    nnx.update(model, nnx.state(grouped, lambda path, _: "query_key_value" not in path))
+    queries, *keys_and_values = query_key_value_columns(grouped.config)
     for ours, theirs in zip(model.layers, grouped.layers, strict=True):
-        for name in ("key", "value"):
-            kernel = getattr(theirs.attention, name).kernel[...]
-            heads = kernel.reshape(kernel.shape[0], grouped.config.num_kv_heads, -1)
-            getattr(ours.attention, name).kernel[...] = jnp.repeat(heads, 2, 1).reshape(len(kernel), -1)
+        kernel = theirs.attention.query_key_value.kernel[...]
+        heads = (kernel[:, part].reshape(len(kernel), -1, model.config.head_dim) for part in keys_and_values)
+        repeated = (jnp.repeat(head, 2, axis=1).reshape(len(kernel), -1) for head in heads)
+        ours.attention.query_key_value.kernel[...] = jnp.concatenate([kernel[:, queries], *repeated], axis=1)
     strategy = kj.scope(decode=kj.Slide(window=24, recent=8))
     logits, cache = model.prefill(
         jnp.asarray(prompt)[None], jnp.asarray([77]), cache=strategy, capacity=77 + 64

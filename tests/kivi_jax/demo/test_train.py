@@ -17,6 +17,7 @@ from kivi_jax.demo.initialize import initialize
 from kivi_jax.demo.recipe import EVEN, Cycle, Recipe, Stage, model_config
 from kivi_jax.demo.tasks import Problem
 from kivi_jax.demo.train import TrainState, make_optimizer, train, update
+from kivi_jax.llama import query_key_value_columns
 from kivi_jax.loading import load
 from kivi_jax.rope import apply_rope, rope_frequencies
 
@@ -90,6 +91,21 @@ def test_a_step_lowers_the_loss():
         state, loss = update(graph, optimizer, state, batch)
         losses.append(float(loss))
     assert losses[-1] < 0.8 * losses[0]
+
+
+def test_queries_keys_and_values_are_changed_as_matrices_of_their_own():
+    """The first change of each is orthogonal, as far as Muon makes it so: singular values around 1."""
+    _, parameters = nnx.split(initialize(model_config(), 0))
+    optimizer = make_optimizer(dataclasses.replace(SHORT, cycles=(Cycle(STAGES, rates=((0, 1.0),)),)), 0)
+    gradient = jax.tree.map(lambda x: jax.random.normal(jax.random.key(0), x.shape), parameters)
+    change, _ = optimizer.update(gradient, optimizer.init(parameters), parameters)
+    assert jax.tree.structure(change) == jax.tree.structure(parameters)
+    kernel = change["layers"][0]["attention"]["query_key_value"]["kernel"][...] / SHORT.muon_rate
+    for part in query_key_value_columns(model_config()):
+        columns = kernel[:, part]
+        scale = max(1, columns.shape[1] / columns.shape[0]) ** 0.5  # Muon's, for wide matrices
+        values = np.linalg.svd(columns / scale, compute_uv=False)
+        assert 0.6 < values.min() <= values.max() < 1.3
 
 
 def test_the_circuit_is_in_place_before_training():
