@@ -11,15 +11,17 @@ Rows have their own `lengths`; token t of a row is in ring slot t % slots (`pall
 the batch, so a row's quantization groups and its output do not depend on its neighbours.
 """
 
+import dataclasses
 import math
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
+from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import partials
+from pallas_kernels.device import on_gpu_or_xla
 from pallas_kernels.packing import PAGE
 from pallas_kernels.partials import AttentionPartial
 from pallas_kernels.pytree import pytree, static
@@ -244,28 +246,49 @@ class KiviTokens:
 
     def append(self, step: Step) -> "KiviTokens":
         """See `Segment`: the token joins the rings; the value it displaces is packed."""
+        values, key_ring, value_ring = on_gpu_or_xla(
+            "take_token",
+            lambda: _kernels().take_token(
+                self.values, self.key_ring, self.value_ring, step.key, step.value, self.lengths, step.active
+            ),
+            lambda: self._take_token(step),
+        )
+        lengths = self.lengths + step.active.astype(jnp.int32)
+        return KiviTokens(self.keys, values, key_ring, value_ring, lengths, self.window)
+
+    def _take_token(self, step: Step) -> tuple[QuantizedTensor, Array, Array]:
+        """The packed values and the rings after a step."""
         slots = self.values.shape[2]
         leaving = self.lengths - self.residual_length
         row, ring_slot = jnp.arange(leaving.shape[0]), self.lengths % self.residual_length
         packed_slot = jnp.where(step.active & (leaving >= 0), leaving % slots, slots)  # slots: nowhere
-        return KiviTokens(
-            self.keys,
+        return (
             set_token(self.values, packed_slot, self.value_ring[row, :, ring_slot]),
             _set_slot(self.key_ring, self.lengths, step.key, step.active),
             _set_slot(self.value_ring, self.lengths, step.value, step.active),
-            self.lengths + step.active.astype(jnp.int32),
-            self.window,
         )
 
     @classmethod
     def settle(cls, segments: Sequence["KiviTokens"], active: Bool[Array, "B"]) -> tuple["KiviTokens", ...]:
-        """Pack the key ring of rows whose block has just become full.
-
-        One conditional serves all layers: on a GPU each would cost a synchronization. It computes only
-        the new blocks; the large stores stay outside, where they are updated in place.
-        """
+        """Pack the key ring of rows whose block has just become full."""
         lengths, residual = segments[0].lengths, segments[0].residual_length
         due = active & (lengths % residual == 0)
+
+        def packed_in_place(segment: "KiviTokens") -> "KiviTokens":
+            keys, key_ring = _kernels().pack_block(segment.keys, segment.key_ring, lengths, due)
+            return dataclasses.replace(segment, keys=keys, key_ring=key_ring)
+
+        return on_gpu_or_xla(
+            "pack_block",
+            lambda: tuple(map(packed_in_place, segments)),
+            lambda: cls._pack_blocks(segments, due),
+        )
+
+    @classmethod
+    def _pack_blocks(
+        cls, segments: Sequence["KiviTokens"], due: Bool[Array, "B"]
+    ) -> tuple["KiviTokens", ...]:
+        """One conditional serves all layers. It computes only the new blocks: stores are updated in place."""
 
         def pack_ring(segment: "KiviTokens") -> QuantizedTensor:
             store = segment.keys
@@ -329,6 +352,13 @@ def attend_token(
     visible = jnp.ones((query.shape[0], 1, 1), bool)
     scale = query.shape[-1] ** -0.5
     return partials.attend(query, key[:, :, None], value[:, :, None], visible, scale=scale)
+
+
+def _kernels() -> Any:
+    """The kernels for a GPU; not every platform's JAX can import them."""
+    from pallas_kernels import residual_kernel
+
+    return residual_kernel
 
 
 def _first_visible(lengths: Int[Array, "B"], window: int | None) -> Int[Array, "B"]:

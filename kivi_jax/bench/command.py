@@ -201,14 +201,13 @@ def throughput(
         out and out / "throughput.json",
     )
     title = f"{shape} {dtype}, {context:,} tokens a row"
-    columns = ("cache", "batch", "ms/step", "unwaited", "tokens/s", "cache", "peak")
+    columns = ("cache", "batch", "ms/step", "tokens/s", "cache", "peak")
     table = Table(*columns, title=title, caption=machine())
     for record in records:
         table.add_row(
             record["cache"],
             str(record["batch"]),
             f"{record['ms']:.2f}",
-            f"{record['unwaited_ms']:.2f}",
             f"{record['tokens_per_s']:.0f}",
             format_bytes(record["cache_bytes"]),
             format_bytes(record["peak_bytes"]) if record["peak_bytes"] else "",

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 from rich.table import Table
 
-from kivi_jax.bench.decode import filled_cache, greedy_step, room
+from kivi_jax.bench.decode import filled_cache, greedy_steps, room
 from kivi_jax.cache import CacheStrategy
 from kivi_jax.config import ModelConfig
 from kivi_jax.llama import Llama
@@ -134,7 +134,7 @@ def steps(
         fill = functools.partial(
             filled_cache, config, strategy, context=context, capacity=capacity, batch=1, dtype=dtype
         )
-        found = launches(compile_for(device, greedy_step, model, token, jax.eval_shape(fill)))
+        found = launches(compile_for(device, greedy_steps, model, token, jax.eval_shape(fill)))
         kinds = collections.Counter(launch.kind for launch in found)
         yield {"cache": name, "kernels": len(found), "kinds": dict(kinds)}
 

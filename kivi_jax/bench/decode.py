@@ -23,6 +23,8 @@ from kivi_jax.console import format_bytes
 from kivi_jax.llama import Llama
 from kivi_jax.plan import largest_batch
 
+PROGRAMS = 6  # of one cache: two warm up, three are timed and one is profiled
+
 
 class Result(NamedTuple):
     """One way to decode: the milliseconds of every step of the whole batch, and the cache's size."""
@@ -94,17 +96,17 @@ def throughput(
 ) -> Iterator[dict[str, Any]]:
     """Decode with `batch` rows, by default as many as fit into `memory` bytes: 90 % of what the device has.
 
-    All programs are compiled first, together; then the caches are filled and timed one after the other.
+    Programs of `new_tokens` steps, a loop as in `generate`, are all compiled first, together; then the caches
+    are filled and timed one after the other.
 
-    Yields for each strategy: cache (its name), batch, ms (a step, median), unwaited_ms (a step of many that
-    are sent off before the first is awaited), device_ms (what the GPU works in one, where there is one),
-    tokens_per_s, cache_bytes, peak_bytes (the device's, where it counts them; it only ever grows from one
-    strategy to the next).
+    Yields for each strategy: cache (its name), batch, ms (a step; the median of programs), device_ms (what
+    the GPU works in one, where there is one), tokens_per_s, cache_bytes, peak_bytes (the device's, where it
+    counts them; it only ever grows from one strategy to the next).
 
     Raises:
         ValueError: the device does not say how much memory it has; or not one row fits.
     """
-    capacity = room(context, new_tokens)
+    capacity = room(context, new_tokens, programs=PROGRAMS)
 
     def rows(name: str, strategy: CacheStrategy) -> int:
         if batch is not None:
@@ -121,20 +123,20 @@ def throughput(
     model = Llama(config, dtype=dtype, rngs=nnx.Rngs(0))
 
     def compiled(name: str) -> Any:
-        return _compile(model, strategies[name], context, capacity, batches[name], dtype)
+        return _compile(model, strategies[name], context, capacity, batches[name], dtype, steps=new_tokens)
 
     with concurrent.futures.ThreadPoolExecutor() as pool:
         programs = dict(zip(strategies, pool.map(compiled, strategies), strict=True))
     for name, strategy in strategies.items():
         stepper = _Stepper(programs[name], model, strategy, context, capacity, batches[name], dtype)
-        (samples,) = _take_turns({name: stepper}, new_tokens, name=name).values()
-        ms = statistics.median(samples)
+        (samples,) = _take_turns({name: stepper}, PROGRAMS - 3, name=name).values()
+        ms = statistics.median(samples) / new_tokens
+        device_ms = _device_ms(stepper)
         yield {
             "cache": name,
             "batch": batches[name],
             "ms": ms,
-            "unwaited_ms": stepper.unwaited_ms(),
-            "device_ms": _device_ms(stepper),
+            "device_ms": device_ms and device_ms / new_tokens,
             "tokens_per_s": batches[name] / ms * 1e3,
             "cache_bytes": stepper.cache_bytes,
             "peak_bytes": (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use"),
@@ -187,24 +189,31 @@ def filled_cache(
     return KVCache(tuple(layers), jnp.full(batch, context, jnp.int32), strategy, capacity)
 
 
-def room(context: int, new_tokens: int) -> int:
-    """Slots for the context, the steps that are timed, and those before and after them."""
-    return context + new_tokens + 16
+def room(context: int, new_tokens: int, *, programs: int = 1) -> int:
+    """Slots for the context, the steps of all programs that are timed, and some more to warm up."""
+    return context + programs * new_tokens + 16
 
 
 def _compile(
-    model: Llama, strategy: CacheStrategy, context: int, capacity: int, batch: int, dtype: DTypeLike
+    model: Llama,
+    strategy: CacheStrategy,
+    context: int,
+    capacity: int,
+    batch: int,
+    dtype: DTypeLike,
+    *,
+    steps: int = 1,
 ) -> Any:
-    """The program of a step, from the cache's shapes."""
+    """A program of so many steps, from the cache's shapes."""
     fill = functools.partial(
         filled_cache, model.config, strategy, context=context, capacity=capacity, batch=batch, dtype=dtype
     )
     token = jax.ShapeDtypeStruct((batch,), jnp.int32)
-    return greedy_step.lower(model, token, jax.eval_shape(fill)).compile()
+    return greedy_steps.lower(model, token, jax.eval_shape(fill), steps).compile()
 
 
 class _Stepper:
-    """Calls a compiled step again and again, with the cache that the last call returned."""
+    """Calls a compiled program again and again, with the cache that the last call returned, and awaits it."""
 
     def __init__(
         self,
@@ -223,29 +232,22 @@ class _Stepper:
         self.token = jnp.zeros(batch, jnp.int32)
         self.cache_bytes = cache_bytes(self.cache)["total"]
 
-    def send(self) -> None:
-        """One step, not awaited."""
-        self.token, self.cache = self.compiled(self.model, self.token, self.cache)
-
     def __call__(self) -> None:
-        """One step, awaited."""
-        self.send()
+        self.token, self.cache = self.compiled(self.model, self.token, self.cache)
         jax.block_until_ready(self.token)
 
-    def unwaited_ms(self, steps: int = 8) -> float:
-        """Milliseconds of a step of several that are sent off before the first is awaited."""
-        begin = time.perf_counter()
-        for _ in range(steps):
-            self.send()
-        jax.block_until_ready(self.token)
-        return (time.perf_counter() - begin) * 1e3 / steps
 
+@functools.partial(jax.jit, static_argnames="steps", donate_argnames="cache")
+def greedy_steps(
+    model: Llama, token: Int[Array, "B"], cache: KVCache, steps: int = 1
+) -> tuple[Int[Array, "B"], KVCache]:
+    """The likeliest token of every row after so many steps, and the cache with those before it."""
 
-@functools.partial(jax.jit, donate_argnames=("cache",))
-def greedy_step(model: Llama, token: Int[Array, "B"], cache: KVCache) -> tuple[Int[Array, "B"], KVCache]:
-    """The likeliest next token of every row, and the cache with `token` in it."""
-    logits, cache = model.decode(token, cache)
-    return jnp.argmax(logits, axis=-1).astype(jnp.int32), cache
+    def advance(_: Any, state: tuple[Array, KVCache]) -> tuple[Array, KVCache]:
+        logits, cache = model.decode(*state)
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32), cache
+
+    return jax.lax.fori_loop(0, steps, advance, (token, cache))
 
 
 def _transformers(config: ModelConfig, context: int, batch: int) -> tuple[Callable[[], Any], int]:

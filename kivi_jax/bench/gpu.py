@@ -95,7 +95,7 @@ def predicted(sizes: Sizes) -> Iterator[Record]:
             sizes.model,
             {name: parse_cache(name) for name in sizes.caches},
             context=context,
-            capacity=decode.room(context, sizes.new_tokens),
+            capacity=decode.room(context, sizes.new_tokens, programs=decode.PROGRAMS),
             batch=batch,
             dtype=sizes.dtype,
         )

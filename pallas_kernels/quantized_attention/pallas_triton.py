@@ -52,7 +52,7 @@ _UNIT = 2.0**-24  # the value of float16's smallest subnormal: what a code's low
 _LIFT = 8.0  # probabilities are kept times 2**8: float16 has room above 1, and none below 2**-24
 _LOWEST = -1e20  # no score, in units of `_UNIT`; finite, so that differences of maxima are
 _LOG2E = math.log2(math.e)
-_RESIDUAL_TOKENS = 64  # of the residual that are attended to at a time
+_RESIDUAL_TOKENS = 128  # of the residual that are attended to at a time
 
 
 def attend(
@@ -238,16 +238,15 @@ def _attend_split(case: Case, *refs: Any) -> None:
 
     head = jnp.arange(lanes, dtype=jnp.int32)
     denom = sum_row(case.value_groups)
-    norm = 1 / jnp.where(denom > 0, denom, 1.0)[None, :]
-    zero_sums = [sum_row(group) for group in range(case.value_groups)]
+    norm = 1 / jnp.where(denom > 0, denom, 1.0)
     for accumulator, (j, row, group) in zip(accumulators, parts, strict=True):
-        out = accumulator * (2.0 ** -(case.value.bits * j + _LIFT) / _UNIT) + zero_sums[group][None, :]
+        out = accumulator * (2.0 ** -(case.value.bits * j + _LIFT) / _UNIT) + sum_row(group)[None, :]
         at = row + jnp.arange(case.value_rows, dtype=jnp.int32)
         channel = j * case.value.words + at
         in_group = (channel >= group * case.value.group) & (channel < (group + 1) * case.value.group)
-        written = (head < case.heads)[:, None] & ((at < case.value.words) & in_group)[None, :]
-        out = (out * norm).astype(jnp.float16)
-        plt.store(out_ref.at[head[:, None], channel[None, :]], out.T, mask=written)
+        written = (head < case.heads)[None, :] & ((at < case.value.words) & in_group)[:, None]
+        out = (out * norm[None, :]).astype(jnp.float16)
+        plt.store(out_ref.at[head[None, :], channel[:, None]], out, mask=written)
     plt.store(max_ref.at[head], top * up, mask=head < case.heads)
     plt.store(denom_ref.at[head], denom, mask=head < case.heads)
 

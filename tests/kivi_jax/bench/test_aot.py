@@ -1,9 +1,16 @@
 """The compile gate: GPU kernels compiled without a GPU neither spill nor exceed their instruction budget."""
 
+import functools
+
+import jax
+import jax.numpy as jnp
 import pytest
 
 from kivi_jax.bench import aot
-from pallas_kernels.quantized_attention.cases import COMPILED, GPU
+from pallas_kernels import residual_kernel
+from pallas_kernels.quantized_attention import pallas_triton
+from pallas_kernels.quantized_attention.cases import COMPILED, GPU, Case
+from pallas_kernels.ring import Ring
 
 pytest.importorskip("triton", reason="Triton's compiler is not installed: pip install 'kivi-jax[aot]'")
 
@@ -30,9 +37,33 @@ def test_kernels_keep_their_budget(kernel, case, sm):
     assert record["instructions_per_code"] <= BUDGET[case.name]
 
 
-def test_most_of_the_work_is_the_main_kernels():
-    """Laying out the query and merging the splits, by bytes and instructions; one row is the worst case."""
-    (case,) = [case for case in GPU if case.name == "1 x 32k"]
+@pytest.mark.parametrize("sm", [80, 90])
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_the_steps_other_kernels_do_not_spill(dim, sm):
+    """Merging with a residual, and writing to the cache."""
+    case = Case("a step's", 1, 8, 4, dim, 4096, query_dtype="bfloat16")
+    ring = jax.ShapeDtypeStruct((1, 8, 128, dim), jnp.bfloat16)
+    token, number = jax.ShapeDtypeStruct((1, 8, dim), jnp.bfloat16), jax.ShapeDtypeStruct((1,), jnp.int32)
+
+    def step(query, key, value, ring, token, length):
+        start, active = jnp.zeros_like(length), length > 0
+        residual = Ring(ring, ring, length)
+        attend = functools.partial(pallas_triton.attend, start=start, end=length, scale=dim**-0.5)
+        taken = residual_kernel.take_token(value, ring, ring, token, token, length, active)
+        packed = residual_kernel.pack_block(key, ring, length, active)
+        return attend(query, key, value, residual=residual), taken, packed
+
+    query, key, value = jax.eval_shape(lambda: (case.query(), *case.pack(*case.dense()[1:])))
+    reports = aot.pallas_reports(step, query, key, value, ring, token, number, sm=sm)
+    found = {report.name: report.spill_bytes for report in reports}
+    names = ("quantized_attention", "quantized_attention_merge", "take_token", "pack_block")
+    assert found == dict.fromkeys(names, 0)
+
+
+@pytest.mark.parametrize("name", ["1 x 32k", "MQA 8 x 32k"])
+def test_most_of_the_work_is_the_main_kernels(name):
+    """Laying out the query and merging the splits, by bytes and instructions; these are the worst cases."""
+    (case,) = [case for case in GPU if case.name == name]
     record = aot.record(case, 90)
     assert 0 < record["other_bytes_share"] <= 0.15
     assert 0 < record["other_instructions_share"] <= 0.15

@@ -1,0 +1,95 @@
+"""A step's writes to KIVI's cache by the kernels, in Pallas' interpreter, against XLA's, bit by bit."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kivi_jax.buffers import KiviTokens, Step
+from pallas_kernels import residual_kernel
+
+BATCH, KV_HEADS = 3, 2
+
+
+def tokens_of(lengths, *, residual, dim, bits, group, value_group, dtype, scale_dtype, window=None):
+    shape = (BATCH, KV_HEADS, max(lengths), dim)
+    key, value = jax.random.normal(jax.random.key(0), (2, *shape), dtype)
+    return KiviTokens.from_prompt(
+        key,
+        value,
+        jnp.array(lengths),
+        capacity=max(lengths) + 2 * residual,
+        window=window,
+        key_bits=bits,
+        value_bits=bits,
+        key_group_size=group,
+        value_group_size=value_group,
+        residual_length=residual,
+        scale_dtype=scale_dtype,
+    )
+
+
+def with_kernels(tokens: KiviTokens, step: Step) -> KiviTokens:
+    values, key_ring, value_ring = residual_kernel.take_token(
+        tokens.values,
+        tokens.key_ring,
+        tokens.value_ring,
+        step.key,
+        step.value,
+        tokens.lengths,
+        step.active,
+        interpret=True,
+    )
+    lengths = tokens.lengths + step.active.astype(jnp.int32)
+    due = step.active & (lengths % tokens.residual_length == 0)
+    keys, key_ring = residual_kernel.pack_block(tokens.keys, key_ring, lengths, due, interpret=True)
+    return KiviTokens(keys, values, key_ring, value_ring, lengths, tokens.window)
+
+
+def with_xla(tokens: KiviTokens, step: Step) -> KiviTokens:
+    return KiviTokens.settle([tokens.append(step)], step.active)[0]
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        {"residual": 32, "dim": 64, "bits": 2, "group": 32, "value_group": 32},
+        {"residual": 64, "dim": 64, "bits": 4, "group": 32, "value_group": 64},
+        {"residual": 32, "dim": 8, "bits": 2, "group": 8, "value_group": 8, "scale_dtype": "float32"},
+        {"residual": 64, "dim": 32, "bits": 1, "group": 64, "value_group": 16, "scale_dtype": "bfloat16"},
+        {"residual": 32, "dim": 16, "bits": 8, "group": 16, "value_group": 4, "dtype": jnp.bfloat16},
+        {"residual": 32, "dim": 64, "bits": 2, "group": 32, "value_group": 32, "window": 40},
+    ],
+    ids=str,
+)
+def test_steps_equal_those_of_xla(case):
+    """Rows before their first block, at its end and long after it; one pauses, and a window's store wraps."""
+    case = {"dtype": jnp.float32, "scale_dtype": "float16", **case}
+    residual = case["residual"]
+    ours = xla = tokens_of([3, residual - 2, 3 * residual - 1], **case)
+    step_ours, step_xla = jax.jit(with_kernels), jax.jit(with_xla)
+    for i in range(residual + 4):
+        query, key, value = jax.random.normal(jax.random.key(i + 1), (3, BATCH, KV_HEADS, case["dim"]))
+        active = jnp.array([True, i % 5 != 2, True])
+        step = Step(query, key, value, jnp.zeros((BATCH, KV_HEADS)), active)
+        ours, xla = step_ours(ours, step), step_xla(xla, step)
+        for got, want in zip(jax.tree.leaves(ours), jax.tree.leaves(xla), strict=True):
+            np.testing.assert_array_equal(np.asarray(got), np.asarray(want))
+
+
+@pytest.mark.parametrize("dim", [24, 80, 96])
+def test_other_head_sizes_are_refused(dim):
+    tokens = tokens_of(
+        [40, 40, 40],
+        residual=32,
+        dim=dim,
+        bits=2,
+        group=32,
+        value_group=8,
+        dtype=jnp.float32,
+        scale_dtype="float16",
+    )
+    token = tokens.key_ring[:, :, 0]
+    step = Step(token, token, token, token[..., 0], jnp.ones(BATCH, bool))
+    with pytest.raises(NotImplementedError, match=f"{dim} channels: no power of two"):
+        with_kernels(tokens, step)
