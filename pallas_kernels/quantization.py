@@ -1,13 +1,7 @@
 """Asymmetric grouped quantization, and the tensors it makes. Read `partials.py` next.
 
-A group of numbers is stored as codes with one scale and one zero:
-
-    zero = min(group)        scale = (max(group) - zero) / (2**bits - 1)
-    code = round_half_even(clip((x - zero) / scale, 0, 2**bits - 1))        x' = code * scale + zero
-
-Everything is computed in float32 and quantized against the *stored* zero and scale. Where these are kept
-in 16 bits, the zero is rounded down and the scale up, so that the codes still span the group and
-|x - x'| <= scale / 2 holds with the stored scale. A constant group has scale 0 and x' = zero: no 0/0.
+A group of numbers is stored as codes with one scale and one zero, and denotes `code * scale + zero`;
+`groups.py` states how they are computed.
 
 On a GPU this is XLA's work, not a kernel's. Compiled for an H100 (jax 0.12.0.1, CUDA 13, without a GPU;
 `jax.jit(quantize, ...).lower(x).compile().as_text()` shows it), bf16 [1, 8, 32768, 128] in 2 bits:
@@ -20,10 +14,9 @@ On a GPU this is XLA's work, not a kernel's. Compiled for an H100 (jax 0.12.0.1,
 One read and one write would be 80 MB each. What is lost, 0.08 ms at an H100's 3 TB/s, is under 1 % of that
 layer's prefill, whose weights alone take 14 ms at its peak for Llama-3.1-8B (both counted, not measured).
 
-Source: KIVI (arXiv 2402.02750) section 3.1; the rounding rule is ours.
+Source: KIVI (arXiv 2402.02750) section 3.1.
 """
 
-import math
 from typing import Literal
 
 import jax
@@ -31,6 +24,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Shaped, UInt8
 
+from pallas_kernels.groups import nearest_codes, scale_and_zero
 from pallas_kernels.packing import PAGE, from_pages, pack, to_pages, unpack, words_per_token
 from pallas_kernels.pytree import pytree, static
 
@@ -223,22 +217,8 @@ def _quantize_tokens(
 def _quantize_groups(
     groups: Float[Array, "..."], axis: int, bits: int, scale_dtype: DTypeLike
 ) -> tuple[Array, Array, Array]:
-    """Codes (uint8), stored scale and stored zero; `axis` runs inside a group and is kept as 1."""
+    """Codes, and the scale and zero to store; `axis` runs inside a group and is kept as 1."""
     groups = groups.astype(jnp.float32)
-    levels = 2**bits - 1
-    zero = _round_toward(groups.min(axis, keepdims=True), -math.inf, scale_dtype)
-    span = groups.max(axis, keepdims=True) - zero.astype(jnp.float32)
-    scale = _round_toward(span / levels, math.inf, scale_dtype)
-    zero32, scale32 = zero.astype(jnp.float32), scale.astype(jnp.float32)
-    steps = (groups - zero32) / jnp.where(scale32 > 0, scale32, 1)
-    codes = jnp.round(jnp.clip(steps, 0, levels)).astype(jnp.uint8)
-    return codes, scale, zero
-
-
-def _round_toward(x: Float[Array, "..."], direction: float, dtype: DTypeLike) -> Array:
-    """Cast float32 `x` to `dtype`, rounding towards `direction`; saturates at the largest finite value."""
-    info = jnp.finfo(dtype)
-    rounded = jnp.clip(x, float(info.min), float(info.max)).astype(dtype)
-    overshot = rounded.astype(jnp.float32) < x if direction > 0 else rounded.astype(jnp.float32) > x
-    stepped = jnp.nextafter(rounded, jnp.full_like(rounded, direction))
-    return jnp.where(overshot & jnp.isfinite(stepped), stepped, rounded)
+    low, high = groups.min(axis, keepdims=True), groups.max(axis, keepdims=True)
+    scale, zero = scale_and_zero(low, high, bits, scale_dtype)
+    return nearest_codes(groups, scale, zero, bits), scale.astype(scale_dtype), zero.astype(scale_dtype)
