@@ -13,7 +13,8 @@ and XLA for a GPU takes a cast to 16 bits and back to be the identity, so it mus
 Source: KIVI (arXiv 2402.02750) section 3.1; the rounding rule is ours.
 """
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -22,8 +23,24 @@ from jaxtyping import Array, Float, Float32, UInt8
 
 # Added to a number in [0, 255], it leaves the nearest integer (ties: the even one) in the lowest bits.
 _NEAREST = 1.5 * 2**23
+_SMALLEST = float(jnp.finfo(jnp.float32).tiny)  # normal number: hardware may take smaller ones for 0
 _EXPONENT = 0x7F800000  # of a float32
 _INVERT = 0x7F000000  # less the bits of a power of two: the bits of its inverse
+
+
+def quantize_groups(
+    blocks: Sequence[Float[Array, "..."]], axis: int, bits: int, scale_dtype: DTypeLike
+) -> tuple[list[UInt8[Array, "..."]], Float[Array, "..."], Float[Array, "..."]]:
+    """Codes of every block, and the groups' scale and zero, to store.
+
+    A group runs along `axis` and through all of the blocks: they are parts of one array.
+    """
+    blocks = [block.astype(jnp.float32) for block in blocks]
+    low = functools.reduce(jnp.minimum, blocks).min(axis, keepdims=True)
+    high = functools.reduce(jnp.maximum, blocks).max(axis, keepdims=True)
+    scale, zero = scale_and_zero(low, high, bits, scale_dtype)
+    codes = [nearest_codes(block, scale, zero, bits) for block in blocks]
+    return codes, scale.squeeze(axis).astype(scale_dtype), zero.squeeze(axis).astype(scale_dtype)
 
 
 def scale_and_zero(
@@ -37,8 +54,13 @@ def scale_and_zero(
 def nearest_codes(
     x: Float32[Array, "..."], scale: Float32[Array, "..."], zero: Float32[Array, "..."], bits: int
 ) -> UInt8[Array, "..."]:
-    """Codes in [0, 2**bits) of numbers whose groups have this scale and zero."""
-    steps = jnp.clip((x - zero) / jnp.where(scale > 0, scale, 1), 0, 2**bits - 1)
+    """Codes in [0, 2**bits) of numbers whose groups have this scale and zero.
+
+    Said as a product, because XLA makes one of the division wherever it sees that a group shares its scale,
+    and only there: codes in the middle between two would depend on how a program was compiled.
+    """
+    inverse = 1 / jnp.where(scale >= _SMALLEST, scale, 1)
+    steps = jnp.clip((x - zero) * inverse, 0, 2**bits - 1)
     return _as_int(steps + _NEAREST).astype(jnp.uint8)
 
 
@@ -49,13 +71,12 @@ def _representable(
 
     That is a multiple of the spacing of its numbers near `x`, a power of two, which divides without error.
     """
-    info, float32 = jnp.finfo(dtype), jnp.finfo(jnp.float32)
+    info = jnp.finfo(dtype)
     x = jnp.clip(x, float(info.min), float(info.max))
-    if info.nmant >= float32.nmant:
+    if info.nmant >= jnp.finfo(jnp.float32).nmant:
         return x
     power = _as_float(_as_int(x) & _EXPONENT)  # of two, the largest that is not above |x|
-    # Not below float32's own smallest normal number: hardware may take smaller ones for 0.
-    spacing = jnp.maximum(power * float(info.eps), float(max(info.smallest_subnormal, float32.tiny)))
+    spacing = jnp.maximum(power * float(info.eps), max(float(info.smallest_subnormal), _SMALLEST))
     return toward(x * _as_float(_INVERT - _as_int(spacing))) * spacing
 
 

@@ -24,11 +24,14 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Shaped, UInt8
 
-from pallas_kernels.groups import nearest_codes, scale_and_zero
+from pallas_kernels.device import default_device
+from pallas_kernels.dispatch import load_kernel, log_fallback
+from pallas_kernels.groups import quantize_groups
 from pallas_kernels.packing import PAGE, from_pages, pack, to_pages, unpack, words_per_token
 from pallas_kernels.pytree import pytree, static
 
 GroupAxis = Literal["token", "channel"]
+Implementation = Literal["xla", "pallas_triton"]
 
 
 @pytree
@@ -91,21 +94,29 @@ def quantize(
     group_size: int,
     group_axis: GroupAxis,
     scale_dtype: DTypeLike = jnp.float16,
+    implementation: Implementation | None = None,
 ) -> QuantizedTensor:
     """Quantize and pack `x`; `scale` and `zero` are stored as `scale_dtype`.
 
+    By default by the kernel on NVIDIA GPUs that can, and else by XLA.
+
     Raises:
         ValueError: see `check_groups`.
+        NotImplementedError: the `implementation` asked for cannot do this case, and why.
     """
-    *lead, tokens, channels = x.shape
+    *_, tokens, channels = x.shape
     check_groups(tokens, channels, bits=bits, group_size=group_size, group_axis=group_axis)
-    if group_axis == "token":
-        groups = x.reshape(*lead, tokens // group_size, group_size, channels)
-        codes, scale, zero = _quantize_groups(groups, -2, bits, scale_dtype)
-        words = pack(codes.reshape(x.shape), bits)
-        scale, zero = scale.squeeze(-2), zero.squeeze(-2)
-    else:
-        words, scale, zero = (to_pages(part) for part in _quantize_tokens(x, bits, group_size, scale_dtype))
+    device = default_device()
+    if implementation == "pallas_triton" or (implementation is None and device.platform == "gpu"):
+        try:
+            kernel = load_kernel("pallas_kernels.quantize_kernel", 8.0, device)
+            words, scale, zero = kernel.quantize(x, bits, group_size, group_axis, scale_dtype)
+            return QuantizedTensor(words, scale, zero, bits, group_size, group_axis)
+        except NotImplementedError as reason:
+            if implementation:
+                raise
+            log_fallback("quantize", "pallas_triton", str(reason))
+    words, scale, zero = _quantize(x, bits, group_size, group_axis, scale_dtype)
     return QuantizedTensor(words, scale, zero, bits, group_size, group_axis)
 
 
@@ -205,20 +216,23 @@ def set_block(
     )
 
 
+def _quantize(
+    x: Float[Array, "*B S H"], bits: int, group_size: int, group_axis: GroupAxis, scale_dtype: DTypeLike
+) -> tuple[Array, Array, Array]:
+    """Words, scale and zero, by XLA."""
+    if group_axis == "channel":
+        words, scale, zero = (to_pages(part) for part in _quantize_tokens(x, bits, group_size, scale_dtype))
+        return words, scale, zero
+    *lead, tokens, channels = x.shape
+    groups = x.reshape(*lead, tokens // group_size, group_size, channels)
+    (codes,), scale, zero = quantize_groups([groups], -2, bits, scale_dtype)
+    return pack(codes.reshape(x.shape), bits), scale, zero
+
+
 def _quantize_tokens(
     x: Float[Array, "*B H"], bits: int, group_size: int, scale_dtype: DTypeLike
 ) -> tuple[Array, Array, Array]:
     """Words [*B, W], scale and zero [*B, H / group_size] of tokens grouped over channels."""
     groups = x.reshape(*x.shape[:-1], -1, group_size)
-    codes, scale, zero = _quantize_groups(groups, -1, bits, scale_dtype)
-    return pack(codes.reshape(x.shape), bits), scale.squeeze(-1), zero.squeeze(-1)
-
-
-def _quantize_groups(
-    groups: Float[Array, "..."], axis: int, bits: int, scale_dtype: DTypeLike
-) -> tuple[Array, Array, Array]:
-    """Codes, and the scale and zero to store; `axis` runs inside a group and is kept as 1."""
-    groups = groups.astype(jnp.float32)
-    low, high = groups.min(axis, keepdims=True), groups.max(axis, keepdims=True)
-    scale, zero = scale_and_zero(low, high, bits, scale_dtype)
-    return nearest_codes(groups, scale, zero, bits), scale.astype(scale_dtype), zero.astype(scale_dtype)
+    (codes,), scale, zero = quantize_groups([groups], -1, bits, scale_dtype)
+    return pack(codes.reshape(x.shape), bits), scale, zero
