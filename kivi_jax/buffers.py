@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import partials
-from pallas_kernels.device import on_gpu_or_xla
+from pallas_kernels.dispatch import by_kernel_or_xla
 from pallas_kernels.packing import PAGE
 from pallas_kernels.partials import AttentionPartial
 from pallas_kernels.pytree import pytree, static
@@ -42,6 +42,7 @@ S = TypeVar("S", bound="Segment")
 # On a GPU, XLA splits attention's sum over many tokens; where it cannot do so evenly, it first copies the
 # values, padded: a third of a decode step at 128k tokens.
 LONG, TILE = 4096, 256
+_KERNELS = "pallas_kernels.residual_kernel"  # imported where there is a GPU for them
 
 
 class Step(NamedTuple):
@@ -246,9 +247,10 @@ class KiviTokens:
 
     def append(self, step: Step) -> "KiviTokens":
         """See `Segment`: the token joins the rings; the value it displaces is packed."""
-        values, key_ring, value_ring = on_gpu_or_xla(
+        values, key_ring, value_ring = by_kernel_or_xla(
             "take_token",
-            lambda: _kernels().take_token(
+            _KERNELS,
+            lambda kernels: kernels.take_token(
                 self.values, self.key_ring, self.value_ring, step.key, step.value, self.lengths, step.active
             ),
             lambda: self._take_token(step),
@@ -274,13 +276,14 @@ class KiviTokens:
         lengths, residual = segments[0].lengths, segments[0].residual_length
         due = active & (lengths % residual == 0)
 
-        def packed_in_place(segment: "KiviTokens") -> "KiviTokens":
-            keys, key_ring = _kernels().pack_block(segment.keys, segment.key_ring, lengths, due)
+        def packed_in_place(kernels: Any, segment: "KiviTokens") -> "KiviTokens":
+            keys, key_ring = kernels.pack_block(segment.keys, segment.key_ring, lengths, due)
             return dataclasses.replace(segment, keys=keys, key_ring=key_ring)
 
-        return on_gpu_or_xla(
+        return by_kernel_or_xla(
             "pack_block",
-            lambda: tuple(map(packed_in_place, segments)),
+            _KERNELS,
+            lambda kernels: tuple(packed_in_place(kernels, segment) for segment in segments),
             lambda: cls._pack_blocks(segments, due),
         )
 
@@ -352,13 +355,6 @@ def attend_token(
     visible = jnp.ones((query.shape[0], 1, 1), bool)
     scale = query.shape[-1] ** -0.5
     return partials.attend(query, key[:, :, None], value[:, :, None], visible, scale=scale)
-
-
-def _kernels() -> Any:
-    """The kernels for a GPU; not every platform's JAX can import them."""
-    from pallas_kernels import residual_kernel
-
-    return residual_kernel
 
 
 def _first_visible(lengths: Int[Array, "B"], window: int | None) -> Int[Array, "B"]:

@@ -19,6 +19,8 @@ Keys keep channels minor and values keep tokens minor, because that is the opera
 matrix unit consumes `query . key` and `probability . value` without a transpose.
 """
 
+import functools
+from collections.abc import Sequence
 from typing import Literal
 
 import jax.numpy as jnp
@@ -50,10 +52,13 @@ def pack(codes: UInt8[Array, "*B H"], bits: int) -> UInt8[Array, "*B W"]:
     """
     words = words_per_token(codes.shape[-1], bits)
     planes = codes.reshape(*codes.shape[:-1], 8 // bits, words)
-    packed = planes[..., 0, :]
-    for j in range(1, 8 // bits):
-        packed = packed | (planes[..., j, :] << jnp.uint8(bits * j))
-    return packed
+    return pack_planes([planes[..., j, :] for j in range(8 // bits)], bits)
+
+
+def pack_planes(planes: Sequence[UInt8[Array, "*W"]], bits: int) -> UInt8[Array, "*W"]:
+    """The words whose bit field `j` holds the codes of plane `j`."""
+    shifted = [codes << jnp.uint8(bits * j) for j, codes in enumerate(planes)]
+    return functools.reduce(jnp.bitwise_or, shifted)
 
 
 def plane(words: UInt8[Array, "*W"], j: int, bits: int) -> UInt8[Array, "*W"]:

@@ -1,13 +1,7 @@
 """Asymmetric grouped quantization, and the tensors it makes. Read `partials.py` next.
 
-A group of numbers is stored as codes with one scale and one zero:
-
-    zero = min(group)        scale = (max(group) - zero) / (2**bits - 1)
-    code = round_half_even(clip((x - zero) / scale, 0, 2**bits - 1))        x' = code * scale + zero
-
-Everything is computed in float32 and quantized against the *stored* zero and scale. Where these are kept
-in 16 bits, the zero is rounded down and the scale up, so that the codes still span the group and
-|x - x'| <= scale / 2 holds with the stored scale. A constant group has scale 0 and x' = zero: no 0/0.
+A group of numbers is stored as codes with one scale and one zero, and denotes `code * scale + zero`;
+`groups.py` states how they are computed.
 
 On a GPU this is XLA's work, not a kernel's. Compiled for an H100 (jax 0.12.0.1, CUDA 13, without a GPU;
 `jax.jit(quantize, ...).lower(x).compile().as_text()` shows it), bf16 [1, 8, 32768, 128] in 2 bits:
@@ -20,10 +14,9 @@ On a GPU this is XLA's work, not a kernel's. Compiled for an H100 (jax 0.12.0.1,
 One read and one write would be 80 MB each. What is lost, 0.08 ms at an H100's 3 TB/s, is under 1 % of that
 layer's prefill, whose weights alone take 14 ms at its peak for Llama-3.1-8B (both counted, not measured).
 
-Source: KIVI (arXiv 2402.02750) section 3.1; the rounding rule is ours.
+Source: KIVI (arXiv 2402.02750) section 3.1.
 """
 
-import math
 from typing import Literal
 
 import jax
@@ -31,10 +24,14 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Shaped, UInt8
 
+from pallas_kernels.device import default_device
+from pallas_kernels.dispatch import load_kernel, log_fallback
+from pallas_kernels.groups import quantize_groups
 from pallas_kernels.packing import PAGE, from_pages, pack, to_pages, unpack, words_per_token
 from pallas_kernels.pytree import pytree, static
 
 GroupAxis = Literal["token", "channel"]
+Implementation = Literal["xla", "pallas_triton"]
 
 
 @pytree
@@ -97,21 +94,29 @@ def quantize(
     group_size: int,
     group_axis: GroupAxis,
     scale_dtype: DTypeLike = jnp.float16,
+    implementation: Implementation | None = None,
 ) -> QuantizedTensor:
     """Quantize and pack `x`; `scale` and `zero` are stored as `scale_dtype`.
 
+    By default by the kernel on NVIDIA GPUs that can, and else by XLA.
+
     Raises:
         ValueError: see `check_groups`.
+        NotImplementedError: the `implementation` asked for cannot do this case, and why.
     """
-    *lead, tokens, channels = x.shape
+    *_, tokens, channels = x.shape
     check_groups(tokens, channels, bits=bits, group_size=group_size, group_axis=group_axis)
-    if group_axis == "token":
-        groups = x.reshape(*lead, tokens // group_size, group_size, channels)
-        codes, scale, zero = _quantize_groups(groups, -2, bits, scale_dtype)
-        words = pack(codes.reshape(x.shape), bits)
-        scale, zero = scale.squeeze(-2), zero.squeeze(-2)
-    else:
-        words, scale, zero = (to_pages(part) for part in _quantize_tokens(x, bits, group_size, scale_dtype))
+    device = default_device()
+    if implementation == "pallas_triton" or (implementation is None and device.platform == "gpu"):
+        try:
+            kernel = load_kernel("pallas_kernels.quantize_kernel", 8.0, device)
+            words, scale, zero = kernel.quantize(x, bits, group_size, group_axis, scale_dtype)
+            return QuantizedTensor(words, scale, zero, bits, group_size, group_axis)
+        except NotImplementedError as reason:
+            if implementation:
+                raise
+            log_fallback("quantize", "pallas_triton", str(reason))
+    words, scale, zero = _quantize(x, bits, group_size, group_axis, scale_dtype)
     return QuantizedTensor(words, scale, zero, bits, group_size, group_axis)
 
 
@@ -211,34 +216,23 @@ def set_block(
     )
 
 
+def _quantize(
+    x: Float[Array, "*B S H"], bits: int, group_size: int, group_axis: GroupAxis, scale_dtype: DTypeLike
+) -> tuple[Array, Array, Array]:
+    """Words, scale and zero, by XLA."""
+    if group_axis == "channel":
+        words, scale, zero = (to_pages(part) for part in _quantize_tokens(x, bits, group_size, scale_dtype))
+        return words, scale, zero
+    *lead, tokens, channels = x.shape
+    groups = x.reshape(*lead, tokens // group_size, group_size, channels)
+    (codes,), scale, zero = quantize_groups([groups], -2, bits, scale_dtype)
+    return pack(codes.reshape(x.shape), bits), scale, zero
+
+
 def _quantize_tokens(
     x: Float[Array, "*B H"], bits: int, group_size: int, scale_dtype: DTypeLike
 ) -> tuple[Array, Array, Array]:
     """Words [*B, W], scale and zero [*B, H / group_size] of tokens grouped over channels."""
     groups = x.reshape(*x.shape[:-1], -1, group_size)
-    codes, scale, zero = _quantize_groups(groups, -1, bits, scale_dtype)
-    return pack(codes.reshape(x.shape), bits), scale.squeeze(-1), zero.squeeze(-1)
-
-
-def _quantize_groups(
-    groups: Float[Array, "..."], axis: int, bits: int, scale_dtype: DTypeLike
-) -> tuple[Array, Array, Array]:
-    """Codes (uint8), stored scale and stored zero; `axis` runs inside a group and is kept as 1."""
-    groups = groups.astype(jnp.float32)
-    levels = 2**bits - 1
-    zero = _round_toward(groups.min(axis, keepdims=True), -math.inf, scale_dtype)
-    span = groups.max(axis, keepdims=True) - zero.astype(jnp.float32)
-    scale = _round_toward(span / levels, math.inf, scale_dtype)
-    zero32, scale32 = zero.astype(jnp.float32), scale.astype(jnp.float32)
-    steps = (groups - zero32) / jnp.where(scale32 > 0, scale32, 1)
-    codes = jnp.round(jnp.clip(steps, 0, levels)).astype(jnp.uint8)
-    return codes, scale, zero
-
-
-def _round_toward(x: Float[Array, "..."], direction: float, dtype: DTypeLike) -> Array:
-    """Cast float32 `x` to `dtype`, rounding towards `direction`; saturates at the largest finite value."""
-    info = jnp.finfo(dtype)
-    rounded = jnp.clip(x, float(info.min), float(info.max)).astype(dtype)
-    overshot = rounded.astype(jnp.float32) < x if direction > 0 else rounded.astype(jnp.float32) > x
-    stepped = jnp.nextafter(rounded, jnp.full_like(rounded, direction))
-    return jnp.where(overshot & jnp.isfinite(stepped), stepped, rounded)
+    (codes,), scale, zero = quantize_groups([groups], -1, bits, scale_dtype)
+    return pack(codes.reshape(x.shape), bits), scale, zero

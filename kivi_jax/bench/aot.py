@@ -11,6 +11,7 @@ XLA carries its own copy of Triton; the instruction counts differ from pip's by 
 import collections
 import contextlib
 import dataclasses
+import math
 import os
 import re
 import subprocess
@@ -21,9 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from rich.table import Table
 
+from pallas_kernels import quantize_kernel
 from pallas_kernels.packing import PAGE
+from pallas_kernels.quantization import GroupAxis
 from pallas_kernels.quantized_attention import pallas_triton, split_kv, triton
 from pallas_kernels.quantized_attention.cases import COMPILED, Case
 from pallas_kernels.quantized_attention.tuning import Tuning, choose
@@ -32,6 +36,19 @@ from pallas_kernels.quantized_attention.tuning import Tuning, choose
 DEVICES = {80: "NVIDIA A100-SXM4-80GB", 89: "NVIDIA L4", 90: "NVIDIA H100 80GB HBM3"}
 # What XLA's copy of Triton does, too; left unset, Triton 3.9 warns that its default will change.
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+# What is quantized: bits, groups and head sizes of keys ("token") and values ("channel").
+QUANTIZED: tuple[dict[str, Any], ...] = tuple(
+    {"group_axis": axis, "bits": bits, "group_size": group_size, "dim": dim}
+    for axis in ("token", "channel")
+    for bits, group_size, dim in (
+        (2, 32, 128),
+        (2, 128, 128),
+        (4, 32, 128),
+        (8, 32, 128),
+        (1, 32, 128),
+        (2, 64, 256),
+    )
+)
 # Shorter backward branches (waits on a barrier, copies of a remainder) are not the loop over tiles.
 _SHORTEST_LOOP = 64
 
@@ -46,6 +63,7 @@ class KernelReport:
     registers: int
     spill_bytes: int
     shared_bytes: int
+    instructions: int  # of the whole program
     loops: tuple[collections.Counter[str], ...]  # of each loop: how many instructions of each opcode
 
     def per_code(self, codes: int) -> tuple[float, ...]:
@@ -59,7 +77,7 @@ def pallas_reports(f: Callable[..., Any], *args: Any, sm: int) -> list[KernelRep
 
     `args` are arrays or `jax.ShapeDtypeStruct`s.
     """
-    return [_compile_module(*module, sm) for module in _pallas_modules(_lower(f, *args, sm=sm))]
+    return [_compile_module(*module, sm) for module, _ in _pallas_modules(_lower(f, *args, sm=sm))]
 
 
 def triton_report(
@@ -148,6 +166,50 @@ def record(
     }
 
 
+def packing(
+    quantizers: Sequence[dict[str, Any]] = QUANTIZED, architectures: Sequence[int] = (80, 90)
+) -> list[dict[str, Any]]:
+    """What quantizing and packing bfloat16 tokens becomes: a record for each quantizer and architecture.
+
+    Keys: what `QUANTIZED` has, arch, registers, spill_bytes, shared_bytes, instructions_per_number.
+    """
+    return [packing_record(sm=sm, **quantizer) for quantizer in quantizers for sm in architectures]
+
+
+def packing_record(*, group_axis: GroupAxis, bits: int, group_size: int, dim: int, sm: int) -> dict[str, Any]:
+    """See `packing`."""
+    x = jax.ShapeDtypeStruct((8, 4096, dim), jnp.bfloat16)
+
+    def pack(x: Any) -> Any:
+        return quantize_kernel.quantize(x, bits, group_size, group_axis, jnp.float16)
+
+    ((module, programs),) = _pallas_modules(_lower(pack, x, sm=sm))
+    report = _compile_module(*module, sm)
+    numbers = x.size // programs
+    return {
+        "group_axis": group_axis,
+        "bits": bits,
+        "group_size": group_size,
+        "dim": dim,
+        "arch": report.arch,
+        "registers": report.registers,
+        "spill_bytes": report.spill_bytes,
+        "shared_bytes": report.shared_bytes,
+        "instructions_per_number": 32 * report.warps * report.instructions / numbers,
+    }
+
+
+def packing_table(records: list[dict[str, Any]]) -> Table:
+    """What `packing` found."""
+    out = Table("groups over", "arch", title="quantize and pack, compiled without a GPU")
+    for heading in ("bits", "group", "head_dim", "registers", "spilled B", "instr./number"):
+        out.add_column(heading, justify="right")
+    for r in records:
+        numbers = (r[key] for key in ("bits", "group_size", "dim", "registers", "spill_bytes"))
+        out.add_row(r["group_axis"], r["arch"], *map(str, numbers), f"{r['instructions_per_number']:.1f}")
+    return out
+
+
 def tuning_for(case: Case, device_kind: str) -> Tuning:
     """How the kernels cut up a case on a device."""
     return choose(
@@ -222,8 +284,8 @@ def _abstract_device(kind: str) -> contextlib.AbstractContextManager[Any]:
     return sharding.use_abstract_mesh(mesh)
 
 
-def _pallas_modules(lowered: Any) -> Iterator[tuple[str, str, int, int]]:
-    """(name, Triton IR, warps, stages) of every Pallas-Triton kernel in a lowered module."""
+def _pallas_modules(lowered: Any) -> Iterator[tuple[tuple[str, str, int, int], int]]:
+    """(name, Triton IR, warps, stages) of every Pallas-Triton kernel in a lowered module, and its programs."""
     from jaxlib.mlir import ir
     from jaxlib.triton import dialect
 
@@ -242,8 +304,9 @@ def _pallas_modules(lowered: Any) -> Iterator[tuple[str, str, int, int]]:
             context.allow_unregistered_dialects = True
             module = ir.Module.parse(ir.StringAttr(call["ir"]).value_bytes, context)
             text = str(module.operation.get_asm(enable_debug_info=False))
-        warps, stages = (int(ir.IntegerAttr(call[key]).value) for key in ("num_warps", "num_stages"))
-        yield ir.StringAttr(call["name"]).value, text, warps, stages
+        sizes = ("num_warps", "num_stages", "grid_x", "grid_y", "grid_z")
+        warps, stages, *grid = (int(ir.IntegerAttr(call[size]).value) for size in sizes)
+        yield (ir.StringAttr(call["name"]).value, text, warps, stages), math.prod(grid)
 
 
 def _compile_module(name: str, text: str, warps: int, stages: int, sm: int) -> KernelReport:
@@ -284,8 +347,16 @@ def _read(ptx: str, name: str, warps: int, shared_bytes: int) -> KernelReport:
         sass = _run(tools / "nvdisasm", "-c", binary)
     spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", log)
     registers = re.findall(r"Used (\d+) registers", log)
+    code, labels = _instructions(sass)
     return KernelReport(
-        name, arch[1], warps, max(map(int, registers)), sum(map(int, spills)), shared_bytes, _loops(sass)
+        name=name,
+        arch=arch[1],
+        warps=warps,
+        registers=max(map(int, registers)),
+        spill_bytes=sum(map(int, spills)),
+        shared_bytes=shared_bytes,
+        instructions=len([text for text in code if text != "NOP"]),  # they only fill up the last line
+        loops=_loops(code, labels),
     )
 
 
@@ -296,8 +367,8 @@ def _run(*command: str | Path) -> str:
     return done.stdout + done.stderr
 
 
-def _loops(sass: str) -> tuple[collections.Counter[str], ...]:
-    """The outermost loops of a kernel: spans that end in a branch to their own first instruction."""
+def _instructions(sass: str) -> tuple[list[str], dict[str, int]]:
+    """The instructions of a kernel, and at which of them each label is."""
     labels: dict[str, int] = {}
     code: list[str] = []
     for line in sass.splitlines():
@@ -305,6 +376,11 @@ def _loops(sass: str) -> tuple[collections.Counter[str], ...]:
             labels[label[1]] = len(code)
         elif instruction := re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?(.*?)\s*;", line):
             code.append(instruction[1])
+    return code, labels
+
+
+def _loops(code: list[str], labels: dict[str, int]) -> tuple[collections.Counter[str], ...]:
+    """The outermost loops of a kernel: spans that end in a branch to their own first instruction."""
     spans: list[tuple[int, int]] = []
     for end, text in enumerate(code):
         target = re.search(r"^BRA.*`\((\.L_\w+)\)", text)

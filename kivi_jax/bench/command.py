@@ -235,9 +235,11 @@ def kernels(
         return list(_written(records, out and out / f"{name}.json"))
 
     if aot:
-        from kivi_jax.bench.aot import run, table
+        from kivi_jax.bench import aot as compiler
 
-        Console(width=120).print(table(stage("aot", run(chosen((*COMPILED, *GPU))))))
+        wide = Console(width=120)
+        wide.print(compiler.table(stage("aot", compiler.run(chosen((*COMPILED, *GPU))))))
+        wide.print(compiler.packing_table(stage("aot-packing", compiler.packing())))
         return
     import jax
 
@@ -294,7 +296,7 @@ def gpu(
     Example:  kivi-jax bench gpu --out results --stage predictions
     """
     from kivi_jax.bench import gpu as stages
-    from kivi_jax.bench import kernels, predictions
+    from kivi_jax.bench import kernels, packing, predictions
 
     console = Console(width=110)
     for name, found in stages.run(out, stage or list(stages.STAGES), rehearse=rehearse, seconds=seconds):
@@ -308,6 +310,8 @@ def gpu(
             console.print(kernels.error_table(records))
         if name == "speed" and records:
             console.print(kernels.table(records))
+        if name == "packing" and records:
+            console.print(packing.table(records))
     measured = [record for name in ("speed", *stages.STEPS) for record in stages.read(out / f"{name}.json")]
     if compared := predictions.compare(stages.read(out / "predictions.json"), measured):
         console.print(predictions.table(compared))

@@ -5,13 +5,15 @@ their number. XLA compiles for a GPU that is only described (an H100 here), wher
 """
 
 import collections
+import contextlib
 import functools
 import importlib.util
+import itertools
 import math
 import os
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +24,7 @@ from kivi_jax.bench.decode import filled_cache, greedy_steps, room
 from kivi_jax.cache import CacheStrategy
 from kivi_jax.config import ModelConfig
 from kivi_jax.llama import Llama
-from pallas_kernels.quantization import GroupAxis, quantize
+from pallas_kernels.quantization import GroupAxis, Implementation, quantize
 
 _H100 = """
 gpu_device_info {
@@ -111,16 +113,25 @@ def _shape_bytes(shape: str) -> int:
 def packing(device: Any, *, tokens: int = 32768) -> Iterator[dict[str, Any]]:
     """Quantizing a prompt's keys and values, bfloat16 [1, 8, tokens, 128], to 2 bits in groups of 32.
 
-    Keys: what, kernels, bytes that these move, and least_bytes: of one read and one write.
+    Keys: what, implementation, kernels, bytes that these move, and least_bytes: of one read and one write.
+    Implementations that the device cannot have are left out.
     """
     x = jax.ShapeDtypeStruct((1, 8, tokens, 128), jnp.bfloat16)
     axes: dict[str, GroupAxis] = {"keys": "token", "values": "channel"}
-    for what, axis in axes.items():
-        pack = functools.partial(quantize, bits=2, group_size=32, group_axis=axis)
-        found = launches(compile_for(device, jax.jit(pack), x))
-        least = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((x, jax.eval_shape(pack, x))))
-        moved = sum(launch.bytes for launch in found)
-        yield {"what": what, "kernels": len(found), "bytes": moved, "least_bytes": least}
+    for (what, axis), implementation in itertools.product(axes.items(), get_args(Implementation)):
+        pack = functools.partial(
+            quantize, bits=2, group_size=32, group_axis=axis, implementation=implementation
+        )
+        with contextlib.suppress(NotImplementedError):
+            found = launches(compile_for(device, jax.jit(pack), x))
+            packed = jax.eval_shape(functools.partial(pack, implementation="xla"), x)
+            yield {
+                "what": what,
+                "implementation": implementation,
+                "kernels": len(found),
+                "bytes": sum(launch.bytes for launch in found),
+                "least_bytes": sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((x, packed))),
+            }
 
 
 def steps(
@@ -141,12 +152,11 @@ def steps(
 
 def packing_table(records: list[dict[str, Any]]) -> Table:
     """What `packing` found."""
-    out = Table(
-        "a prompt's", "kernels", "MB moved", "MB at least", title="quantize and pack, as XLA compiles it"
-    )
+    columns = ("a prompt's", "by", "kernels", "MB moved", "MB at least")
+    out = Table(*columns, title="quantize and pack, as compiled")
     for record in records:
         megabytes = (f"{record[key] / 1e6:.0f}" for key in ("bytes", "least_bytes"))
-        out.add_row(record["what"], str(record["kernels"]), *megabytes)
+        out.add_row(record["what"], record["implementation"], str(record["kernels"]), *megabytes)
     return out
 
 

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from kivi_jax.bench import decode, kernels, predictions
+from kivi_jax.bench import decode, kernels, packing, predictions
 from kivi_jax.bench.shapes import SHAPES
 from kivi_jax.config import ModelConfig
 from kivi_jax.names import parse_cache
@@ -40,6 +40,7 @@ class Sizes:
     correctness: tuple[Case, ...]
     speed: tuple[Case, ...]
     implementations: tuple[str, ...]  # that are timed on packed tokens
+    packed: int  # tokens of a prompt that is quantized
     model: ModelConfig
     dtype: str
     contexts: tuple[int, int]  # for one row
@@ -56,6 +57,7 @@ FULL = Sizes(
     correctness=(*CORRECTNESS, *GPU[:1]),
     speed=GPU,
     implementations=kernels.IMPLEMENTATIONS,
+    packed=32768,
     model=SHAPES["llama-8b"],
     dtype="bfloat16",
     contexts=(32768, 131072),
@@ -72,6 +74,7 @@ REHEARSAL = Sizes(
     correctness=tuple(case for case in CORRECTNESS if case.name in ("one_page", "tiles_empty_row")),
     speed=(Case("rehearsal", 1, 2, 2, 64, 256, query_dtype="bfloat16"),),
     implementations=("xla",),
+    packed=256,
     model=dataclasses.replace(
         SHAPES["125m"], vocab_size=256, hidden_size=64, intermediate_size=128, num_layers=2, num_heads=4,
         num_kv_heads=2, head_dim=64,
@@ -137,6 +140,7 @@ STAGES: dict[str, Callable[[Sizes], Iterator[Record]]] = {
     "correctness": _correct,
     "correctness-mosaic": _correct_mosaic,
     "speed": lambda sizes: kernels.speed(sizes.speed, sizes.implementations),
+    "packing": lambda sizes: packing.run(sizes.packed, interpret=sizes.interpret),
     "steps-short": lambda sizes: _steps(sizes, sizes.contexts[0], 1),
     "steps-long": lambda sizes: _steps(sizes, sizes.contexts[1], 1),
     "steps-most": lambda sizes: _steps(sizes, sizes.batch_context, None),

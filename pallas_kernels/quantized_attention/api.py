@@ -5,14 +5,13 @@ with the reason; the next is tried, and the fallback is logged once. XLA can do 
 """
 
 import functools
-import importlib
-import logging
 from collections.abc import Callable
 from typing import Any, Literal
 
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.device import compute_capability, default_device
+from pallas_kernels.device import default_device
+from pallas_kernels.dispatch import load_kernel, log_fallback
 from pallas_kernels.partials import AttentionPartial
 from pallas_kernels.quantization import QuantizedTensor
 from pallas_kernels.ring import Ring
@@ -25,7 +24,7 @@ Attend = Callable[..., AttentionPartial]
 # calls, and none of jax-triton's, and `pallas_triton` also attends to the residual where it merges.
 _KERNELS: dict[Implementation, float] = {"pallas_triton": 8.0, "triton": 8.0, "pallas_mosaic": 9.0}
 
-_log = logging.getLogger(__name__)
+_log_fallback = functools.partial(log_fallback, "quantized_attention")
 
 
 def quantized_attention(
@@ -87,15 +86,4 @@ def _check(query: Array, key: QuantizedTensor, value: QuantizedTensor) -> None:
 
 
 def _load(name: Implementation, device: Any) -> Attend:
-    least = _KERNELS.get(name, 0.0)
-    if compute_capability(device) < least:
-        raise NotImplementedError(f"needs an NVIDIA GPU of compute capability {least}, not {device}")
-    try:
-        return importlib.import_module(f"pallas_kernels.quantized_attention.{name}").attend
-    except ImportError as error:
-        raise NotImplementedError(f"{error}") from error
-
-
-@functools.lru_cache(maxsize=256)
-def _log_fallback(name: str, reason: str) -> None:
-    _log.warning("quantized_attention: %s is not used: %s", name, reason)
+    return load_kernel(f"pallas_kernels.quantized_attention.{name}", _KERNELS.get(name, 0.0), device).attend

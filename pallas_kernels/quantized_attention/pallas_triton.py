@@ -23,8 +23,6 @@ Pallas' Triton backend is deprecated upstream (jax 0.11); `triton.py` is the sam
 
 import functools
 import math
-import warnings
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -47,6 +45,7 @@ from pallas_kernels.quantized_attention.split_kv import (
 )
 from pallas_kernels.quantized_attention.tuning import Tuning
 from pallas_kernels.ring import Ring
+from pallas_kernels.triton_call import triton_call
 
 _UNIT = 2.0**-24  # the value of float16's smallest subnormal: what a code's lowest bit is worth
 _LIFT = 8.0  # probabilities are kept times 2**8: float16 has room above 1, and none below 2**-24
@@ -91,7 +90,7 @@ def _partials(case: Case, *arrays: Array) -> tuple[Array, Array, Array]:
         return pl.BlockSpec((None, None, *rest), lambda i, split: (i, split, *(0 for _ in rest)))
 
     outputs = ((case.heads, case.dim), (case.heads,), (case.heads,))
-    return _call(
+    return triton_call(
         functools.partial(_attend_split, case),
         name="quantized_attention",
         grid=(programs, splits),
@@ -110,17 +109,6 @@ def _of_program(array: Array, programs: int) -> pl.BlockSpec:
     """Consecutive programs share an array that has fewer rows than there are programs."""
     rest, share = array.shape[1:], programs // array.shape[0]
     return pl.BlockSpec((None, *rest), lambda i, *_: (_div(i, share), *(0 for _ in rest)))
-
-
-def _call(kernel: Callable[..., None], **options: Any) -> Callable[..., Any]:
-    """`pl.pallas_call` without the notice of the backend's deprecation."""
-
-    def call(*operands: Array) -> Any:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "The Pallas Triton backend", DeprecationWarning)
-            return pl.pallas_call(kernel, **options)(*operands)
-
-    return call
 
 
 def _attend_split(case: Case, *refs: Any) -> None:
@@ -278,7 +266,7 @@ def _merge(case: Case, *arrays: Array) -> tuple[Array, Array, Array]:
 
     outputs = ((case.dim,), (), ())
     query, recent = arrays[3:4], arrays[4:]
-    return _call(
+    return triton_call(
         functools.partial(_merge_splits, case),
         name="quantized_attention_merge",
         grid=(programs, case.heads, -(-case.dim // MERGED_CHANNELS)),

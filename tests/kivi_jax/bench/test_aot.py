@@ -60,6 +60,16 @@ def test_the_steps_other_kernels_do_not_spill(dim, sm):
     assert found == dict.fromkeys(names, 0)
 
 
+@pytest.mark.parametrize("sm", [80, 90])
+@pytest.mark.parametrize("group_axis", ["token", "channel"])
+def test_packing_keeps_up_with_the_memory(group_axis, sm):
+    """An H100 issues 24 instructions for a number in the time that its 2.375 bytes are copied."""
+    record = aot.packing_record(group_axis=group_axis, bits=2, group_size=32, dim=128, sm=sm)
+    assert record["arch"].startswith(f"sm_{sm}")
+    assert record["spill_bytes"] == 0
+    assert record["instructions_per_number"] <= 19
+
+
 @pytest.mark.parametrize("name", ["1 x 32k", "MQA 8 x 32k"])
 def test_most_of_the_work_is_the_main_kernels(name):
     """Laying out the query and merging the splits, by bytes and instructions; these are the worst cases."""

@@ -46,6 +46,7 @@ def test_packing_is_a_few_kernels_and_reads_a_prompt_twice():
     """What XLA makes of it on the machine that runs the tests: no float copy of the prompt is written."""
     for record in compiled.packing(jax.devices("cpu")[0], tokens=1024):
         prompt = 2 * 8 * 1024 * 128
+        assert record["implementation"] == "xla"
         assert record["least_bytes"] == prompt * 19 // 16  # 2 bits and 16-bit scales and zeros of 32 codes
         assert record["kernels"] <= 12
 

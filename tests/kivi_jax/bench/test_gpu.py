@@ -68,3 +68,14 @@ def test_needs_a_gpu_or_a_rehearsal(tmp_path):
     assert "--rehearse" in str(result.exception)
     result = CliRunner().invoke(app, ["bench", "gpu", "--out", str(tmp_path), "--stage", "everything"])
     assert "choose some of" in str(result.exception)
+
+
+def test_packing_is_timed_and_compared(tmp_path):
+    records = staged("packing", tmp_path)
+    assert [record["contender"] for record in records] == 3 * ["pallas_triton", "xla"]
+    for record in records:
+        assert "reason" not in record
+        assert record["us"] > 0
+        assert record["codes_equal"] == record["scales_equal"] == record["zeros_equal"] == 1
+    assert records[0]["bytes"] == 8 * 256 * 128 * 19 // 8  # 16 bits read; 2, and 32 for each group, written
+    assert gpu.packing.table(records).row_count == 6
