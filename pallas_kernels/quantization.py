@@ -3,16 +3,9 @@
 A group of numbers is stored as codes with one scale and one zero, and denotes `code * scale + zero`;
 `groups.py` states how they are computed.
 
-On a GPU this is XLA's work, not a kernel's. Compiled for an H100 (jax 0.12.0.1, CUDA 13, without a GPU;
-`jax.jit(quantize, ...).lower(x).compile().as_text()` shows it), bf16 [1, 8, 32768, 128] in 2 bits:
-
-    a prompt's keys     4 fusions: x read twice, the codes written and read once as bytes   235 MB moved
-    a prompt's values   4 fusions: x read twice                                             174 MB
-    a token's values    4 fusions: kilobytes; the donated store is updated in place
-    a block of keys     6 fusions, once in `residual_length` tokens, in place
-
-One read and one write would be 80 MB each. What is lost, 0.08 ms at an H100's 3 TB/s, is under 1 % of that
-layer's prefill, whose weights alone take 14 ms at its peak for Llama-3.1-8B (both counted, not measured).
+On an NVIDIA GPU `quantize` is a kernel, `quantize_kernel.py`: one launch that reads once and writes once. XLA
+makes four kernels of it, which move two to three times the bytes (`kivi-jax bench compiled`). A single
+token's values (`set_token`) are kilobytes, and XLA's: it updates the donated store in place.
 
 Source: KIVI (arXiv 2402.02750) section 3.1.
 """

@@ -1,13 +1,13 @@
-"""Quantizing and packing on NVIDIA GPUs (Ampere and later) in one read and one write, by Pallas' Triton backend.
+"""Quantizing and packing on NVIDIA GPUs (Ampere and later): one read, one write. Pallas' Triton backend.
 
 A program takes all channels of some tokens: of whole groups of keys, or of a page of values. It works on
 *blocks* of one plane of channels (see `packing.py`), all of one shape, so that the codes that share a word
 lie in the same place of each, and packing them exchanges nothing between threads. The arithmetic is XLA's:
 `groups.py`.
 
-A group of keys is compared and scaled in blocks of every sixteenth of its tokens. As one block its tokens
-would be spread over a warp, where each thread repeats the arithmetic of the whole group: 36 instructions
-for each number instead of 17. In 32 blocks it would be 14, and take eight times as long to compile.
+Group by group of keys, a block has every sixteenth token of it. As one block its tokens would be spread
+over the threads, and each would repeat the whole group's arithmetic: 80 instructions for each number (2 bits
+in groups of 32, sm_90) instead of 15. As 32 blocks it would be 12, and take four times as long to compile.
 """
 
 import functools
@@ -26,8 +26,8 @@ from pallas_kernels.groups import quantize_groups
 from pallas_kernels.packing import PAGE, pack_planes, words_per_token
 from pallas_kernels.triton_call import triton_call
 
-_KEY_BLOCKS = 16  # of a group and plane
-_KEY_NUMBERS = 128  # of a block of keys, at least
+_KEY_BLOCKS = 16  # of a group, in each plane
+_KEY_NUMBERS = 128  # of a block of keys, at least where there are so many
 _MOST_NUMBERS = 2**15  # that a program holds in its registers
 _MOST_WARPS = 16
 

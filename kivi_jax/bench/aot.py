@@ -285,7 +285,7 @@ def _abstract_device(kind: str) -> contextlib.AbstractContextManager[Any]:
 
 
 def _pallas_modules(lowered: Any) -> Iterator[tuple[tuple[str, str, int, int], int]]:
-    """(name, Triton IR, warps, stages) of every Pallas-Triton kernel in a lowered module, and its programs."""
+    """(name, Triton IR, warps, stages) of a lowered module's Pallas-Triton kernels, and how many programs."""
     from jaxlib.mlir import ir
     from jaxlib.triton import dialect
 

@@ -51,6 +51,18 @@ def test_packing_is_a_few_kernels_and_reads_a_prompt_twice():
         assert record["kernels"] <= 12
 
 
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend:DeprecationWarning")  # said at lowering
+def test_the_kernel_is_one_launch_that_reads_once_and_writes_once():
+    try:
+        device = compiled.described_gpu()
+    except NotImplementedError as reason:
+        pytest.skip(str(reason))
+    records = [r for r in compiled.packing(device, tokens=1024) if r["implementation"] == "pallas_triton"]
+    assert [record["what"] for record in records] == ["keys", "values"]
+    for record in records:
+        assert (record["kernels"], record["bytes"]) == (1, record["least_bytes"])
+
+
 def test_says_what_to_install(monkeypatch):
     monkeypatch.setattr(compiled.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(NotImplementedError, match=r"kivi-jax\[cuda\]"):
