@@ -7,8 +7,9 @@
 in 16 bits, the zero is rounded down and the scale up, so that the codes still span the group and
 |x - x'| <= scale / 2 holds with what is stored. A constant group has scale 0 and x' = zero: no 0/0.
 
-Written with what both compilers keep as it stands: Pallas' Triton backend has no `round` and no `nextafter`,
-and XLA for a GPU takes a cast to 16 bits and back to be the identity, so it must not decide anything.
+Written with what both compilers keep as it stands: Pallas' Triton backend has no `nextafter`, and XLA for a
+GPU takes a cast to 16 bits and back to be the identity, so it must not decide anything. Only codes are
+rounded in two ways, because XLA can do what Triton cannot, and makes nonsense of what Triton can.
 
 Source: KIVI (arXiv 2402.02750) section 3.1; the rounding rule is ours.
 """
@@ -21,15 +22,33 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, UInt8
 
-# Added to a number in [0, 255], it leaves the nearest integer (ties: the even one) in the lowest bits.
-_NEAREST = 1.5 * 2**23
+ToCode = Callable[[Float32[Array, "..."]], UInt8[Array, "..."]]
+
 _SMALLEST = float(jnp.finfo(jnp.float32).tiny)  # normal number: hardware may take smaller ones for 0
 _EXPONENT = 0x7F800000  # of a float32
 _INVERT = 0x7F000000  # less the bits of a power of two: the bits of its inverse
 
 
+def round_by_xla(steps: Float32[Array, "..."]) -> UInt8[Array, "..."]:
+    """The nearest integer (ties: the even one) of numbers in [0, 255]."""
+    return jnp.round(steps).astype(jnp.uint8)
+
+
+def round_by_triton(steps: Float32[Array, "..."]) -> UInt8[Array, "..."]:
+    """The same with a sum whose lowest byte it is: Triton has no `round`.
+
+    XLA must not see it on a GPU, where it took the whole sum and made 255 of every code (jax 0.11.2, H100).
+    """
+    return _as_int(steps + 1.5 * 2**23).astype(jnp.uint8)
+
+
 def quantize_groups(
-    blocks: Sequence[Float[Array, "..."]], axis: int, bits: int, scale_dtype: DTypeLike
+    blocks: Sequence[Float[Array, "..."]],
+    axis: int,
+    bits: int,
+    scale_dtype: DTypeLike,
+    *,
+    to_code: ToCode = round_by_xla,
 ) -> tuple[list[UInt8[Array, "..."]], Float[Array, "..."], Float[Array, "..."]]:
     """Codes of every block, and the groups' scale and zero, to store.
 
@@ -39,7 +58,7 @@ def quantize_groups(
     low = functools.reduce(jnp.minimum, blocks).min(axis, keepdims=True)
     high = functools.reduce(jnp.maximum, blocks).max(axis, keepdims=True)
     scale, zero = scale_and_zero(low, high, bits, scale_dtype)
-    codes = [nearest_codes(block, scale, zero, bits) for block in blocks]
+    codes = [nearest_codes(block, scale, zero, bits, to_code) for block in blocks]
     return codes, scale.squeeze(axis).astype(scale_dtype), zero.squeeze(axis).astype(scale_dtype)
 
 
@@ -52,7 +71,11 @@ def scale_and_zero(
 
 
 def nearest_codes(
-    x: Float32[Array, "..."], scale: Float32[Array, "..."], zero: Float32[Array, "..."], bits: int
+    x: Float32[Array, "..."],
+    scale: Float32[Array, "..."],
+    zero: Float32[Array, "..."],
+    bits: int,
+    to_code: ToCode,
 ) -> UInt8[Array, "..."]:
     """Codes in [0, 2**bits) of numbers whose groups have this scale and zero.
 
@@ -60,8 +83,7 @@ def nearest_codes(
     and only there: codes in the middle between two would depend on how a program was compiled.
     """
     inverse = 1 / jnp.where(scale >= _SMALLEST, scale, 1)
-    steps = jnp.clip((x - zero) * inverse, 0, 2**bits - 1)
-    return _as_int(steps + _NEAREST).astype(jnp.uint8)
+    return to_code(jnp.clip((x - zero) * inverse, 0, 2**bits - 1))
 
 
 def _representable(

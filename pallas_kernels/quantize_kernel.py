@@ -22,7 +22,7 @@ from jax.experimental.pallas import triton as plt
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from pallas_kernels.groups import quantize_groups
+from pallas_kernels import groups
 from pallas_kernels.packing import PAGE, pack_planes, words_per_token
 from pallas_kernels.triton_call import triton_call
 
@@ -30,6 +30,8 @@ _KEY_BLOCKS = 16  # of a group, in each plane
 _KEY_NUMBERS = 128  # of a block of keys, at least where there are so many
 _MOST_NUMBERS = 2**15  # that a program holds in its registers
 _MOST_WARPS = 16
+
+_quantize_groups = functools.partial(groups.quantize_groups, to_code=groups.round_by_triton)
 
 
 def quantize(
@@ -134,7 +136,7 @@ def _pack_keys(bits: int, x_ref: Any, words_ref: Any, scale_ref: Any, zero_ref: 
     codes = []
     for j in range(planes):
         group = [x_ref[:, :, i, j] for i in range(blocks)]
-        plane, scale_ref[:, j], zero_ref[:, j] = quantize_groups(group, 1, bits, scale_ref.dtype)
+        plane, scale_ref[:, j], zero_ref[:, j] = _quantize_groups(group, 1, bits, scale_ref.dtype)
         codes.append(plane)
     for i, block in enumerate(zip(*codes, strict=True)):
         words_ref[:, :, i] = pack_planes(block, bits)
@@ -146,7 +148,7 @@ def _pack_values(bits: int, x_ref: Any, words_ref: Any, scale_ref: Any, zero_ref
     codes = []
     for i in range(sets):
         group = [x_ref[:, i, j] for j in range(spanned)]
-        planes, scale, zero = quantize_groups(group, 2, bits, scale_ref.dtype)
+        planes, scale, zero = _quantize_groups(group, 2, bits, scale_ref.dtype)
         scale_ref[i], zero_ref[i] = scale.T, zero.T
         codes += planes
     words_ref[...] = pack_planes(codes, bits).reshape(PAGE, -1).T

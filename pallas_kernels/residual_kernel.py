@@ -19,12 +19,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels.groups import quantize_groups
+from pallas_kernels import groups
 from pallas_kernels.packing import PAGE, pack_planes
 from pallas_kernels.quantization import QuantizedTensor
 from pallas_kernels.triton_call import triton_call
 
 _ALL = slice(None)
+_quantize_groups = functools.partial(groups.quantize_groups, to_code=groups.round_by_triton)
 
 
 def take_token(
@@ -113,7 +114,7 @@ def pack_block(
         lengths,
         due,
         parts=stores[0].shape[2],
-        warps=warps(group * words),
+        warps=_warps(group * words),
         name="pack_block",
         interpret=interpret,
     )
@@ -188,7 +189,7 @@ def _take_token(
     planes = []
     for i in range(sets):
         blocks = displaced[i * members : (i + 1) * members]
-        codes, scale, zero = quantize_groups(blocks, 1, bits, scale_ref.dtype)
+        codes, scale, zero = _quantize_groups(blocks, 1, bits, scale_ref.dtype)
         store(scale, full, scale_ref, page, i, _ALL, lane)
         store(zero, full, zero_ref, page, i, _ALL, lane)
         planes += codes
@@ -206,7 +207,7 @@ def _pack_block(bits: int, length_ref: Any, due_ref: Any, *refs: Any) -> None:
         at = jax.lax.rem(jax.lax.div(length_ref[0], tokens) - groups + i, words_ref.shape[0])
         coded = []
         for j in range(planes):
-            (codes,), scale, zero = quantize_groups([ring_ref[i, :, j]], 0, bits, scale_ref.dtype)
+            (codes,), scale, zero = _quantize_groups([ring_ref[i, :, j]], 0, bits, scale_ref.dtype)
             scale_ref[at, j], zero_ref[at, j] = scale, zero
             scale, zero = scale.astype(jnp.float32)[None], zero.astype(jnp.float32)[None]
             seen = codes.astype(jnp.float32) * scale + zero
@@ -215,7 +216,8 @@ def _pack_block(bits: int, length_ref: Any, due_ref: Any, *refs: Any) -> None:
         words_ref[at] = pack_planes(coded, bits)
 
 
-def warps(numbers: int) -> int:
+def _warps(numbers: int) -> int:
+    """Warps of a program on blocks of so many numbers, of which a thread holds 32."""
     return min(16, max(1, numbers // 1024))
 
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.groups import nearest_codes, scale_and_zero
+from pallas_kernels.groups import nearest_codes, round_by_triton, round_by_xla, scale_and_zero
 
 RNG = np.random.default_rng(0)
 
@@ -40,9 +40,10 @@ def test_zero_is_the_largest_number_held_below_and_scale_the_smallest_above(dtyp
         assert (exact | (np.abs(inside - got) < spacing)).all()
 
 
-def test_codes_are_the_nearest_and_of_two_the_even():
+@pytest.mark.parametrize("to_code", [round_by_xla, round_by_triton])
+def test_codes_are_the_nearest_and_of_two_the_even(to_code):
     x = np.concatenate([np.arange(-1, 257, 1 / 64), RNG.uniform(-1, 257, 100_000)]).astype(np.float32)
     ones = np.ones_like(x)
     for bits in (1, 2, 4, 8):
-        got = jax.jit(lambda x, one, bits=bits: nearest_codes(x, one, one - 1, bits))(x, ones)
+        got = jax.jit(lambda x, one, bits=bits: nearest_codes(x, one, one - 1, bits, to_code))(x, ones)
         np.testing.assert_array_equal(got, np.round(np.clip(x, 0, 2**bits - 1)).astype(np.uint8))
