@@ -39,9 +39,6 @@ from pallas_kernels.ring import Ring, fill, newest_token
 
 S = TypeVar("S", bound="Segment")
 
-# On a GPU, XLA splits attention's sum over many tokens; where it cannot do so evenly, it first copies the
-# values, padded: a third of a decode step at 128k tokens.
-LONG, TILE = 4096, 256
 _KERNELS = "pallas_kernels.residual_kernel"  # imported where there is a GPU for them
 
 
@@ -111,7 +108,7 @@ class DenseTokens:
         window: int | None,
     ) -> "DenseTokens":
         """Hold a right-padded prompt, with room for `capacity` tokens a row."""
-        slots = _round_up(capacity, TILE) if capacity >= LONG else capacity
+        slots = _splittable(capacity)
         slots = slots if window is None else min(slots, window)
         return cls(fill(key, lengths, slots), fill(value, lengths, slots), lengths, window)
 
@@ -371,6 +368,17 @@ def _set_slot(
     slots = ring.shape[2]
     slot = jnp.where(write, position % slots, slots)  # out of bounds: dropped
     return ring.at[jnp.arange(slot.shape[0]), :, slot].set(token.astype(ring.dtype), mode="drop")
+
+
+def _splittable(capacity: int) -> int:
+    """As many slots or, from 4,096 on, up to a sixteenth more (a sixty-fourth from 16,384 on).
+
+    On a GPU, XLA splits attention's sum over many tokens; where it cannot do so evenly, it first copies the
+    values, padded: a third of a decode step at 128k tokens. Multiples of a 64th to a 128th are never copied.
+    """
+    if capacity < 4096:
+        return capacity
+    return _round_up(capacity, max(256, 2 ** capacity.bit_length() // 128))
 
 
 def _round_up(number: int, unit: int) -> int:

@@ -4,13 +4,13 @@ A group of numbers is stored as codes with one scale and one zero, and denotes `
 `groups.py` states how they are computed.
 
 On an NVIDIA GPU `quantize` is a kernel, `quantize_kernel.py`: one launch that reads once and writes once. XLA
-makes four kernels of it, which move two to three times the bytes (`kivi-jax bench compiled`). A single
-token's values (`set_token`) are kilobytes, and XLA's: it updates the donated store in place.
+makes four kernels of it, which move two to three times the bytes (`kivi-jax bench compiled`). What a decode
+step writes there is `residual_kernel.py`'s; elsewhere `set_token` and `set_block` update the donated stores.
 
 Source: KIVI (arXiv 2402.02750) section 3.1.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -18,13 +18,15 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Shaped, UInt8
 
 from pallas_kernels.device import default_device
-from pallas_kernels.dispatch import load_kernel, log_fallback
+from pallas_kernels.dispatch import TRITON, by_kernel_or_xla, load_kernel
 from pallas_kernels.groups import quantize_groups
 from pallas_kernels.packing import PAGE, from_pages, pack, to_pages, unpack, words_per_token
 from pallas_kernels.pytree import pytree, static
 
 GroupAxis = Literal["token", "channel"]
 Implementation = Literal["xla", "pallas_triton"]
+
+_KERNEL = "pallas_kernels.quantize_kernel"
 
 
 @pytree
@@ -99,17 +101,19 @@ def quantize(
     """
     *_, tokens, channels = x.shape
     check_groups(tokens, channels, bits=bits, group_size=group_size, group_axis=group_axis)
-    device = default_device()
-    if implementation == "pallas_triton" or (implementation is None and device.platform == "gpu"):
-        try:
-            kernel = load_kernel("pallas_kernels.quantize_kernel", 8.0, device)
-            words, scale, zero = kernel.quantize(x, bits, group_size, group_axis, scale_dtype)
-            return QuantizedTensor(words, scale, zero, bits, group_size, group_axis)
-        except NotImplementedError as reason:
-            if implementation:
-                raise
-            log_fallback("quantize", "pallas_triton", str(reason))
-    words, scale, zero = _quantize(x, bits, group_size, group_axis, scale_dtype)
+
+    def by_kernel(module: Any) -> tuple[Array, Array, Array]:
+        return module.quantize(x, bits, group_size, group_axis, scale_dtype)
+
+    def by_xla() -> tuple[Array, Array, Array]:
+        return _quantize(x, bits, group_size, group_axis, scale_dtype)
+
+    if implementation == "xla":
+        words, scale, zero = by_xla()
+    elif implementation == "pallas_triton":
+        words, scale, zero = by_kernel(load_kernel(_KERNEL, TRITON, default_device()))
+    else:
+        words, scale, zero = by_kernel_or_xla("quantize", _KERNEL, by_kernel, by_xla)
     return QuantizedTensor(words, scale, zero, bits, group_size, group_axis)
 
 

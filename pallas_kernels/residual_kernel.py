@@ -8,6 +8,7 @@ Programs work on planes of channels, as `quantize_kernel.py` does. What they ove
 itself: blocks are read and written in one layout, and have no fewer numbers than threads, or one warp's.
 """
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Callable
@@ -74,10 +75,7 @@ def take_token(
         name="take_token",
         interpret=interpret,
     )
-    old = (values.words, values.scale, values.zero)
-    new = (x.reshape(y.shape) for x, y in zip(packed, old, strict=True))
-    taken = QuantizedTensor(*new, values.bits, values.group_size, values.group_axis)
-    return taken, keys.reshape(key_ring.shape), held.reshape(value_ring.shape)
+    return _holding(values, *packed), keys.reshape(key_ring.shape), held.reshape(value_ring.shape)
 
 
 def pack_block(
@@ -118,9 +116,15 @@ def pack_block(
         name="pack_block",
         interpret=interpret,
     )
-    old = (keys.words, keys.scale, keys.zero)
-    new = (x.reshape(y.shape) for x, y in zip(packed, old, strict=True))
-    return QuantizedTensor(*new, keys.bits, group, keys.group_axis), ring.reshape(key_ring.shape)
+    return _holding(keys, *packed), ring.reshape(key_ring.shape)
+
+
+def _holding(tensor: QuantizedTensor, words: Array, scale: Array, zero: Array) -> QuantizedTensor:
+    """`tensor` with other contents."""
+    parts = {"words": words, "scale": scale, "zero": zero}
+    return dataclasses.replace(
+        tensor, **{name: part.reshape(getattr(tensor, name).shape) for name, part in parts.items()}
+    )
 
 
 def _in_place(

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels import quantization, quantize_kernel
+from pallas_kernels import dispatch, quantization, quantize_kernel
 from pallas_kernels.quantization import quantize
 
 SIXTEEN_BITS = ("float16", "bfloat16")
@@ -109,7 +109,8 @@ def test_a_gpu_uses_the_kernel_and_logs_once_why_it_does_not(monkeypatch, caplog
         calls.append(x.shape)
         raise NotImplementedError(f"no blocks for {x.shape}")
 
-    monkeypatch.setattr(quantization, "default_device", _Gpu)
+    for module in (quantization, dispatch):
+        monkeypatch.setattr(module, "default_device", _Gpu)
     monkeypatch.setattr(quantize_kernel, "quantize", refuse)
     options = {"bits": 2, "group_size": 32, "group_axis": "token"}
     x = jax.random.normal(jax.random.key(0), (32, 8))

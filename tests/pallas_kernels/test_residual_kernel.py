@@ -1,12 +1,16 @@
 """A step's writes to KIVI's cache by the kernels, in Pallas' interpreter, against XLA's, bit by bit."""
 
+import functools
+import importlib
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kivi_jax import buffers
 from kivi_jax.buffers import KiviTokens, Step
-from pallas_kernels import residual_kernel
 
 BATCH, KV_HEADS = 3, 2
 
@@ -30,20 +34,16 @@ def tokens_of(lengths, *, residual, dim, bits, group, value_group, dtype, scale_
 
 
 def with_kernels(tokens: KiviTokens, step: Step) -> KiviTokens:
-    values, key_ring, value_ring = residual_kernel.take_token(
-        tokens.values,
-        tokens.key_ring,
-        tokens.value_ring,
-        step.key,
-        step.value,
-        tokens.lengths,
-        step.active,
-        interpret=True,
-    )
-    lengths = tokens.lengths + step.active.astype(jnp.int32)
-    due = step.active & (lengths % tokens.residual_length == 0)
-    keys, key_ring = residual_kernel.pack_block(tokens.keys, key_ring, lengths, due, interpret=True)
-    return KiviTokens(keys, values, key_ring, value_ring, lengths, tokens.window)
+    """As on a GPU."""
+
+    def by_kernel(operation, module, kernel, xla):
+        function = getattr(importlib.import_module(module), operation)
+        interpreted = functools.partial(function, interpret=True)
+        return kernel(types.SimpleNamespace(**{operation: interpreted}))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(buffers, "by_kernel_or_xla", by_kernel)
+        return with_xla(tokens, step)
 
 
 def with_xla(tokens: KiviTokens, step: Step) -> KiviTokens:
