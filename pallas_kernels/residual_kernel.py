@@ -227,6 +227,5 @@ def _warps(numbers: int) -> int:
 
 def _check(channels: int, group: int) -> None:
     """Refuse what the kernels have no blocks for."""
-    for name, size in (("channels", channels), ("numbers of a group", group)):
-        if size & (size - 1):
-            raise NotImplementedError(f"{size} {name}: no power of two")
+    if channels & (channels - 1) or group & (group - 1):
+        raise NotImplementedError(f"{channels} channels in groups of {group}: no powers of two")

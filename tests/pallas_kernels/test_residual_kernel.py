@@ -91,5 +91,5 @@ def test_other_head_sizes_are_refused(dim):
     )
     token = tokens.key_ring[:, :, 0]
     step = Step(token, token, token, token[..., 0], jnp.ones(BATCH, bool))
-    with pytest.raises(NotImplementedError, match=f"{dim} channels: no power of two"):
+    with pytest.raises(NotImplementedError, match=f"{dim} channels in groups of 8: no powers of two"):
         with_kernels(tokens, step)
