@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from kivi_jax.bench import aot
+from kivi_jax.bench import aot, kernels
 from pallas_kernels import residual_kernel
 from pallas_kernels.quantized_attention import pallas_triton
 from pallas_kernels.quantized_attention.cases import COMPILED, GPU, Case
+from pallas_kernels.quantized_attention.tuning import Tuning
 from pallas_kernels.ring import Ring
 
 pytest.importorskip("triton", reason="Triton's compiler is not installed: pip install 'kivi-jax[aot]'")
@@ -77,3 +78,10 @@ def test_most_of_the_work_is_the_main_kernels(name):
     record = aot.record(case, 90)
     assert 0 < record["other_bytes_share"] <= 0.15
     assert 0 < record["other_instructions_share"] <= 0.15
+
+
+def test_the_sweep_leaves_out_tunings_that_spill(monkeypatch):
+    monkeypatch.setattr(kernels, "compute_capability", lambda device: 9.0)
+    case = Case("wide", 1, 1, 16, 128, 1024, query_dtype="bfloat16")
+    (record,) = kernels.sweep([case], [Tuning(splits=1, pages=8)])
+    assert record["reason"].endswith("bytes are spilled")
