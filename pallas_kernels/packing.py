@@ -66,6 +66,17 @@ def plane(words: UInt8[Array, "*W"], j: int, bits: int) -> UInt8[Array, "*W"]:
     return (words >> jnp.uint8(bits * j)) & jnp.uint8(2**bits - 1)
 
 
+def split_channels(channels: int, bits: int, group_size: int) -> tuple[int, int, int, int]:
+    """Axes that a token's channels split into, so that a group of values is all of some of them.
+
+    (sets of planes, planes of a set, groups that share a plane, channels): a group spans the planes of a set,
+    or else several groups share a plane. For powers of two.
+    """
+    words = words_per_token(channels, bits)
+    spanned, shared = max(1, group_size // words), max(1, words // group_size)
+    return channels // words // spanned, spanned, shared, words // shared
+
+
 def unpack(words: UInt8[Array, "*B W"], bits: int) -> UInt8[Array, "*B H"]:
     """The inverse of `pack`."""
     return jnp.concatenate([plane(words, j, bits) for j in range(8 // bits)], axis=-1)

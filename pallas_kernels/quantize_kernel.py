@@ -23,8 +23,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from pallas_kernels import groups
-from pallas_kernels.packing import PAGE, pack_planes, words_per_token
-from pallas_kernels.triton_call import triton_call
+from pallas_kernels.packing import PAGE, pack_planes, split_channels, words_per_token
+from pallas_kernels.triton_call import check_powers_of_two, triton_call
 
 _KEY_BLOCKS = 16  # of a group, in each plane
 _KEY_NUMBERS = 128  # of a block of keys, at least where there are so many
@@ -58,8 +58,7 @@ def _check(x: Array, group_size: int, group_axis: str) -> None:
     channels = x.shape[-1]
     if x.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
         raise NotImplementedError(f"{x.dtype} is no float of 16 or 32 bits")
-    if channels & (channels - 1) or group_size & (group_size - 1):
-        raise NotImplementedError(f"{channels} channels in groups of {group_size}: no powers of two")
+    check_powers_of_two(channels, group_size)
     tokens = group_size if group_axis == "token" else PAGE
     if tokens * channels > _MOST_NUMBERS:
         raise NotImplementedError(f"{tokens} tokens of {channels} channels are too many for a program")
@@ -95,12 +94,11 @@ def _quantize_values(
 ) -> tuple[Array, Array, Array]:
     *lead, tokens, channels = x.shape
     words, pages = words_per_token(channels, bits), (*lead, tokens // PAGE)
-    # A group spans several planes, or a plane several groups.
-    spanned, shared = max(1, group_size // words), max(1, words // group_size)
-    sets = channels // words // spanned
+    axes = split_channels(channels, bits, group_size)
+    sets, _, shared, _ = axes
     packed, scale, zero = _call(
         functools.partial(_pack_values, bits),
-        x.reshape(math.prod(pages), PAGE, sets, spanned, shared, words // shared),
+        x.reshape(math.prod(pages), PAGE, *axes),
         [((words, PAGE), jnp.uint8), *[((sets, shared, PAGE), scale_dtype)] * 2],
         warps=channels // 64,  # a thread has 64 numbers
         interpret=interpret,

@@ -21,9 +21,9 @@ from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import groups
-from pallas_kernels.packing import PAGE, pack_planes
+from pallas_kernels.packing import PAGE, pack_planes, split_channels
 from pallas_kernels.quantization import QuantizedTensor
-from pallas_kernels.triton_call import triton_call
+from pallas_kernels.triton_call import check_powers_of_two, triton_call
 
 _ALL = slice(None)
 _quantize_groups = functools.partial(groups.quantize_groups, to_code=groups.round_by_triton)
@@ -48,20 +48,19 @@ def take_token(
         NotImplementedError: a group or head size that the kernel has no block for.
     """
     channels = key.shape[-1]
-    _check(channels, values.group_size)
-    words, planes = values.words.shape[-2], 8 // values.bits
-    members, wide = max(1, values.group_size // words), max(1, words // values.group_size)
-    sets, pages = planes // members, values.words.shape[2]
-    split = (sets, members, wide, words // wide)
+    check_powers_of_two(channels, values.group_size)
+    axes = split_channels(channels, values.bits, values.group_size)
+    sets, _, shared, _ = axes
+    pages = values.words.shape[2]
 
     def cut(x: Array) -> Array:
-        return x.reshape(*x.shape[:-1], *split)
+        return x.reshape(*x.shape[:-1], *axes)
 
     stores = (
         cut(key_ring),
         cut(value_ring),
-        values.words.reshape(*values.words.shape[:2], pages, *split[2:], PAGE),
-        *(x.reshape(*x.shape[:2], pages, sets, wide, PAGE) for x in (values.scale, values.zero)),
+        values.words.reshape(*values.words.shape[:2], pages, *axes[2:], PAGE),
+        *(x.reshape(*x.shape[:2], pages, sets, shared, PAGE) for x in (values.scale, values.zero)),
     )
     token = (cut(key.astype(key_ring.dtype)), cut(value.astype(value_ring.dtype)))
     keys, held, *packed = _in_place(
@@ -94,7 +93,7 @@ def pack_block(
         NotImplementedError: a group or head size that the kernel has no block for.
     """
     channels, group = key_ring.shape[-1], keys.group_size
-    _check(channels, group)
+    check_powers_of_two(channels, group)
     words, planes = keys.words.shape[-1], 8 // keys.bits
 
     def cut(x: Array, rows: int, *rest: int) -> Array:
@@ -223,9 +222,3 @@ def _pack_block(bits: int, length_ref: Any, due_ref: Any, *refs: Any) -> None:
 def _warps(numbers: int) -> int:
     """Warps of a program on blocks of so many numbers, of which a thread holds 32."""
     return min(16, max(1, numbers // 1024))
-
-
-def _check(channels: int, group: int) -> None:
-    """Refuse what the kernels have no blocks for."""
-    if channels & (channels - 1) or group & (group - 1):
-        raise NotImplementedError(f"{channels} channels in groups of {group}: no powers of two")

@@ -17,3 +17,13 @@ def triton_call(kernel: Callable[..., None], **options: Any) -> Callable[..., An
             return pl.pallas_call(kernel, **options)(*operands)
 
     return call
+
+
+def check_powers_of_two(channels: int, group_size: int) -> None:
+    """Refuse sizes that no block of a kernel has.
+
+    Raises:
+        NotImplementedError: one is no power of two.
+    """
+    if channels & (channels - 1) or group_size & (group_size - 1):
+        raise NotImplementedError(f"{channels} channels in groups of {group_size}: no powers of two")

@@ -148,7 +148,7 @@ def sweep(
             return f"{spilled} bytes are spilled"
         call = functools.partial(attend, scale=case.head_dim**-0.5, tuning=tuning)
         try:
-            shapes = jax.eval_shape(lambda: _packed_buffers(case, copies=1)[0])
+            shapes = jax.eval_shape(lambda: _packed_buffers(case, count=1)[0])
             return jax.jit(functools.partial(_normalized, call)).lower(*shapes[0]).compile()
         except Exception as reason:
             return f"{type(reason).__name__}: {str(reason)[:200]}"
@@ -289,23 +289,24 @@ def _normalized(attend: Callable[..., Any], *arguments: Any) -> Array:
     return partials.normalize(attend(query, key, value, start=start, end=end)).astype(query.dtype)
 
 
-def _copies(nbytes: int) -> range:
+def copies(nbytes: int) -> range:
+    """Seeds of so many buffers of `nbytes` that they exceed the L2 cache, or 24."""
     return range(min(24, max(2, -(-int(ROTATED_BYTES) // nbytes))))
 
 
-def _packed_buffers(case: Case, copies: int | None = None) -> tuple[list[tuple[Any, ...]], int]:
+def _packed_buffers(case: Case, count: int | None = None) -> tuple[list[tuple[Any, ...]], int]:
     """Arguments of several calls, and the bytes of one call's packed tokens."""
     make = jax.jit(lambda seed: (case.query(seed), *case.pack(*case.dense(seed)[1:])))
     _, key, value = jax.eval_shape(make, 0)
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((key, value)))
-    seeds = _copies(size) if copies is None else range(copies)
+    seeds = copies(size) if count is None else range(count)
     return [(*make(seed), *case.token_ranges()) for seed in seeds], size
 
 
-def _dense_buffers(case: Case, copies: int | None = None) -> tuple[list[tuple[Any, ...]], int]:
+def _dense_buffers(case: Case, count: int | None = None) -> tuple[list[tuple[Any, ...]], int]:
     make = jax.jit(lambda seed: tuple(x.astype(jnp.bfloat16) for x in case.dense(seed)))
     size = 2 * 2 * case.batch * case.kv_heads * case.slots * case.head_dim
-    return [make(seed) for seed in (_copies(size) if copies is None else range(copies))], size
+    return [make(seed) for seed in (copies(size) if count is None else range(count))], size
 
 
 def _contenders(
@@ -340,7 +341,7 @@ def _build(
     attend, is_packed = found
     buffers_of = _packed_buffers if is_packed else _dense_buffers
     try:
-        shapes = jax.eval_shape(lambda: buffers_of(case, copies=1)[0])
+        shapes = jax.eval_shape(lambda: buffers_of(case, count=1)[0])
         compiled = jax.jit(attend).lower(*shapes[0]).compile()
     except Exception as reason:
         return f"{type(reason).__name__}: {str(reason)[:200]}"
@@ -362,7 +363,7 @@ def _torch_seconds(case: Case, backend: str) -> tuple[dict[str, float], int]:
 
     store = (case.batch, case.kv_heads, case.slots, case.head_dim)
     size = 2 * 2 * case.batch * case.kv_heads * case.slots * case.head_dim
-    tokens = [(random(*store), random(*store)) for _ in _copies(size)]
+    tokens = [(random(*store), random(*store)) for _ in copies(size)]
     heads = case.kv_heads * case.query_groups
     # Query heads as heads that share keys, or as several positions of one head.
     layouts = {

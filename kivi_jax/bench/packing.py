@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 from rich.table import Table
 
-from kivi_jax.bench.kernels import ROTATED_BYTES, kernel_seconds
+from kivi_jax.bench.kernels import copies, kernel_seconds
 from pallas_kernels import quantize_kernel
 from pallas_kernels.packing import plane
 from pallas_kernels.quantization import GroupAxis, quantize
@@ -17,7 +17,6 @@ from pallas_kernels.quantization import GroupAxis, quantize
 Record = dict[str, Any]
 
 _BITS, _GROUP_SIZE = 2, 32
-_MOST_COPIES = 24
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,8 +77,7 @@ def _measured(case: Case, pack: Any) -> Record:
     compiled = jax.jit(pack).lower(x).compile()
     found, expected = compiled(x), jax.jit(case.by_xla)(x)
     size = sum(array.nbytes for array in (x, *found))
-    copies = min(_MOST_COPIES, max(2, -(-int(ROTATED_BYTES) // size)))
-    kernels = kernel_seconds(compiled, [(case.numbers(seed),) for seed in range(copies)])
+    kernels = kernel_seconds(compiled, [(case.numbers(seed),) for seed in copies(size)])
     us = 1e6 * sum(kernels.values())
     return {
         "us": us,
