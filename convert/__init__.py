@@ -11,7 +11,7 @@ from convert.hub import resolve
 from convert.orbax import is_converted, read_manifest
 from convert.orbax import load as load_converted
 from kivi_jax.config import ModelConfig
-from kivi_jax.llama import Llama
+from kivi_jax.model.llama import Llama
 
 
 def default_dtype() -> str:

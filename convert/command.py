@@ -1,6 +1,5 @@
 """The conversion command, shared by `python -m convert` and `kivi-jax convert`."""
 
-from enum import StrEnum
 from pathlib import Path as FilePath
 from typing import Annotated
 
@@ -8,13 +7,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-
-class Dtype(StrEnum):
-    """What parameters are stored as."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
+from kivi_jax.options import Dtype
 
 
 def convert(

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from convert.errors import CheckpointError
 from convert.rules import Path, is_derived, model_config, sources_of
 from kivi_jax.config import ModelConfig
-from kivi_jax.llama import Llama
+from kivi_jax.model.llama import Llama
 
 Progress = Callable[[int, int], None]  # tensors done, tensors in all
 

@@ -21,7 +21,7 @@ from convert.errors import CheckpointError, brief
 from convert.files import file_sizes, find_damage, replacing
 from convert.hf import abstract_parameters, build, check_tokenizer
 from kivi_jax.config import ModelConfig, config_from_dict
-from kivi_jax.llama import Llama
+from kivi_jax.model.llama import Llama
 
 FORMAT = 2  # in format 1, queries, keys and values were projections of their own
 MANIFEST = "kivi_jax.json"

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, get_args
 
 from convert.errors import CheckpointError
 from kivi_jax.config import ModelConfig, RopeConfig, RopeKind
-from kivi_jax.llama import query_key_value_columns
+from kivi_jax.model.llama import query_key_value_columns
 
 Path = tuple[str, ...]  # of a parameter in the model: ("layers", "0", "mlp", "gate", "kernel")
 

@@ -1,4 +1,4 @@
-"""What a Llama or Mistral *is*, as frozen values. Read `rope.py` and `llama.py` next.
+"""What a Llama or Mistral *is*, as frozen values. Read `model/` next.
 
 Every field changes the compiled program, so the whole config is static under `jax.jit`. Translating a
 Hugging Face `config.json` into these values is the converter's job (`convert/rules.py`).

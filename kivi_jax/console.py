@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
+from rich.status import Status
 
 
 def run(app: Callable[[], Any]) -> None:
@@ -19,6 +20,11 @@ def run(app: Callable[[], Any]) -> None:
         message = escape(" ".join(str(error).split()))  # a path may look like rich's markup: model[/a]
         Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {message}", highlight=False)
         sys.exit(2)
+
+
+def status(doing: str) -> Status:
+    """A spinner on stderr, for as long as a `with` block lasts."""
+    return Console(stderr=True).status(doing)
 
 
 def format_bytes(count: int | float) -> str:

@@ -1,16 +1,18 @@
-"""Arguments that several commands share, and what they become."""
+"""Arguments that several commands share."""
 
-from typing import TYPE_CHECKING, Annotated
+from enum import StrEnum
+from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from convert.command import Dtype
 
-if TYPE_CHECKING:
-    from kivi_jax.llama import Llama
-    from kivi_jax.sampling import Sampler
-    from kivi_jax.text import Tokenizer
+class Dtype(StrEnum):
+    """Of parameters and full-precision tokens."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
 
 ModelArgument = Annotated[
     str,
@@ -28,36 +30,3 @@ TopPOption = Annotated[float, typer.Option(help="Keep the most likely tokens up 
 MinPOption = Annotated[float, typer.Option(help="Keep tokens this likely relative to the best.")]
 PenaltyOption = Annotated[float, typer.Option(help="Above 1 makes seen tokens less likely.")]
 SeedOption = Annotated[int, typer.Option(help="Of random sampling.")]
-
-
-def open_model(name: str, dtype: Dtype | None) -> "tuple[Llama, Tokenizer]":
-    """The model that a command line names, and its tokenizer.
-
-    Raises:
-        ValueError: it cannot be loaded, or has no tokenizer.
-    """
-    from kivi_jax.loading import load_with_tokenizer
-
-    with Console(stderr=True).status("loading"):
-        return load_with_tokenizer(name, dtype=None if dtype is None else dtype.value)
-
-
-def make_sampler(
-    temperature: float, top_k: int, top_p: float, min_p: float, repetition_penalty: float
-) -> "Sampler":
-    """`Greedy` at temperature 0, else `Sample`.
-
-    Raises:
-        ValueError: a number is out of its range.
-    """
-    from kivi_jax.sampling import Greedy, Sample
-
-    if temperature == 0:
-        return Greedy(repetition_penalty=repetition_penalty)
-    return Sample(
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-    )

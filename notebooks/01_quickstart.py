@@ -93,10 +93,10 @@ for asked in ["\nWhat" + question, "\nWhat" + question]:  # the document is not 
 from rich.console import Console
 from rich.table import Table
 
-from kivi_jax.bench.shapes import SHAPES
+from kivi_jax.cache.names import parse_cache
 from kivi_jax.console import format_bytes
-from kivi_jax.names import parse_cache
-from kivi_jax.plan import largest_batch, parameter_count, plan_cache
+from kivi_jax.plan.memory import largest_batch, parameter_count, plan_cache
+from kivi_jax.plan.shapes import SHAPES
 
 device = jax.devices()[0]
 limit = (device.memory_stats() or {}).get("bytes_limit")  # a CPU does not say
@@ -162,8 +162,8 @@ for name, cache in {"full": kj.full(), "kivi2": strategy}.items():
     print(f"{name:6} {format_bytes(total)} a row of {context:,} tokens; largest batch here: {rows:,}")
 
 # %%
-from kivi_jax.chat import Chat
-from kivi_jax.text import decode_stream
+from kivi_jax.generation.chat import Chat
+from kivi_jax.generation.text import decode_stream
 
 if MODEL:
     messages = ["Name three uses of a key/value cache.", "Which of them needs the most memory, and why?"]

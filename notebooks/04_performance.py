@@ -55,11 +55,11 @@ from rich.console import Console
 from kivi_jax.bench import attention, kernels
 from kivi_jax.bench.command import machine
 from kivi_jax.bench.decode import room, run
-from kivi_jax.bench.shapes import SHAPES
+from kivi_jax.cache.names import parse_cache
 from kivi_jax.console import format_bytes
-from kivi_jax.names import parse_cache
-from kivi_jax.plan import largest_batch, parameter_count, plan_cache
-from kivi_jax.plan_plot import contexts_up_to, draw_memory, memory_curves
+from kivi_jax.plan.memory import largest_batch, parameter_count, plan_cache
+from kivi_jax.plan.plot import contexts_up_to, draw_memory, memory_curves
+from kivi_jax.plan.shapes import SHAPES
 
 device = jax.devices()[0]
 on_cpu = device.platform == "cpu"

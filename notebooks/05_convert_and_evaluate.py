@@ -185,7 +185,7 @@ for line in asked:
 for name, part in {"examples": rows[:2], "questions": rows[2:]}.items():
     (work / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
 command(
-    *("kivi_jax.cli", "eval", "longgenbench", "--model", converted),
+    *("kivi_jax.commands.main", "eval", "longgenbench", "--model", converted),
     *("--data", work / "questions.jsonl", "--build", work / "examples.jsonl"),
     *("--questions", 6, "--examples", 2, "--max-new-tokens", 96),
     *("--cache", "full", "--cache", "kivi2", "--out", work / "results"),
@@ -196,7 +196,7 @@ command(
 
 # %%
 command(
-    *("kivi_jax.cli", "eval", "longgen", "--model", converted, "--problems", 4),
+    *("kivi_jax.commands.main", "eval", "longgen", "--model", converted, "--problems", 4),
     *("--cache", "kivi2:residual_length=32", "--cache", "scope:window=32:recent=16"),
 )
 

@@ -1,4 +1,4 @@
-"""`@pytree`: frozen dataclasses that JAX can map over. Read `quantization.py` next.
+"""`@pytree`: frozen dataclasses that JAX can map over. Read `partials.py` next.
 
 `jax.tree_util.register_dataclass` rebuilds nodes through `__init__`. Under a runtime type checker that
 fails, because JAX also fills nodes with things that are not arrays (axis specs, shape structs, sentinels).

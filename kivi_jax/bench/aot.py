@@ -25,9 +25,9 @@ import jax
 import jax.numpy as jnp
 from rich.table import Table
 
-from pallas_kernels import quantize_kernel
-from pallas_kernels.packing import PAGE
-from pallas_kernels.quantization import GroupAxis
+from pallas_kernels.quantize import kernel as quantize_kernel
+from pallas_kernels.quantize.packing import PAGE
+from pallas_kernels.quantize.quantization import GroupAxis
 from pallas_kernels.quantized_attention import pallas_triton, split_kv, triton
 from pallas_kernels.quantized_attention.cases import COMPILED, Case
 from pallas_kernels.quantized_attention.tuning import Tuning, choose

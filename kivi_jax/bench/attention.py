@@ -18,7 +18,7 @@ from rich.table import Table
 
 from pallas_kernels.partials import attend as attend_dense
 from pallas_kernels.partials import normalize
-from pallas_kernels.quantization import QuantizedTensor
+from pallas_kernels.quantize.quantization import QuantizedTensor
 from pallas_kernels.quantized_attention import quantized_attention
 from pallas_kernels.quantized_attention.api import Implementation
 from pallas_kernels.quantized_attention.cases import BENCHMARK, Case

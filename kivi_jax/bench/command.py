@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from kivi_jax.bench.shapes import SHAPES
+from kivi_jax.cache.names import parse_cache
 from kivi_jax.console import format_bytes, parse_bytes
-from kivi_jax.names import parse_cache
+from kivi_jax.plan.shapes import SHAPES
 
 if TYPE_CHECKING:
     from kivi_jax.config import ModelConfig

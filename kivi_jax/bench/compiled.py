@@ -21,10 +21,10 @@ from flax import nnx
 from rich.table import Table
 
 from kivi_jax.bench.decode import filled_cache, greedy_steps, room
-from kivi_jax.cache import CacheStrategy
+from kivi_jax.cache.strategy import CacheStrategy
 from kivi_jax.config import ModelConfig
-from kivi_jax.llama import Llama
-from pallas_kernels.quantization import GroupAxis, Implementation, quantize
+from kivi_jax.model.llama import Llama
+from pallas_kernels.quantize.quantization import GroupAxis, Implementation, quantize
 
 _H100 = """
 gpu_device_info {

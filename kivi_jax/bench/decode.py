@@ -17,11 +17,11 @@ from rich.console import Console
 from rich.progress import track
 
 from kivi_jax.bench.kernels import profiled
-from kivi_jax.cache import CacheStrategy, KVCache, Prompt, cache_bytes
+from kivi_jax.cache.strategy import CacheStrategy, KVCache, Prompt, cache_bytes
 from kivi_jax.config import ModelConfig
 from kivi_jax.console import format_bytes
-from kivi_jax.llama import Llama
-from kivi_jax.plan import largest_batch
+from kivi_jax.model.llama import Llama
+from kivi_jax.plan.memory import largest_batch
 
 PROGRAMS = 6  # of one cache: two warm up, three are timed and one is profiled
 

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from kivi_jax.bench import decode, kernels, packing, predictions
-from kivi_jax.bench.shapes import SHAPES
+from kivi_jax.cache.names import parse_cache
 from kivi_jax.config import ModelConfig
-from kivi_jax.names import parse_cache
+from kivi_jax.plan.shapes import SHAPES
 from pallas_kernels.quantized_attention.cases import CORRECTNESS, GPU, Case
 
 Record = dict[str, Any]

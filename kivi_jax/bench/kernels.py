@@ -29,11 +29,11 @@ from rich.table import Table
 from kivi_jax.bench import aot
 from pallas_kernels import partials
 from pallas_kernels.device import compute_capability
-from pallas_kernels.quantization import dequantize
+from pallas_kernels.quantize.quantization import dequantize
 from pallas_kernels.quantized_attention import quantized_attention
 from pallas_kernels.quantized_attention.cases import CORRECTNESS, GPU, Case
 from pallas_kernels.quantized_attention.tuning import Tuning, choose
-from pallas_kernels.ring import newest_token
+from pallas_kernels.residual.ring import newest_token
 
 IMPLEMENTATIONS = ("pallas_triton", "triton")
 COMPILERS = 16  # programs compiled at a time

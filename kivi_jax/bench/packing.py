@@ -10,9 +10,9 @@ from jaxtyping import Array
 from rich.table import Table
 
 from kivi_jax.bench.kernels import copies, kernel_seconds
-from pallas_kernels import quantize_kernel
-from pallas_kernels.packing import plane
-from pallas_kernels.quantization import GroupAxis, quantize
+from pallas_kernels.quantize import kernel as quantize_kernel
+from pallas_kernels.quantize.packing import plane
+from pallas_kernels.quantize.quantization import GroupAxis, quantize
 
 Record = dict[str, Any]
 

@@ -13,9 +13,9 @@ from jax.typing import DTypeLike
 from rich.table import Table
 
 from kivi_jax.bench import aot
-from kivi_jax.cache import CacheStrategy
+from kivi_jax.cache.strategy import CacheStrategy
 from kivi_jax.config import ModelConfig
-from kivi_jax.plan import largest_batch, parameter_count, plan_cache
+from kivi_jax.plan.memory import largest_batch, parameter_count, plan_cache
 from pallas_kernels.quantized_attention.cases import Case
 
 Record = dict[str, Any]

@@ -15,11 +15,11 @@ from jax.typing import DTypeLike
 from rich.console import Console
 from rich.progress import track
 
-from kivi_jax.cache import CacheStrategy
+from kivi_jax.cache.strategy import CacheStrategy
 from kivi_jax.config import ModelConfig
-from kivi_jax.llama import Llama
-from kivi_jax.prefix import prefill
-from kivi_jax.prefix_files import load_prefix, save_prefix
+from kivi_jax.generation.prefix import prefill
+from kivi_jax.generation.prefix_files import load_prefix, save_prefix
+from kivi_jax.model.llama import Llama
 
 
 class Result(NamedTuple):

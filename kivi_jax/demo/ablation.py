@@ -19,14 +19,14 @@ from rich.progress import track
 from rich.table import Table
 
 from kivi_jax.bench.command import machine
-from kivi_jax.buffers import Segment
-from kivi_jax.cache import CacheStrategy, Prompt, full
+from kivi_jax.cache.segments import Segment
+from kivi_jax.cache.strategy import CacheStrategy, Prompt, full
 from kivi_jax.console import run
 from kivi_jax.demo import tasks
 from kivi_jax.demo.evaluate import compare
-from kivi_jax.loading import load_with_tokenizer
-from pallas_kernels.packing import PAGE
-from pallas_kernels.quantization import GroupAxis, dequantize, quantize
+from kivi_jax.generation.loading import load_with_tokenizer
+from pallas_kernels.quantize.packing import PAGE
+from pallas_kernels.quantize.quantization import GroupAxis, dequantize, quantize
 
 # By what the parameters of a group belong to: a channel's group runs over tokens, a token's over channels.
 AXES: dict[str, GroupAxis] = {"per channel": "token", "per token": "channel"}

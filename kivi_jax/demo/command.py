@@ -12,16 +12,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from kivi_jax.bench.command import machine
+from kivi_jax.cache.names import parse_cache
 from kivi_jax.console import format_bytes
 from kivi_jax.demo import tasks
-from kivi_jax.names import parse_cache
 
 if TYPE_CHECKING:
-    from kivi_jax.cache import CacheStrategy
+    from kivi_jax.cache.strategy import CacheStrategy
     from kivi_jax.demo.evaluate import Outcome
     from kivi_jax.demo.tasks import Problem
-    from kivi_jax.llama import Llama
-    from kivi_jax.text import Tokenizer
+    from kivi_jax.generation.text import Tokenizer
+    from kivi_jax.model.llama import Llama
 
 evaluation = typer.Typer(help="Measure what a model gets right, through any caches.", no_args_is_help=True)
 
@@ -114,7 +114,7 @@ def demo(
     Example:  kivi-jax demo
     """
     from kivi_jax.demo.plot import save_plot
-    from kivi_jax.loading import load_with_tokenizer
+    from kivi_jax.generation.loading import load_with_tokenizer
 
     console = Console()
     suite = {
@@ -141,7 +141,7 @@ def _evaluate(
     out: Path | None,
 ) -> None:
     """Print a table per size; write all of them to `out`."""
-    from kivi_jax.loading import load_with_tokenizer
+    from kivi_jax.generation.loading import load_with_tokenizer
 
     names = dict.fromkeys(["full", *(caches or ["kivi4", "kivi2"])])
     strategies = {name: parse_cache(name) for name in names}

@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kivi_jax.cache import CacheStrategy, cache_bytes
+from kivi_jax.cache.strategy import CacheStrategy, cache_bytes
 from kivi_jax.demo.tasks import Problem
-from kivi_jax.generation import generate
-from kivi_jax.llama import Llama
-from kivi_jax.text import Tokenizer, pad_prompts
+from kivi_jax.generation.generate import generate
+from kivi_jax.generation.text import Tokenizer, pad_prompts
+from kivi_jax.model.llama import Llama
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 from convert.rules import sources_of
 from kivi_jax.config import ModelConfig
 from kivi_jax.demo import tokenizer
-from kivi_jax.llama import Llama
+from kivi_jax.model.llama import Llama
 
 
 def export(model: Llama, directory: Path) -> None:

@@ -3,11 +3,11 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from kivi_jax.cache import CacheStrategy
+from kivi_jax.cache.strategy import CacheStrategy
 from kivi_jax.config import ModelConfig
 from kivi_jax.demo.evaluate import Outcome
 from kivi_jax.figures import new_figure, save_figure
-from kivi_jax.plan import plan_cache
+from kivi_jax.plan.memory import plan_cache
 
 LENGTHS = range(512, 8193, 512)  # tokens, half of them generated
 

@@ -8,14 +8,13 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from convert.command import Dtype
 from kivi_jax.bench.command import machine
-from kivi_jax.names import parse_cache
-from kivi_jax.options import DtypeOption, open_model
+from kivi_jax.cache.names import parse_cache
+from kivi_jax.options import Dtype, DtypeOption
 
 if TYPE_CHECKING:
     from kivi_jax.eval.samples import Sample
-    from kivi_jax.llama import Llama
+    from kivi_jax.model.llama import Llama
 
 evaluate = typer.Typer(
     help="""Run the papers' evaluations, or the demo's tasks, through any caches.
@@ -57,6 +56,7 @@ def perplexity(
     Example:  kivi-jax eval perplexity --model demo --data book.txt --out results
     """
     from kivi_jax.eval.perplexity import read_windows, score_windows
+    from kivi_jax.generation.loading import open_model
 
     llama, tokenizer = open_model(model, dtype)
     windows = read_windows(tokenizer, _read_text(data), length)[:limit]
@@ -105,6 +105,7 @@ def longbench(
     Example:  kivi-jax eval longbench --model ./llama-8b --data ./data --out out
     """
     from kivi_jax.eval.longbench import LONGEST_ANSWER, read_samples
+    from kivi_jax.generation.loading import open_model
 
     samples = read_samples(data, prompts, limit=limit, tasks=task or ())
     llama, tokenizer = open_model(model, dtype)
@@ -158,6 +159,7 @@ def longgenbench(
     """
     from kivi_jax.eval import longgenbench as bench
     from kivi_jax.eval.samples import find_file, read_rows
+    from kivi_jax.generation.loading import open_model
 
     tasks = list(dict.fromkeys(task or ["gsm8k"]))
     if unknown := [name for name in tasks if name not in bench.TASKS]:
@@ -214,6 +216,7 @@ def needle(
     """
     from kivi_jax.eval.needle import build_samples, read_samples
     from kivi_jax.eval.samples import read_rows
+    from kivi_jax.generation.loading import open_model
 
     llama, tokenizer = open_model(model, dtype)
     settings: dict[str, Any] = dict(
@@ -253,6 +256,7 @@ def ruler(
     """
     from kivi_jax.eval.ruler import build_samples
     from kivi_jax.eval.samples import read_rows
+    from kivi_jax.generation.loading import open_model
 
     path = Path(data)
     files = sorted(path.rglob("*.jsonl")) if path.is_dir() else [path]
@@ -291,6 +295,7 @@ def gsm8k(
     """
     from kivi_jax.eval.gsm8k import build_samples
     from kivi_jax.eval.samples import read_rows
+    from kivi_jax.generation.loading import open_model
 
     path = Path(data)
     shown, asked = (
@@ -328,6 +333,7 @@ def study(
     from kivi_jax.eval.jobs import finish
     from kivi_jax.eval.perplexity import read_windows
     from kivi_jax.eval.study import Study, all_settings
+    from kivi_jax.generation.loading import open_model
 
     llama, tokenizer = open_model(model, dtype)
     wanted = all_settings(
@@ -370,6 +376,7 @@ def kept(
     from kivi_jax.demo import tasks
     from kivi_jax.eval.kept import draw_drift, draw_maps, drift, kept_weight, study, table
     from kivi_jax.figures import save_figure
+    from kivi_jax.generation.loading import open_model
 
     llama, tokenizer = open_model(model, dtype)
     problem = tasks.questions(seed, count=questions)

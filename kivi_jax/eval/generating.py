@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 from rich.progress import Progress
 
-from kivi_jax.cache import CacheStrategy
+from kivi_jax.cache.strategy import CacheStrategy
 from kivi_jax.eval.jobs import Record, finish
 from kivi_jax.eval.samples import Sample
-from kivi_jax.generation import generate
-from kivi_jax.llama import Llama
-from kivi_jax.text import pad_prompts
+from kivi_jax.generation.generate import generate
+from kivi_jax.generation.text import pad_prompts
+from kivi_jax.model.llama import Llama
 
 Encoded = tuple[Sample, list[int]]
 

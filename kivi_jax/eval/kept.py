@@ -15,12 +15,12 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 from rich.table import Table
 
-from kivi_jax.cache import CacheStrategy, KVCache
+from kivi_jax.cache.pool import TokenPool
+from kivi_jax.cache.prompt_selectors import KeepAll
+from kivi_jax.cache.strategy import CacheStrategy, KVCache
 from kivi_jax.eval.study import forward
 from kivi_jax.figures import new_figure
-from kivi_jax.llama import Llama
-from kivi_jax.pool import TokenPool
-from kivi_jax.selection import KeepAll
+from kivi_jax.model.llama import Llama
 
 
 @jax.jit

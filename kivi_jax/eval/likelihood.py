@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from kivi_jax.cache import CacheStrategy
-from kivi_jax.llama import Llama
-from kivi_jax.text import pad_prompts
+from kivi_jax.cache.strategy import CacheStrategy
+from kivi_jax.generation.text import pad_prompts
+from kivi_jax.model.llama import Llama
 
 
 class Scored(NamedTuple):

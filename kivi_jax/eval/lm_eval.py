@@ -31,13 +31,13 @@ from lm_eval.utils import (  # pyright: ignore[reportMissingImports]
 from rich.console import Console
 from rich.progress import Progress
 
+from kivi_jax.cache.names import parse_cache
 from kivi_jax.console import run
 from kivi_jax.eval.likelihood import continuation_log_probs
-from kivi_jax.generation import generate
-from kivi_jax.loading import load
-from kivi_jax.names import parse_cache
-from kivi_jax.sampling import Greedy, Sample, Sampler
-from kivi_jax.text import pad_prompts
+from kivi_jax.generation.generate import generate
+from kivi_jax.generation.loading import load
+from kivi_jax.generation.sampling import Greedy, Sample, Sampler
+from kivi_jax.generation.text import pad_prompts
 
 Request = TypeVar("Request")
 Answer = TypeVar("Answer")

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 from rich.progress import Progress
 
-from kivi_jax.cache import CacheStrategy
+from kivi_jax.cache.strategy import CacheStrategy
 from kivi_jax.eval.jobs import Record, finish
 from kivi_jax.eval.likelihood import continuation_log_probs
 from kivi_jax.eval.statistics import Estimate, bootstrap, difference
-from kivi_jax.llama import Llama
+from kivi_jax.model.llama import Llama
 
 Window = tuple[str, list[int], list[int]]  # its name, its context, and the tokens that are scored
 

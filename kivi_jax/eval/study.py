@@ -23,10 +23,10 @@ from rich.table import Table
 
 from kivi_jax.config import ModelConfig
 from kivi_jax.figures import new_figure
-from kivi_jax.llama import Llama
-from kivi_jax.rope import apply_rope, rope_frequencies
-from pallas_kernels.packing import PAGE
-from pallas_kernels.quantization import dequantize, quantize
+from kivi_jax.model.llama import Llama
+from kivi_jax.model.rope import apply_rope, rope_frequencies
+from pallas_kernels.quantize.packing import PAGE
+from pallas_kernels.quantize.quantization import dequantize, quantize
 
 Axis = Literal["channel", "token"]
 Attend = Callable[[Array, Array, Array], Array]

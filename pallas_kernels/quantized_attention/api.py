@@ -13,8 +13,8 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.device import default_device
 from pallas_kernels.dispatch import load_kernel, log_fallback
 from pallas_kernels.partials import AttentionPartial
-from pallas_kernels.quantization import QuantizedTensor
-from pallas_kernels.ring import Ring
+from pallas_kernels.quantize.quantization import QuantizedTensor
+from pallas_kernels.residual.ring import Ring
 
 Implementation = Literal["xla", "pallas_triton", "triton", "pallas_mosaic"]
 Attend = Callable[..., AttentionPartial]

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.packing import Bits
-from pallas_kernels.quantization import QuantizedTensor, quantize
+from pallas_kernels.quantize.packing import Bits
+from pallas_kernels.quantize.quantization import QuantizedTensor, quantize
 
 # Which tokens [start, end) the rows see. "ragged": ends differ, one row sees a single token. "window": a
 # sliding window, long after token 0. "wrapped": the ring has been overwritten; some rows have forgotten

@@ -33,12 +33,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.packing import PAGE
 from pallas_kernels.partials import NO_SCORE, AttentionPartial
-from pallas_kernels.quantization import QuantizedTensor
+from pallas_kernels.quantize.packing import PAGE
+from pallas_kernels.quantize.quantization import QuantizedTensor
 from pallas_kernels.quantized_attention.split_kv import Case, plan
 from pallas_kernels.quantized_attention.tuning import Tuning
-from pallas_kernels.ring import Ring, merge_residual
+from pallas_kernels.residual.ring import Ring, merge_residual
 
 plgpu: Any = mosaic_gpu  # what it offers changes with every release of jax
 

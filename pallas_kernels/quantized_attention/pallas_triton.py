@@ -31,9 +31,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.packing import PAGE
 from pallas_kernels.partials import NO_SCORE, AttentionPartial
-from pallas_kernels.quantization import QuantizedTensor
+from pallas_kernels.quantize.packing import PAGE
+from pallas_kernels.quantize.quantization import QuantizedTensor
 from pallas_kernels.quantized_attention.split_kv import (
     MERGED_CHANNELS,
     TILE_ROWS,
@@ -44,7 +44,7 @@ from pallas_kernels.quantized_attention.split_kv import (
     power_of_two,
 )
 from pallas_kernels.quantized_attention.tuning import Tuning
-from pallas_kernels.ring import Ring
+from pallas_kernels.residual.ring import Ring
 from pallas_kernels.triton_call import triton_call
 
 _UNIT = 2.0**-24  # the value of float16's smallest subnormal: what a code's lowest bit is worth

@@ -6,8 +6,8 @@ import math
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.packing import PAGE
-from pallas_kernels.quantization import QuantizedTensor
+from pallas_kernels.quantize.packing import PAGE
+from pallas_kernels.quantize.quantization import QuantizedTensor
 from pallas_kernels.quantized_attention.tuning import Tuning, choose
 
 TILE_ROWS = 16  # rows of the matrix unit's left operand

@@ -13,10 +13,10 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.device import compute_capability, default_device
 from pallas_kernels.partials import AttentionPartial
-from pallas_kernels.quantization import QuantizedTensor
+from pallas_kernels.quantize.quantization import QuantizedTensor
 from pallas_kernels.quantized_attention.split_kv import MERGED_CHANNELS, Case, operands, plan, power_of_two
 from pallas_kernels.quantized_attention.tuning import Tuning
-from pallas_kernels.ring import Ring, merge_residual
+from pallas_kernels.residual.ring import Ring, merge_residual
 
 
 def attend(

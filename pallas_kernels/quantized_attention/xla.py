@@ -29,10 +29,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
-from pallas_kernels.packing import PAGE
 from pallas_kernels.partials import NO_SCORE, AttentionPartial, empty, merge, softmax_weights
-from pallas_kernels.quantization import QuantizedTensor
-from pallas_kernels.ring import Ring, merge_residual, newest_token
+from pallas_kernels.quantize.packing import PAGE
+from pallas_kernels.quantize.quantization import QuantizedTensor
+from pallas_kernels.residual.ring import Ring, merge_residual, newest_token
 
 
 def attend(

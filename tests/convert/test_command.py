@@ -284,7 +284,7 @@ def status(field):  # of this process, in bytes; ru_maxrss would include the par
 def run(source, out):
     if out is None:
         return convert.load_model(source, dtype="float32")
-    dtype = convert.command.Dtype.bfloat16
+    dtype = Dtype.bfloat16
     convert.command.convert(source, Path(out), dtype=dtype, verify=False, overwrite=False)
 
 tiny, big, out = sys.argv[1], sys.argv[2], sys.argv[3] if len(sys.argv) > 3 else None

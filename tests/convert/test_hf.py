@@ -12,7 +12,7 @@ from flax import nnx
 
 from convert.errors import CheckpointError
 from convert.hf import load_hf
-from kivi_jax.rope import rope_frequencies
+from kivi_jax.model.rope import rope_frequencies
 from tests.convert.checkpoints import LLAMA, random_tensors, write_checkpoint, write_tokenizer
 
 TIED = {**LLAMA, "tie_word_embeddings": True}

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import pytest
 
 from kivi_jax.bench import aot, kernels
-from pallas_kernels import residual_kernel
 from pallas_kernels.quantized_attention import pallas_triton
 from pallas_kernels.quantized_attention.cases import COMPILED, GPU, Case
 from pallas_kernels.quantized_attention.tuning import Tuning
-from pallas_kernels.ring import Ring
+from pallas_kernels.residual import kernel as residual_kernel
+from pallas_kernels.residual.ring import Ring
 
 pytest.importorskip("triton", reason="Triton's compiler is not installed: pip install 'kivi-jax[aot]'")
 

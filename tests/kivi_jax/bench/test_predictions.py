@@ -6,9 +6,9 @@ import pytest
 
 from kivi_jax.bench import predictions
 from kivi_jax.bench.decode import room
-from kivi_jax.cache import full, kivi
+from kivi_jax.cache.strategy import full, kivi
 from kivi_jax.config import ModelConfig
-from kivi_jax.plan import parameter_count
+from kivi_jax.plan.memory import parameter_count
 from pallas_kernels.quantized_attention.cases import Case
 
 SLOW = predictions.Ceilings(bytes=1e6, instructions=1e9, memory=10**7)

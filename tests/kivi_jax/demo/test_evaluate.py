@@ -7,7 +7,7 @@ import kivi_jax as kj
 from kivi_jax.demo import tasks
 from kivi_jax.demo.ablation import AXES, Rounded
 from kivi_jax.demo.evaluate import answer, batches, compare
-from kivi_jax.plan import plan_cache
+from kivi_jax.plan.memory import plan_cache
 
 
 @pytest.fixture(scope="module")

@@ -7,11 +7,11 @@ import pytest
 from flax import nnx
 
 from convert.hub import resolve
-from kivi_jax.cache import full, kivi
+from kivi_jax.cache.strategy import full, kivi
 from kivi_jax.demo import MODEL, tasks
 from kivi_jax.demo.evaluate import compare
 from kivi_jax.demo.recipe import model_config
-from kivi_jax.loading import load
+from kivi_jax.generation.loading import load
 
 
 @pytest.fixture(scope="module")

@@ -17,9 +17,9 @@ from kivi_jax.demo.initialize import initialize
 from kivi_jax.demo.recipe import EVEN, Cycle, Recipe, Stage, model_config
 from kivi_jax.demo.tasks import Problem
 from kivi_jax.demo.train import TrainState, make_optimizer, train, update
-from kivi_jax.llama import query_key_value_columns
-from kivi_jax.loading import load
-from kivi_jax.rope import apply_rope, rope_frequencies
+from kivi_jax.generation.loading import load
+from kivi_jax.model.llama import query_key_value_columns
+from kivi_jax.model.rope import apply_rope, rope_frequencies
 
 STAGES = Stage(steps=2, rows=4, tokens=96), Stage(steps=2, rows=4, tokens=128)
 SHORT = Recipe(cycles=(Cycle(STAGES, rates=((0, 0.0), (1, 1.0), (3, 1.0), (4, 0.0))),))

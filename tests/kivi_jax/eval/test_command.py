@@ -83,7 +83,7 @@ def test_an_evaluation_killed_is_finished_with_the_same_predictions(command, mod
     whole, cut, name = tmp_path / "whole", tmp_path / "cut", "full.jsonl"
     options = ("--length", 64, "--depths", 5, "--repeats", 200, "--batch", 2, "--cache", "full")
     process = subprocess.Popen(
-        [sys.executable, "-m", "kivi_jax.cli", "eval"]
+        [sys.executable, "-m", "kivi_jax.commands.main", "eval"]
         + [str(word) for word in ("needle", "--model", model, "--out", cut, *options)],
         env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])},
     )

@@ -18,8 +18,8 @@ from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import simple_parse_args_string
 
+from kivi_jax.cache.names import parse_cache
 from kivi_jax.eval.lm_eval import KiviJax, main
-from kivi_jax.names import parse_cache
 
 KIVI = "kivi2:group_size=8:residual_length=8"
 
@@ -241,5 +241,5 @@ def test_a_mistake_on_the_command_line_ends_in_one_line(checkpoint, tmp_path, mo
 
 
 def test_the_package_does_not_need_the_harness():
-    code = "import sys; sys.modules['lm_eval'] = None; import kivi_jax, kivi_jax.cli, kivi_jax.eval.command"
+    code = "import sys; sys.modules['lm_eval'] = None; import kivi_jax.commands.main, kivi_jax.eval.command"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -8,7 +8,7 @@ from rich.progress import Progress
 
 import kivi_jax as kj
 from kivi_jax.eval import perplexity
-from kivi_jax.loading import load_tokenizer
+from kivi_jax.generation.loading import load_tokenizer
 from tests.models import stories
 
 TEXTS = {"tinystories": "tinystories/tinystories_valid_30k.txt", "wikitext2": "wikitext2/wiki.test.raw"}

@@ -9,7 +9,7 @@ import kivi_jax as kj
 from kivi_jax.eval.likelihood import continuation_log_probs
 from kivi_jax.eval.perplexity import read_windows
 from kivi_jax.eval.study import Setting, Study, all_settings, attend_cached, attend_quantized, forward, table
-from kivi_jax.loading import load_tokenizer
+from kivi_jax.generation.loading import load_tokenizer
 from tests.models import config, random_llama, stories
 
 KIVI = Setting(bits=2, group_size=8, residual_length=16, keys="channel", values="token")

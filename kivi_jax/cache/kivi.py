@@ -1,0 +1,271 @@
+"""`KiviTokens`: packed tokens behind a full-precision residual of the newest. Read `pool.py` next."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from kivi_jax.cache.segments import Step, Tokens, first_visible, round_up, set_slot
+from kivi_jax.cache.stores import ScaleDtype, check_scale_dtype
+from pallas_kernels.dispatch import by_kernel_or_xla
+from pallas_kernels.partials import AttentionPartial
+from pallas_kernels.pytree import pytree, static
+from pallas_kernels.quantize.packing import PAGE
+from pallas_kernels.quantize.quantization import (
+    QuantizedTensor,
+    check_groups,
+    dequantize,
+    pad_tokens,
+    quantize,
+    set_block,
+    set_token,
+)
+from pallas_kernels.quantized_attention import quantized_attention
+from pallas_kernels.residual.ring import Ring, fill, newest_token
+
+_KERNELS = "pallas_kernels.residual.kernel"  # imported where there is a GPU for them
+
+
+@dataclass(frozen=True, kw_only=True)
+class KiviQuantization:
+    """How KIVI packs: see `kivi_jax.kivi` for the fields."""
+
+    key_bits: int
+    value_bits: int
+    key_group_size: int
+    value_group_size: int
+    residual_length: int
+    scale_dtype: ScaleDtype
+
+    def __post_init__(self) -> None:
+        """Check the ranges.
+
+        Raises:
+            ValueError: a field is out of its range, or the key group does not divide the residual.
+        """
+        for name in ("key_bits", "value_bits"):
+            if getattr(self, name) not in (1, 2, 4, 8):
+                raise ValueError(f"{name}={getattr(self, name)} must be 1, 2, 4 or 8")
+        for name in ("key_group_size", "value_group_size", "residual_length"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be positive")
+        if self.residual_length % self.key_group_size:
+            raise ValueError(
+                f"residual_length={self.residual_length} must be a multiple of "
+                f"key_group_size={self.key_group_size}: keys leave the residual in whole groups"
+            )
+        check_scale_dtype(self.scale_dtype)
+
+    def pack_keys(self, keys: Float[Array, "B K S H"]) -> QuantizedTensor:
+        """Keys in groups of tokens of one channel."""
+        return quantize(
+            keys,
+            bits=self.key_bits,
+            group_size=self.key_group_size,
+            group_axis="token",
+            scale_dtype=self.scale_dtype,
+        )
+
+    def pack_values(self, values: Float[Array, "B K S H"]) -> QuantizedTensor:
+        """Values in groups of channels of one token."""
+        return quantize(
+            values,
+            bits=self.value_bits,
+            group_size=self.value_group_size,
+            group_axis="channel",
+            scale_dtype=self.scale_dtype,
+        )
+
+
+@pytree
+class KiviTokens:
+    """KIVI's cache: packed tokens, and the newest R tokens in full precision.
+
+    With n tokens and R = residual_length, exactly and at every length:
+
+        packed keys    [0, floor(n / R) * R)     leave the residual a block of R at a time
+        packed values  [0, max(0, n - R))        leave it one token at a time
+
+    Attention over [0, n - R) reads the packed store and over the rest the rings. A ring holds what
+    attention sees: a key that has been packed is there in its dequantized form until it is overwritten,
+    so the boundary between keys and values needs no case of its own, and nothing is quantized twice.
+
+    Source: KIVI (arXiv 2402.02750) algorithm 1.
+    """
+
+    keys: QuantizedTensor  # [B, K, S, H], groups over tokens
+    values: QuantizedTensor  # [B, K, S, H], groups over channels
+    key_ring: Float[Array, "B K R H"]
+    value_ring: Float[Array, "B K R H"]
+    lengths: Int[Array, "B"]
+    window: int | None = static()
+
+    @classmethod
+    def from_prompt(
+        cls,
+        key: Float[Array, "B K P H"],
+        value: Float[Array, "B K P H"],
+        lengths: Int[Array, "B"],
+        quantization: KiviQuantization,
+        *,
+        capacity: int,
+        window: int | None,
+    ) -> "KiviTokens":
+        """Pack a right-padded prompt as if its tokens had arrived one by one.
+
+        Raises:
+            ValueError: see `check_groups`.
+        """
+        residual_length = quantization.residual_length
+        unit = math.lcm(residual_length, PAGE)
+        slots = cls._slots(capacity, window, residual_length)
+        check_groups(
+            slots,
+            key.shape[3],
+            bits=quantization.value_bits,
+            group_size=quantization.value_group_size,
+            group_axis="channel",
+        )
+        blocks_end = lengths // residual_length * residual_length
+        # Only as many slots as the prompt can fill are quantized; the rest start as zeros.
+        filled = min(slots, round_up(key.shape[2], unit))
+        last_block = dequantize(quantization.pack_keys(fill(key, blocks_end, residual_length)), key.dtype)
+        recent = newest_token(lengths, residual_length)
+        in_block = (recent < blocks_end[:, None])[:, None, :, None]
+        return cls(
+            keys=pad_tokens(quantization.pack_keys(fill(key, blocks_end, filled)), slots),
+            values=pad_tokens(quantization.pack_values(fill(value, lengths, filled)), slots),
+            key_ring=jnp.where(in_block, last_block, fill(key, lengths, residual_length)),
+            value_ring=fill(value, lengths, residual_length),
+            lengths=lengths,
+            window=window,
+        )
+
+    @staticmethod
+    def _slots(capacity: int, window: int | None, residual_length: int) -> int:
+        """Packed slots: whole pages and whole residuals."""
+        needed = capacity if window is None else min(capacity, window + residual_length)
+        return round_up(needed, math.lcm(residual_length, PAGE))
+
+    @property
+    def residual_length(self) -> int:
+        """R: how many of the newest tokens the rings hold."""
+        return self.key_ring.shape[2]
+
+    def attend(self, query: Float[Array, "B N H"]) -> AttentionPartial:
+        """See `Segment`."""
+        return quantized_attention(
+            query,
+            self.keys,
+            self.values,
+            start=first_visible(self.lengths, self.window),
+            end=jnp.maximum(self.lengths - self.residual_length, 0),
+            residual=Ring(self.key_ring, self.value_ring, self.lengths),
+        )
+
+    def append(self, step: Step) -> "KiviTokens":
+        """See `Segment`: the token joins the rings; the value it displaces is packed."""
+        values, key_ring, value_ring = by_kernel_or_xla(
+            "take_token",
+            _KERNELS,
+            lambda kernels: kernels.take_token(
+                self.values, self.key_ring, self.value_ring, step.key, step.value, self.lengths, step.active
+            ),
+            lambda: self._take_token(step),
+        )
+        lengths = self.lengths + step.active.astype(jnp.int32)
+        return KiviTokens(self.keys, values, key_ring, value_ring, lengths, self.window)
+
+    def _take_token(self, step: Step) -> tuple[QuantizedTensor, Array, Array]:
+        """The packed values and the rings after a step."""
+        slots = self.values.shape[2]
+        leaving = self.lengths - self.residual_length
+        row, ring_slot = jnp.arange(leaving.shape[0]), self.lengths % self.residual_length
+        packed_slot = jnp.where(step.active & (leaving >= 0), leaving % slots, slots)  # slots: nowhere
+        return (
+            set_token(self.values, packed_slot, self.value_ring[row, :, ring_slot]),
+            set_slot(self.key_ring, self.lengths, step.key, step.active),
+            set_slot(self.value_ring, self.lengths, step.value, step.active),
+        )
+
+    @classmethod
+    def settle(cls, segments: Sequence["KiviTokens"], active: Bool[Array, "B"]) -> tuple["KiviTokens", ...]:
+        """Pack the key ring of rows whose block has just become full."""
+        lengths, residual = segments[0].lengths, segments[0].residual_length
+        due = active & (lengths % residual == 0)
+
+        def packed_in_place(kernels: Any, segment: "KiviTokens") -> "KiviTokens":
+            keys, key_ring = kernels.pack_block(segment.keys, segment.key_ring, lengths, due)
+            return dataclasses.replace(segment, keys=keys, key_ring=key_ring)
+
+        return by_kernel_or_xla(
+            "pack_block",
+            _KERNELS,
+            lambda kernels: tuple(packed_in_place(kernels, segment) for segment in segments),
+            lambda: cls._pack_blocks(segments, due),
+        )
+
+    @classmethod
+    def _pack_blocks(
+        cls, segments: Sequence["KiviTokens"], due: Bool[Array, "B"]
+    ) -> tuple["KiviTokens", ...]:
+        """One conditional serves all layers. It computes only the new blocks: stores are updated in place."""
+
+        def pack_ring(segment: "KiviTokens") -> QuantizedTensor:
+            store = segment.keys
+            return quantize(
+                segment.key_ring,
+                bits=store.bits,
+                group_size=store.group_size,
+                group_axis="token",
+                scale_dtype=store.scale.dtype,
+            )
+
+        def pack_rings() -> tuple[QuantizedTensor, ...]:
+            return tuple(pack_ring(segment) for segment in segments)
+
+        def nothing() -> tuple[QuantizedTensor, ...]:
+            return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(pack_rings))
+
+        blocks = jax.lax.cond(due.any(), pack_rings, nothing)
+        return tuple(segment._take_block(block, due) for segment, block in zip(segments, blocks, strict=True))
+
+    def _take_block(self, block: QuantizedTensor, due: Bool[Array, "B"]) -> "KiviTokens":
+        slot = (self.lengths - self.residual_length) % self.keys.shape[2]
+        seen = dequantize(block, self.key_ring.dtype)
+        return KiviTokens(
+            set_block(self.keys, slot, block, due),
+            self.values,
+            jnp.where(due[:, None, None, None], seen, self.key_ring),
+            self.value_ring,
+            self.lengths,
+            self.window,
+        )
+
+    def grow(self, tokens: int) -> "KiviTokens":
+        """See `Segment`: as for dense tokens, a store that can still grow has not wrapped."""
+        slots = self._slots(self.keys.shape[2] + tokens, self.window, self.residual_length)
+        return KiviTokens(
+            pad_tokens(self.keys, slots),
+            pad_tokens(self.values, slots),
+            self.key_ring,
+            self.value_ring,
+            self.lengths,
+            self.window,
+        )
+
+    def materialize(self) -> Tokens:
+        """See `Segment`: the packed slots, then the ring's."""
+        packed = newest_token(self.lengths - self.residual_length, self.keys.shape[2])
+        ring = newest_token(self.lengths, self.residual_length)
+        dtype = self.key_ring.dtype
+        return Tokens(
+            jnp.concatenate([dequantize(self.keys, dtype), self.key_ring], axis=2),
+            jnp.concatenate([dequantize(self.values, dtype), self.value_ring], axis=2),
+            jnp.maximum(jnp.concatenate([packed, ring], axis=1), -1)[:, None],
+        )

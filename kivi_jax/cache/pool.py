@@ -1,0 +1,139 @@
+"""`TokenPool`: a bounded set of tokens, for a decoding phase of any length. Read `stores.py` next."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from kivi_jax.cache.decode_selectors import DecodeSelector, drop_lowest, drop_one
+from kivi_jax.cache.segments import Step, Tokens
+from kivi_jax.cache.stores import TokenStore
+from pallas_kernels import partials
+from pallas_kernels.partials import AttentionPartial
+from pallas_kernels.pytree import pytree, static
+
+
+@pytree
+class TokenPool:
+    """Slots per row and KV head, each with the position of the token it holds, or -1.
+
+    A new token takes a free slot of its head; after every step the selector says how many tokens stay,
+    and slots of the others become free. Nothing is moved, gathered or concatenated, so a step costs the
+    same however long the output is. Heads keep different tokens, but equally many.
+
+    `weights` are the softmax weights that the newest query gave the slots, summed over the KV head's query
+    heads; nothing is accumulated.
+
+    Source: SCOPE (arXiv 2412.13649) section 4, with a slot overwritten in place of a gather.
+    """
+
+    store: TokenStore
+    positions: Int[Array, "B K S"]
+    weights: Float[Array, "B K S"]
+    first: Int[Array, "B"]  # position of the row's first decoded token: the length of its prompt
+    lengths: Int[Array, "B"]  # position of the next token
+    held: Int[Array, "B"]  # tokens in the pool
+    waited: Int[Array, "B"]  # the selector's counter
+    selector: DecodeSelector = static()
+
+    @classmethod
+    def of(
+        cls,
+        store: TokenStore,
+        positions: Int[Array, "B K M"],
+        kept: Int[Array, "B"],
+        lengths: Int[Array, "B"],
+        *,
+        selector: DecodeSelector,
+    ) -> "TokenPool":
+        """A pool after prompts of the given lengths.
+
+        The first M slots of `store` hold tokens, of which `kept[b]` count; M and `kept` are 0 but for a
+        unified selector, under which the prompt's tokens compete, too.
+        """
+        batch, kv_heads, given = positions.shape
+        slots = store.read()[0].shape[2]
+        real = jnp.arange(given)[None, None] < kept[:, None, None]
+        padding = ((0, 0), (0, 0), (0, slots - given))
+        return cls(
+            store,
+            jnp.pad(jnp.where(real, positions, -1), padding, constant_values=-1),
+            jnp.zeros((batch, kv_heads, slots)),
+            lengths,
+            lengths,
+            kept,
+            jnp.zeros_like(kept),
+            selector,
+        )
+
+    def attend(self, query: Float[Array, "B N H"]) -> AttentionPartial:
+        """See `Segment`."""
+        keys, values = self.store.read()
+        scale = query.shape[-1] ** -0.5
+        return partials.attend(self.store.turn(query), keys, values, self.positions >= 0, scale=scale)
+
+    def append(self, step: Step) -> "TokenPool":
+        """See `Segment`: the token takes a free slot of every head."""
+        keys, _ = self.store.read()
+        query, scale = self.store.turn(step.query), step.query.shape[-1] ** -0.5
+        seen = self.positions >= 0
+        weights = partials.attention_weights(query, keys, step.log_sum_exp, seen, scale=scale)
+        batch, kv_heads, slots = self.positions.shape
+        free = jnp.argmin(self.positions, axis=-1)
+        slot = jnp.where(step.active[:, None], free, slots)  # slots: nowhere
+        row, head = jnp.arange(batch)[:, None], jnp.arange(kv_heads)[None]
+        position = jnp.broadcast_to(self.lengths[:, None], (batch, kv_heads))
+        count = step.active.astype(jnp.int32)
+        return TokenPool(
+            self.store.put(slot, step.key, step.value),
+            self.positions.at[row, head, slot].set(position, mode="drop"),
+            weights,
+            self.first,
+            self.lengths + count,
+            self.held + count,
+            self.waited,
+            self.selector,
+        )
+
+    @classmethod
+    def settle(cls, segments: Sequence["TokenPool"], active: Bool[Array, "B"]) -> tuple["TokenPool", ...]:
+        """Free the slots of the tokens that the selector lets go.
+
+        Selectors that let one go at a time need a minimum; the others sort, in the steps when they cut, under
+        one conditional for all layers (on a GPU each would cost a synchronization).
+        """
+        pool = segments[0]
+        stay, waited = pool.selector.target(pool.lengths - pool.first, pool.held, pool.waited)
+        drop = jnp.where(active, pool.held - stay, 0)
+        waited = jnp.where(active, waited, pool.waited)
+
+        def cut() -> tuple[Array, ...]:
+            return tuple(drop_lowest(p.ranking(), p.positions, drop) for p in segments)
+
+        def leave() -> tuple[Array, ...]:
+            return tuple(p.positions for p in segments)
+
+        if pool.selector.cuts_many:
+            positions = jax.lax.cond((drop > 0).any(), cut, leave)
+        else:
+            positions = tuple(drop_one(p.ranking(), p.positions, drop > 0) for p in segments)
+        return tuple(
+            TokenPool(p.store, kept, p.weights, p.first, p.lengths, p.held - drop, waited, p.selector)
+            for p, kept in zip(segments, positions, strict=True)
+        )
+
+    def ranking(self) -> Float[Array, "B K S"]:
+        """Scores by which slots are let go, lowest first; infinite for the newest `recent` tokens."""
+        newest = (self.lengths - self.selector.recent)[:, None, None]
+        score = self.selector.score(self.weights, self.positions)
+        return jnp.where(self.positions >= newest, jnp.inf, score)
+
+    def grow(self, tokens: int) -> "TokenPool":
+        """See `Segment`: the bound is the selector's, and there is always room."""
+        del tokens
+        return self
+
+    def materialize(self) -> Tokens:
+        """See `Segment`; keys in the basis they are held in."""
+        return Tokens(*self.store.read(), self.positions)

@@ -1,0 +1,294 @@
+"""Cache strategies (values that say how tokens are held) and the cache itself. Read `model/llama.py` next."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from kivi_jax.cache.decode_selectors import DecodeSelector, Slide
+from kivi_jax.cache.dense import DenseTokens
+from kivi_jax.cache.kivi import KiviQuantization, KiviTokens
+from kivi_jax.cache.pool import TokenPool
+from kivi_jax.cache.prompt_selectors import KeepAll, PromptSelector
+from kivi_jax.cache.segments import Segment, Step
+from kivi_jax.cache.stores import DenseStore, PackedStore, PoolQuantization, ScaleDtype
+from kivi_jax.config import ModelConfig
+from pallas_kernels.pytree import pytree, static
+from pallas_kernels.quantize.packing import words_per_token
+from pallas_kernels.quantize.quantization import check_groups
+
+
+class Prompt(NamedTuple):
+    """What prefill knows of one layer's right-padded prompt, in full precision."""
+
+    keys: Float[Array, "B K P H"]
+    values: Float[Array, "B K P H"]
+    weights: Float[Array, "B K P"]  # summed softmax weights of the observed queries; zeros if none are
+    lengths: Int[Array, "B"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheStrategy:
+    """Which segments a layer's cache is made of. Hashable and static under `jax.jit`.
+
+    The prompt's tokens are chosen by `prompt` and then held in full precision, or packed if there is a
+    `quantization`. What is decoded joins them if `decode` is `KeepAll`; else it goes to a pool that
+    `decode` bounds. Build one with `full()`, `kivi()` or `scope()`.
+    """
+
+    quantization: KiviQuantization | None = None
+    prompt: PromptSelector = field(default_factory=KeepAll)
+    decode: DecodeSelector | KeepAll = field(default_factory=KeepAll)
+    pool: PoolQuantization | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse a combination that would not do what it says.
+
+        Raises:
+            ValueError: tokens would be packed, but a unified selector keeps them all in its pool.
+        """
+        if self.quantization is not None and self._unified:
+            raise ValueError(
+                f"{self.decode} keeps prompt and output in one full-precision pool, so nothing would be "
+                "packed: use scope(...), or a decode selector of SCOPE such as Slide"
+            )
+
+    @property
+    def observed(self) -> int:
+        """See `PromptSelector.observed`."""
+        return self.prompt.observed
+
+    @property
+    def _unified(self) -> bool:
+        return isinstance(self.decode, DecodeSelector) and self.decode.unified
+
+    def check(self, config: ModelConfig) -> None:
+        """Refuse a model that this strategy does not fit, before anything is computed.
+
+        Raises:
+            ValueError: a group does not divide the model's head_dim, codes do not fill bytes, or tokens
+                are selected on a model whose attention has a sliding window.
+        """
+        selects = self.prompt != KeepAll() or self.decode != KeepAll()
+        if selects and config.sliding_window is not None:
+            raise ValueError(
+                f"the model attends within sliding_window={config.sliding_window} tokens, on which selecting "
+                "tokens is not supported: use full() or kivi() without prompt= and decode="
+            )
+        head_dim = config.head_dim
+        if (pool := self.pool) is not None:
+            if head_dim % pool.group_size:
+                raise ValueError(
+                    f"the pool's group_size={pool.group_size} must divide the model's {head_dim=}"
+                )
+            words_per_token(head_dim, pool.bits)
+        if (kivi := self.quantization) is None:
+            return
+        if head_dim % kivi.value_group_size:
+            raise ValueError(
+                f"value_group_size={kivi.value_group_size} must divide the model's {head_dim=}: "
+                f"pass value_group_size={head_dim} or a divisor of it"
+            )
+        for bits in (kivi.key_bits, kivi.value_bits):
+            check_groups(
+                kivi.key_group_size, head_dim, bits=bits, group_size=kivi.key_group_size, group_axis="token"
+            )
+
+    def hold_prompt(
+        self, prompt: Prompt, *, capacity: int, window: int | None, layer: int, layers: int
+    ) -> tuple[Segment, ...]:
+        """The segments of layer number `layer` of `layers` after a prompt, for rows of up to `capacity`.
+
+        Raises:
+            ValueError: a unified selector's pool is smaller than what the prompt selector keeps.
+        """
+        width = prompt.keys.shape[2]
+        most = width
+        keys, values, kept, positions = prompt.keys, prompt.values, prompt.lengths, None
+        if not self.prompt.keeps_all(width):
+            most = self.prompt.most(layer, layers, width)
+            positions, kept = self.prompt.select(prompt.weights, prompt.lengths, layer, layers)
+            index = positions[..., None]
+            keys, values = (jnp.take_along_axis(x, index, axis=2) for x in (keys, values))
+        if isinstance(self.decode, KeepAll):
+            return (self._hold(keys, values, kept, capacity=capacity - width + most, window=window),)
+        if self.decode.unified:
+            if most >= self.decode.slots:
+                raise ValueError(
+                    f"the prompt may keep {most} tokens, more than fit into {self.decode}: "
+                    "pass a prompt= selector with a budget not above the pool's"
+                )
+            if positions is None:
+                positions = jnp.broadcast_to(jnp.arange(width), keys.shape[:3])
+            return (self._pool(self.decode, keys, values, positions, kept, prompt.lengths),)
+        none = jnp.zeros((*keys.shape[:2], 0), jnp.int32), jnp.zeros_like(kept)
+        pool = self._pool(self.decode, keys[:, :, :0], values[:, :, :0], *none, prompt.lengths)
+        return self._hold(keys, values, kept, capacity=most, window=None), pool
+
+    def _pool(
+        self,
+        selector: DecodeSelector,
+        keys: Float[Array, "B K M H"],
+        values: Float[Array, "B K M H"],
+        positions: Int[Array, "B K M"],
+        kept: Int[Array, "B"],
+        lengths: Int[Array, "B"],
+    ) -> TokenPool:
+        """A pool that starts with the first `kept[b]` of the given tokens of each row."""
+        if self.pool is None:
+            store = DenseStore.of(keys, values, selector.slots)
+        else:
+            store = PackedStore.of(keys, values, selector.slots, self.pool)
+        return TokenPool.of(store, positions, kept, lengths, selector=selector)
+
+    def _hold(
+        self,
+        keys: Float[Array, "B K M H"],
+        values: Float[Array, "B K M H"],
+        kept: Int[Array, "B"],
+        *,
+        capacity: int,
+        window: int | None,
+    ) -> Segment:
+        """One segment with the first `kept[b]` of the given tokens of each row."""
+        if (kivi := self.quantization) is None:
+            return DenseTokens.from_prompt(keys, values, kept, capacity=capacity, window=window)
+        return KiviTokens.from_prompt(keys, values, kept, kivi, capacity=capacity, window=window)
+
+
+def full() -> CacheStrategy:
+    """Every token in the model's own precision."""
+    return CacheStrategy()
+
+
+def scope(
+    *,
+    prompt: PromptSelector | None = None,
+    decode: DecodeSelector | KeepAll | None = None,
+    pool: PoolQuantization | None = None,
+) -> CacheStrategy:
+    """SCOPE: the prompt selected once, the decoding phase bounded by a budget of its own.
+
+    Args:
+        prompt: which tokens of the prompt are stored; by default all.
+        decode: what bounds the decoded tokens; by default `Slide()`.
+        pool: how to pack the decoded tokens; by default they stay in full precision.
+
+    Source: SCOPE (arXiv 2412.13649).
+    """
+    return CacheStrategy(prompt=prompt or KeepAll(), decode=decode or Slide(), pool=pool)
+
+
+def kivi(
+    bits: int = 2,
+    group_size: int = 32,
+    residual_length: int = 128,
+    *,
+    key_bits: int | None = None,
+    value_bits: int | None = None,
+    key_group_size: int | None = None,
+    value_group_size: int | None = None,
+    scale_dtype: ScaleDtype = "float16",
+    prompt: PromptSelector | None = None,
+    decode: DecodeSelector | KeepAll | None = None,
+    pool: PoolQuantization | None = None,
+) -> CacheStrategy:
+    """KIVI: packed tokens behind a full-precision residual of the newest ones.
+
+    Args:
+        bits: bits per code, 1, 2, 4 or 8; `key_bits` and `value_bits` override it for one side.
+        group_size: tokens per group of a key channel and channels per group of a value token;
+            `key_group_size` and `value_group_size` override it for one side.
+        residual_length: R, the newest tokens kept in full precision; a multiple of the key group.
+        scale_dtype: how scales and zeros are stored.
+        prompt: which tokens of the prompt are packed; by default all. Selected in full precision.
+        decode: a selector that bounds what is decoded, in a full-precision pool beside the packed prompt;
+            by default decoded tokens are packed, too.
+        pool: how to pack that pool.
+
+    Raises:
+        ValueError: a number is out of range, or the key group does not divide the residual.
+
+    Source: KIVI (arXiv 2402.02750); its default is 2 bits, groups of 32, R = 128.
+    """
+    quantization = KiviQuantization(
+        key_bits=bits if key_bits is None else key_bits,
+        value_bits=bits if value_bits is None else value_bits,
+        key_group_size=group_size if key_group_size is None else key_group_size,
+        value_group_size=group_size if value_group_size is None else value_group_size,
+        residual_length=residual_length,
+        scale_dtype=scale_dtype,
+    )
+    return CacheStrategy(
+        quantization=quantization, prompt=prompt or KeepAll(), decode=decode or KeepAll(), pool=pool
+    )
+
+
+@pytree
+class KVCache:
+    """All tokens seen so far: per layer a tuple of segments, and how many tokens each row has had.
+
+    `capacity` is the number of tokens a row may reach; it is the caller's to keep.
+    """
+
+    layers: tuple[tuple[Segment, ...], ...]
+    lengths: Int[Array, "B"]
+    strategy: CacheStrategy = static()
+    capacity: int = static()
+
+
+def append(segments: tuple[Segment, ...], step: Step) -> tuple[Segment, ...]:
+    """One layer after its last segment has taken a token."""
+    return (*segments[:-1], segments[-1].append(step))
+
+
+def settle(
+    layers: Sequence[tuple[Segment, ...]], active: Bool[Array, "B"]
+) -> tuple[tuple[Segment, ...], ...]:
+    """All layers after what a step made due is done in the segments that grow."""
+    growing = [segments[-1] for segments in layers]
+    settled = type(growing[0]).settle(growing, active)
+    return tuple((*segments[:-1], last) for segments, last in zip(layers, settled, strict=True))
+
+
+def grow(cache: KVCache, tokens: int) -> KVCache:
+    """The same cache with a capacity of `tokens` more; only the last segment of a layer takes any."""
+    layers = tuple((*segments[:-1], segments[-1].grow(tokens)) for segments in cache.layers)
+    return KVCache(layers, cache.lengths, cache.strategy, cache.capacity + tokens)
+
+
+def repeat_row(cache: KVCache, rows: int) -> KVCache:
+    """A cache of one row, `rows` times."""
+    return jax.tree.map(lambda x: jnp.tile(x, (rows, *(1,) * (x.ndim - 1))), cache)
+
+
+def cache_bytes(cache: KVCache) -> dict[str, int]:
+    """Bytes of the cache by part, from the arrays themselves; `total` is their sum.
+
+    `packed`: codes. `scales`: scales and zeros. `rings`: KIVI's residual. `dense`: full-precision tokens.
+    `pool`: tokens of a bounded decoding phase. `metadata`: lengths, positions, weights.
+    """
+    parts: dict[str, int] = dict.fromkeys(("packed", "scales", "rings", "dense", "pool", "metadata"), 0)
+    of_field = {
+        "words": "packed",
+        "scale": "scales",
+        "zero": "scales",
+        "key_ring": "rings",
+        "value_ring": "rings",
+        "keys": "dense",  # unless packed: then a field inside it says so
+        "values": "dense",
+    }
+    parts["metadata"] += _nbytes(cache.lengths)
+    for segment in (segment for layer in cache.layers for segment in layer):
+        names = {"store": "pool"} if isinstance(segment, TokenPool) else of_field
+        for path, leaf in jax.tree_util.tree_leaves_with_path(segment):
+            named = [names[key.name] for key in path if key.name in names]
+            parts[named[-1] if named else "metadata"] += _nbytes(leaf)
+    return {**parts, "total": sum(parts.values())}
+
+
+def _nbytes(array: Any) -> int:
+    return array.size * array.dtype.itemsize  # shape structs, of which plans are made, have no nbytes

@@ -1,0 +1,117 @@
+"""`kivi-jax chat`: a conversation in the terminal."""
+
+import itertools
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from kivi_jax import options
+from kivi_jax.console import compare_bytes
+
+if TYPE_CHECKING:
+    from kivi_jax.generation.chat import Chat
+
+COMMANDS = "/stats shows what the cache weighs, /reset forgets everything, /quit ends"
+
+
+def chat(
+    model: options.ModelArgument,
+    cache: options.CacheOption = "kivi2",
+    context: Annotated[
+        int | None,
+        typer.Option(help="Tokens of the whole conversation; by default the model's, at most 8192."),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="The most tokens of a reply.")] = 512,
+    temperature: options.TemperatureOption = 0.0,
+    top_k: options.TopKOption = 0,
+    top_p: options.TopPOption = 1.0,
+    min_p: options.MinPOption = 0.0,
+    repetition_penalty: options.PenaltyOption = 1.0,
+    seed: options.SeedOption = 0,
+    dtype: options.DtypeOption = None,
+) -> None:
+    """Talk to a model; its cache is kept between turns, and nothing is read twice.
+
+    Messages are put into the tokenizer's chat template, if it has one; else they are read as they are.
+    /stats shows what the cache weighs, /reset forgets everything, /quit ends.
+    demo is no chat model. Type one of its tasks, such as  Copy: moon owl. Copied:
+
+    Example:  kivi-jax chat ./llama-8b-instruct --cache kivi2 --context 32768
+
+    Example:  kivi-jax chat demo
+    """
+    import jax
+
+    from kivi_jax.cache.names import parse_cache
+    from kivi_jax.generation.chat import Chat
+    from kivi_jax.generation.loading import open_model
+    from kivi_jax.generation.sampling import make_sampler
+    from kivi_jax.generation.text import decode_stream
+
+    if max_new_tokens < 1:
+        raise ValueError(f"{max_new_tokens=} must be at least 1")
+    strategy = parse_cache(cache)
+    sampler = make_sampler(temperature, top_k, top_p, min_p, repetition_penalty)
+    llama, tokenizer = open_model(model, dtype)
+    if context is None:
+        context = min(llama.config.max_position_embeddings, 8192)
+    talk = Chat(llama, tokenizer, cache=strategy, context=context, sampler=sampler)
+    notes = Console(stderr=True, highlight=False)
+    notes.print(f"{cache} cache, up to {context:,} tokens; {COMMANDS}", style="dim")
+    for turn in itertools.count():
+        message = _ask(notes)
+        if message in (None, "/quit"):
+            return
+        if message == "/reset":
+            talk.reset()
+        if message in ("/reset", "/stats"):
+            notes.print(_stats(talk), style="dim")
+        elif message.startswith("/"):
+            notes.print(f"there is no {message.split()[0]}: {COMMANDS}", style="dim", markup=False)
+        elif message:
+            key = jax.random.fold_in(jax.random.key(seed), turn)
+            tokens = talk.reply(message, max_new_tokens=max_new_tokens, key=key)
+            try:
+                _write(decode_stream(tokenizer, tokens), notes)
+            except ValueError as error:  # the conversation is as it was
+                notes.print(f"[bold red]error:[/] {escape(str(error))}")
+            except KeyboardInterrupt:
+                return
+
+
+def _write(pieces: Iterator[str], notes: Console) -> None:
+    """A reply, as it comes."""
+    with notes.status("reading"):
+        first = next(pieces, "")
+    for piece in itertools.chain([first], pieces, ["\n"]):
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+
+
+def _ask(console: Console) -> str | None:
+    """The next message; None at the end of input."""
+    try:
+        if sys.stdin.isatty():
+            return console.input("[bold cyan]> [/]").strip()
+        line = sys.stdin.readline()
+        return line.strip() if line else None
+    except (EOFError, KeyboardInterrupt):
+        return None
+
+
+def _stats(talk: "Chat") -> str:
+    """One line: tokens, and the cache beside a full one of the same context."""
+    from kivi_jax.cache.strategy import cache_bytes, full
+    from kivi_jax.plan.memory import plan_cache
+
+    if talk.prefix is None:
+        return f"nothing yet, of {talk.context:,} tokens"
+    model = talk.model
+    size = cache_bytes(talk.prefix.cache)["total"]
+    dtype = model.embed.embedding[...].dtype
+    whole = plan_cache(model.config, full(), batch=1, context=talk.context, dtype=dtype)["total"]
+    return f"{len(talk.tokens):,} of {talk.context:,} tokens · {compare_bytes(size, whole)}"

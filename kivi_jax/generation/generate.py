@@ -1,0 +1,240 @@
+"""`generate`: prompts in, tokens out, under one jit. Read `text.py` next for strings."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.core import Tracer
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from kivi_jax.cache.strategy import CacheStrategy, KVCache
+from kivi_jax.generation.prefix import Prefix, extend, fork, prefill
+from kivi_jax.generation.sampling import Greedy, Sampler, penalize
+from kivi_jax.model.llama import Llama
+from pallas_kernels.pytree import pytree
+
+
+@pytree
+class Generation:
+    """What `generate` returns.
+
+    `tokens` holds each row's new tokens, the end-of-sequence token included, then padding; `lengths`
+    counts them. `cache` holds the prompt and all new tokens but each row's last.
+    """
+
+    tokens: Int[Array, "B M"]
+    lengths: Int[Array, "B"]
+    cache: KVCache
+
+
+class Draw(NamedTuple):
+    """What drawing a token needs besides logits: a key per row, and the tokens a row has seen."""
+
+    keys: Key[Array, "B"] | None
+    seen: Bool[Array, "B V"] | None  # only for a sampler with a repetition penalty
+
+
+def generate(
+    model: Llama,
+    tokens: Int[Array, "B P"],
+    lengths: Int[Array, "B"],
+    *,
+    cache: CacheStrategy | None = None,
+    prefix: Prefix | None = None,
+    max_new_tokens: int,
+    sampler: Sampler | None = None,
+    eos_ids: tuple[int, ...] | None = None,
+    key: Key[Array, "..."] | None = None,
+    block_tokens: int = 512,
+) -> Generation:
+    """Continue every prompt by up to `max_new_tokens` tokens.
+
+    Prefill and the whole decoding loop are one compiled program per shapes, strategy and sampler; the
+    host is not asked in between, and the loop ends when every row has. A row's tokens are the same
+    alone as in any batch.
+
+    Args:
+        model: the model.
+        tokens: prompts, right-padded; what stands at and after a row's length is ignored.
+        lengths: tokens of each prompt, from 1 to P; after a `prefix` also 0.
+        cache: how keys and values are held.
+        prefix: instead of `cache`, what was read before: the prompts follow it, through decoding steps.
+            It has a row per prompt, or one that all prompts follow, and can be used again.
+        max_new_tokens: the most tokens to add to a row, at least 1.
+        sampler: `Greedy()` by default.
+        eos_ids: tokens that end a row; by default the model's own.
+        key: PRNG key for sampling: one, from which rows derive theirs by index, or one per row.
+        block_tokens: see `Llama.prefill`.
+
+    Raises:
+        ValueError: shapes or lengths are off, the strategy or the prefix does not fit the model, or a
+            sampler that needs a key got none.
+    """
+    if max_new_tokens < 1:
+        raise ValueError(f"{max_new_tokens=} must be at least 1")
+    _check_lengths(tokens, lengths, least=0 if prefix is not None else 1)
+    check_start(model, cache, prefix)
+    sampler = Greedy() if sampler is None else sampler
+    eos_ids = model.config.eos_ids if eos_ids is None else tuple(eos_ids)
+    keys = row_keys(key, tokens.shape[0])
+    return _generate(
+        model, tokens, lengths, keys, prefix, cache, max_new_tokens, sampler, eos_ids, block_tokens
+    )
+
+
+def check_start(model: Llama, cache: CacheStrategy | None, prefix: Prefix | None) -> None:
+    """Refuse a start that is not exactly one of a strategy and a prefix, or does not fit the model.
+
+    Raises:
+        ValueError: that is so.
+    """
+    if (cache is None) == (prefix is None):
+        raise ValueError("pass either cache=, a strategy, or prefix=, which brings its own")
+    if cache is not None:
+        cache.check(model.config)
+    if prefix is not None and prefix.logits.shape[1] != model.config.vocab_size:
+        raise ValueError(
+            f"the prefix was read by a model of {prefix.logits.shape[1]} tokens, this one has "
+            f"{model.config.vocab_size}: read it again with this model"
+        )
+
+
+def read(
+    model: Llama,
+    tokens: Int[Array, "B P"],
+    lengths: Int[Array, "B"],
+    *,
+    cache: CacheStrategy | None,
+    prefix: Prefix | None,
+    room: int,
+    block_tokens: int = 512,
+) -> Prefix:
+    """The prompts read, alone or after a prefix, with room for `room` tokens more a row."""
+    if prefix is not None:
+        own = fork(prefix, rows=tokens.shape[0], more=tokens.shape[1] + room)
+        return extend(model, own, tokens, lengths)
+    assert cache is not None  # `check_start`
+    capacity = tokens.shape[1] + room
+    return prefill(model, tokens, lengths, cache=cache, capacity=capacity, block_tokens=block_tokens)
+
+
+def row_keys(key: Key[Array, "..."] | None, rows: int) -> Key[Array, "B"] | None:
+    """One key per row, from one key or one per row.
+
+    Raises:
+        ValueError: there are several keys, but not one per row.
+    """
+    if key is None or key.shape == (rows,):
+        return key
+    if key.shape:
+        raise ValueError(f"{key.shape=} must be () or one key per row, ({rows},)")
+    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(rows))
+
+
+def start_drawing(sampler: Sampler, keys: Key[Array, "B"] | None, seen: Bool[Array, "B V"]) -> Draw:
+    """What drawing the first token after prompts that had the tokens `seen` needs."""
+    return Draw(keys, None if sampler.repetition_penalty == 1 else seen)
+
+
+def draw(
+    sampler: Sampler, logits: Float[Array, "B V"], state: Draw, index: Int[Array, ""] | int
+) -> tuple[Int[Array, "B"], Draw]:
+    """Each row's new token number `index`, and the state for the next one."""
+    keys, seen = state
+    if seen is not None:
+        logits = penalize(logits, seen, sampler.repetition_penalty)
+    if keys is not None:
+        keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, index)
+    token = sampler(logits, keys)
+    if seen is not None:
+        seen = seen.at[jnp.arange(token.shape[0]), token].set(True)
+    return token, Draw(state.keys, seen)
+
+
+def is_end(token: Int[Array, "B"], eos_ids: tuple[int, ...]) -> Bool[Array, "B"]:
+    """Which rows' token ends them."""
+    ends = jnp.asarray(eos_ids, token.dtype)
+    return (token[:, None] == ends[None, :]).any(-1)
+
+
+class _Loop(NamedTuple):
+    """State of the decoding loop: `token` has been emitted but is not in the cache yet."""
+
+    emitted: Int[Array, ""]  # tokens emitted by the longest row
+    token: Int[Array, "B"]
+    active: Bool[Array, "B"]  # rows that have not ended
+    tokens: Int[Array, "B M"]
+    lengths: Int[Array, "B"]
+    cache: KVCache
+    state: Draw
+
+
+@functools.partial(
+    jax.jit, static_argnames=("strategy", "max_new_tokens", "sampler", "eos_ids", "block_tokens")
+)
+def _generate(
+    model: Llama,
+    prompt: Int[Array, "B P"],
+    prompt_lengths: Int[Array, "B"],
+    keys: Key[Array, "B"] | None,
+    prefix: Prefix | None,
+    strategy: CacheStrategy | None,
+    max_new_tokens: int,
+    sampler: Sampler,
+    eos_ids: tuple[int, ...],
+    block_tokens: int,
+) -> Generation:
+    start = read(
+        model,
+        prompt,
+        prompt_lengths,
+        cache=strategy,
+        prefix=prefix,
+        room=max_new_tokens,
+        block_tokens=block_tokens,
+    )
+    token, state = draw(sampler, start.logits, start_drawing(sampler, keys, start.seen), 0)
+    rows, padding = prompt.shape[0], (eos_ids[0] if eos_ids else 0)
+    tokens = jnp.full((rows, max_new_tokens), padding, jnp.int32).at[:, 0].set(token)
+    first = _Loop(
+        emitted=jnp.int32(1),
+        token=token,
+        active=~is_end(token, eos_ids),
+        tokens=tokens,
+        lengths=jnp.ones(rows, jnp.int32),
+        cache=start.cache,
+        state=state,
+    )
+
+    def unfinished(loop: _Loop) -> Bool[Array, ""]:
+        return (loop.emitted < max_new_tokens) & loop.active.any()
+
+    def advance(loop: _Loop) -> _Loop:
+        logits, cache = model.decode(loop.token, loop.cache, loop.active)
+        token, state = draw(sampler, logits, loop.state, loop.emitted)
+        token = jnp.where(loop.active, token, padding)
+        return _Loop(
+            emitted=loop.emitted + 1,
+            token=token,
+            active=loop.active & ~is_end(token, eos_ids),
+            tokens=loop.tokens.at[:, loop.emitted].set(token),
+            lengths=loop.lengths + loop.active.astype(jnp.int32),
+            cache=cache,
+            state=state,
+        )
+
+    last = jax.lax.while_loop(unfinished, advance, first)
+    return Generation(last.tokens, last.lengths, last.cache)
+
+
+def _check_lengths(tokens: Int[Array, "B P"], lengths: Int[Array, "B"], *, least: int) -> None:
+    """Refuse lengths outside least..P where they are known, which is outside of a trace."""
+    if isinstance(lengths, Tracer) or not lengths.size:
+        return
+    shortest, longest = int(lengths.min()), int(lengths.max())
+    if shortest < least or longest > tokens.shape[1]:
+        raise ValueError(
+            f"every length must be from {least} to {tokens.shape[1]} (the width of tokens), "
+            f"got {shortest} to {longest}"
+        )

@@ -1,0 +1,63 @@
+"""`load`: a checkpoint on disk becomes a model and its tokenizer."""
+
+from pathlib import Path
+
+from jax.typing import DTypeLike
+
+from kivi_jax.console import status
+from kivi_jax.generation.text import Tokenizer
+from kivi_jax.model.llama import Llama
+from kivi_jax.options import Dtype
+
+
+def load(path: str | Path, *, dtype: DTypeLike | None = None) -> tuple[Llama, Tokenizer | None]:
+    """The model at `path`, and its tokenizer if there is one.
+
+    `path` is a Hugging Face directory, a converted one, a hub name (org/name), or `demo`: the small trained
+    model that ships with this package. `dtype` is by default float32 on a CPU and bfloat16 elsewhere.
+
+    Raises:
+        ValueError: the checkpoint cannot be found or used; the message says why.
+    """
+    from convert import load_model  # orbax takes seconds to import; only loading needs it
+
+    model, directory = load_model(path, dtype=dtype)
+    return model, load_tokenizer(directory)
+
+
+def load_with_tokenizer(path: str | Path, *, dtype: DTypeLike | None = None) -> tuple[Llama, Tokenizer]:
+    """`load` where text is to be read.
+
+    Raises:
+        ValueError: see `load`; or there is no tokenizer.
+    """
+    model, tokenizer = load(path, dtype=dtype)
+    if tokenizer is None:
+        raise ValueError(f"{path} has no tokenizer files: copy the tokenizer's files there")
+    return model, tokenizer
+
+
+def open_model(name: str, dtype: Dtype | None) -> tuple[Llama, Tokenizer]:
+    """The model that a command line names, and its tokenizer.
+
+    Raises:
+        ValueError: it cannot be loaded, or has no tokenizer.
+    """
+    with status("loading"):
+        return load_with_tokenizer(name, dtype=None if dtype is None else dtype.value)
+
+
+def load_tokenizer(directory: Path) -> Tokenizer | None:
+    """The tokenizer in a directory, or None if there are no tokenizer files.
+
+    Raises:
+        ValueError: there are, but they cannot be read.
+    """
+    if not any((directory / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
+        return None
+    from transformers import AutoTokenizer  # takes seconds to import, too
+
+    try:
+        return AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"the tokenizer in {directory} cannot be read: {error}") from error

@@ -1,0 +1,98 @@
+"""A prompt that has been read, and how more tokens join it. Read `generate.py` next.
+
+A `Prefix` is a value: it can be kept, saved (`prefix_files.py`) and continued any number of times. What
+follows it is *decoded*, token by token against the compressed cache, just as generated tokens are: nothing
+that has been read is read again, and a bounded decoding phase counts a question among its tokens.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from kivi_jax.cache.strategy import CacheStrategy, KVCache, grow, repeat_row
+from kivi_jax.model.llama import Llama
+from pallas_kernels.pytree import pytree
+
+
+@pytree
+class Prefix:
+    """What is known after reading: everything that continuing needs, besides the model."""
+
+    cache: KVCache
+    logits: Float[Array, "B V"]  # of each row's next token
+    seen: Bool[Array, "B V"]  # which tokens a row has had, for repetition penalties
+
+    @property
+    def rows(self) -> int:
+        """B: how many texts were read."""
+        return self.logits.shape[0]
+
+
+def prefill(
+    model: Llama,
+    tokens: Int[Array, "B P"],
+    lengths: Int[Array, "B"],
+    *,
+    cache: CacheStrategy,
+    capacity: int,
+    block_tokens: int = 512,
+) -> Prefix:
+    """Read right-padded prompts; see `Llama.prefill`.
+
+    Raises:
+        ValueError: see `Llama.prefill`.
+    """
+    logits, held = model.prefill(tokens, lengths, cache=cache, capacity=capacity, block_tokens=block_tokens)
+    return Prefix(held, logits, _seen(tokens, lengths, model.config.vocab_size))
+
+
+@functools.partial(jax.jit, static_argnames=("rows", "more"))
+def fork(prefix: Prefix, *, rows: int, more: int) -> Prefix:
+    """A copy with room for `more` tokens a row, of `rows` rows: the prefix's own, or its only one repeated.
+
+    `extend` and `Llama.decode` consume the cache they are given; a prefix to be used again is forked first.
+
+    Raises:
+        ValueError: the prefix has several rows, and not `rows`.
+    """
+    if prefix.rows not in (1, rows):
+        raise ValueError(
+            f"the prefix has {prefix.rows} rows, which cannot be continued by {rows} prompts: "
+            f"pass {prefix.rows} prompts, or a prefix of one row"
+        )
+    times = rows // prefix.rows
+    return Prefix(
+        grow(repeat_row(prefix.cache, times), more),
+        jnp.tile(prefix.logits, (times, 1)),
+        jnp.tile(prefix.seen, (times, 1)),
+    )
+
+
+@functools.partial(jax.jit, donate_argnames=("prefix",))
+def extend(model: Llama, prefix: Prefix, tokens: Int[Array, "B T"], lengths: Int[Array, "B"]) -> Prefix:
+    """Append right-padded tokens, `lengths[b]` (0 to T) to row b. The prefix passed in is consumed.
+
+    Compiled once per shapes: the loop ends with the longest row, so a wide T costs nothing.
+    The caller keeps the cache's `lengths` within its `capacity`.
+    """
+    if not tokens.shape[1]:
+        return prefix
+
+    def advance(i: Array, state: tuple[Array, KVCache]) -> tuple[Array, KVCache]:
+        logits, cache = state
+        active = i < lengths
+        new, cache = model.decode(tokens[:, i], cache, active)
+        return jnp.where(active[:, None], new, logits), cache
+
+    logits, cache = jax.lax.fori_loop(0, lengths.max(), advance, (prefix.logits, prefix.cache))
+    return Prefix(cache, logits, prefix.seen | _seen(tokens, lengths, prefix.seen.shape[1]))
+
+
+def _seen(tokens: Int[Array, "B P"], lengths: Int[Array, "B"], vocab: int) -> Bool[Array, "B V"]:
+    """Which tokens stand before each row's length."""
+    real = jnp.arange(tokens.shape[1])[None] < lengths[:, None]
+    rows = jnp.arange(tokens.shape[0])[:, None]
+    seen = jnp.zeros((tokens.shape[0], vocab), bool)
+    return seen.at[rows, jnp.where(real, tokens, vocab)].set(True, mode="drop")

@@ -1,0 +1,1 @@
+"""The decoder: positions, attention over a prompt, layers. Start with `llama.py`."""

@@ -1,0 +1,292 @@
+"""The Llama/Mistral decoder: parameters, and the three ways to run it. Read `generation/generate.py` next.
+
+Modules hold `nnx.Param`s and static config, are built once and then only read. The cache is an ordinary
+pytree that goes in and comes out: nothing here is mutated, so plain `jax.jit` is safe.
+
+    model(tokens)                      logits of every position; no cache; differentiable
+    model.prefill(tokens, lengths)     reads prompts into a cache; logits of each row's last token
+    model.decode(token, cache)         one token per row against the cache
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int
+
+from kivi_jax.cache import strategy as caches
+from kivi_jax.cache.prompt_selectors import ALL_QUERIES
+from kivi_jax.cache.segments import Segment, Step, attend_token
+from kivi_jax.cache.strategy import CacheStrategy, KVCache, Prompt
+from kivi_jax.config import ModelConfig
+from kivi_jax.model.attention import add_weights, block_attention, causal_attention
+from kivi_jax.model.ordering import after
+from kivi_jax.model.rope import apply_rope, rope_frequencies
+from pallas_kernels.partials import merge, normalize
+
+Rotate = Callable[[Float[Array, "B T N H"]], Float[Array, "B T N H"]]
+
+
+def query_key_value_columns(config: ModelConfig) -> tuple[slice, slice, slice]:
+    """Where queries, keys and values are in what `Attention.query_key_value` returns, each head by head."""
+    queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    return slice(0, queries), slice(queries, queries + keys), slice(queries + keys, queries + 2 * keys)
+
+
+class Attention(nnx.Module):
+    """Projections of grouped-query attention; what is attended to is the cache's business.
+
+    Queries, keys and values are one projection. On their own, keys' and values' kernels [4096, 1024] are so
+    narrow that XLA:GPU multiplies them with a single row element by element, writes the 8 MB to memory and
+    sums them afterwards: 35 us of a layer's 250 us on an H100. As columns beside the queries' they are part
+    of a real matrix product, and cost 6 us.
+    """
+
+    def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        """Create both projections, kernels [in, out]."""
+        linear = _linear(config.attention_bias, dtype, rngs)
+        self.num_heads, self.num_kv_heads = config.num_heads, config.num_kv_heads
+        self.head_dim = config.head_dim
+        self.query_key_value = linear(config.hidden_size, query_key_value_columns(config)[-1].stop)
+        self.output = linear(config.num_heads * config.head_dim, config.hidden_size)
+
+    def project(self, x: Float[Array, "B T D"], rotate: Rotate) -> tuple[Array, Array, Array]:
+        """Query [B, T, N, H], key and value [B, T, K, H]; query and key rotated to their positions."""
+        heads = self.query_key_value(x).reshape(*x.shape[:-1], -1, self.head_dim)
+        queries_and_keys, value = jnp.split(heads, [self.num_heads + self.num_kv_heads], axis=-2)
+        query, key = jnp.split(rotate(queries_and_keys), [self.num_heads], axis=-2)
+        return query, key, value
+
+
+class MLP(nnx.Module):
+    """SwiGLU: `down(silu(gate(x)) * up(x))`."""
+
+    def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        """Create the three projections, kernels [in, out]."""
+        linear = _linear(config.mlp_bias, dtype, rngs)
+        self.gate = linear(config.hidden_size, config.intermediate_size)
+        self.up = linear(config.hidden_size, config.intermediate_size)
+        self.down = linear(config.intermediate_size, config.hidden_size)
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """Apply to every token."""
+        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+
+
+class Layer(nnx.Module):
+    """Pre-norm residual block: attention, then MLP."""
+
+    def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        """Create the two norms and the two sub-blocks."""
+        self.attention_norm = _norm(config, dtype, rngs)
+        self.attention = Attention(config, dtype=dtype, rngs=rngs)
+        self.mlp_norm = _norm(config, dtype, rngs)
+        self.mlp = MLP(config, dtype=dtype, rngs=rngs)
+
+    def project(self, x: Float[Array, "B T D"], rotate: Rotate) -> tuple[Array, Array, Array]:
+        """Query, key and value of the residual stream `x`; see `Attention.project`."""
+        return self.attention.project(self.attention_norm(x), rotate)
+
+    def finish(self, x: Float[Array, "B T D"], attended: Float[Array, "B T N H"]) -> Float[Array, "B T D"]:
+        """The residual stream after this layer, given what its queries attended to."""
+        x = x + self.attention.output(attended.reshape(*x.shape[:-1], -1).astype(x.dtype))
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class Llama(nnx.Module):
+    """A Llama-like decoder (Llama, Mistral): see `ModelConfig` for what varies."""
+
+    def __init__(self, config: ModelConfig, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs):
+        """Create randomly initialized parameters of `dtype`; converters overwrite them."""
+        self.config = config
+        self.embed = nnx.Embed(config.vocab_size, config.hidden_size, param_dtype=dtype, rngs=rngs)
+        self.layers = nnx.List[Layer](Layer(config, dtype=dtype, rngs=rngs) for _ in range(config.num_layers))
+        self.norm = _norm(config, dtype, rngs)
+        if not config.tie_word_embeddings:
+            self.lm_head = _linear(False, dtype, rngs)(config.hidden_size, config.vocab_size)
+
+    def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:
+        """Float32 logits of every position. No cache; differentiable; memory grows with T * V."""
+        length = jnp.full(tokens.shape[:1], tokens.shape[1])
+        rotate = _rotation(self.config, length, jnp.arange(tokens.shape[1])[None])
+        window = self.config.sliding_window
+        x = self.embed(tokens)
+        for layer in self.layers:
+            query, key, value = layer.project(x, rotate)
+            attended = jax.nn.dot_product_attention(
+                query,
+                key,
+                value,
+                is_causal=True,
+                local_window_size=None if window is None else (window - 1, 0),
+            )
+            x = layer.finish(x, attended)
+        return self._logits(x)
+
+    def prefill(
+        self,
+        tokens: Int[Array, "B P"],
+        lengths: Int[Array, "B"],
+        *,
+        cache: CacheStrategy,
+        capacity: int,
+        block_tokens: int = 512,
+    ) -> tuple[Float[Array, "B V"], KVCache]:
+        """Read right-padded prompts: logits of each row's last token, and the cache.
+
+        Attention is over the full-precision prompt. Each layer's keys and values are compressed before
+        the next layer runs, and everything inside a layer is done `block_tokens` tokens at a time, so the
+        peak is the compressed cache, one layer's keys and values, the hidden states and one block. The
+        result does not depend on `block_tokens`. Compiled once per shape and strategy.
+
+        Args:
+            tokens: token ids; what stands at and after a row's length is ignored.
+            lengths: tokens of each row, from 1 to P.
+            cache: how to hold them.
+            capacity: the number of tokens a row may reach while decoding, at least P.
+            block_tokens: tokens of a row that are processed together.
+
+        Raises:
+            ValueError: shapes do not fit together, or the strategy does not fit the model.
+        """
+        if tokens.shape[0] != lengths.shape[0]:
+            raise ValueError(f"{tokens.shape=} and {lengths.shape=} must have the same number of rows")
+        if tokens.shape[1] == 0:
+            raise ValueError("prompts must have at least one token")
+        if capacity < tokens.shape[1]:
+            raise ValueError(f"{capacity=} must be at least the prompt's {tokens.shape[1]} tokens")
+        if block_tokens <= 0:
+            raise ValueError(f"{block_tokens=} must be positive")
+        cache.check(self.config)
+        return _prefill(self, tokens, lengths, cache, capacity, block_tokens)
+
+    def decode(
+        self, token: Int[Array, "B"], cache: KVCache, active: Bool[Array, "B"] | None = None
+    ) -> tuple[Float[Array, "B V"], KVCache]:
+        """Append one token per row: float32 logits for the one after it, and the new cache.
+
+        The cache passed in is consumed: its memory becomes the new cache's. Rows where `active` is false
+        append nothing, and their logits mean nothing. The caller keeps `lengths` below `capacity`.
+        """
+        if active is None:
+            active = jnp.ones(token.shape, bool)
+        return _decode(self, token, cache, active)
+
+    def _logits(self, x: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
+        x = self.norm(x)
+        head = self.embed.attend if self.config.tie_word_embeddings else self.lm_head
+        return head(x).astype(jnp.float32)
+
+
+@functools.partial(jax.jit, static_argnames=("strategy", "capacity", "block_tokens"))
+def _prefill(
+    model: Llama,
+    tokens: Int[Array, "B P"],
+    lengths: Int[Array, "B"],
+    strategy: CacheStrategy,
+    capacity: int,
+    block_tokens: int,
+) -> tuple[Float[Array, "B V"], KVCache]:
+    block = min(block_tokens, tokens.shape[1])
+    tokens = jnp.pad(tokens, ((0, 0), (0, -tokens.shape[1] % block)))
+    x = model.embed(tokens)
+    layers: list[tuple[Segment, ...]] = []
+    hold = functools.partial(strategy.hold_prompt, capacity=capacity, layers=model.config.num_layers)
+    for index, layer in enumerate(model.layers):
+        # A layer starts when the one before is packed: else many layers' keys and values are kept.
+        blocks = after(layers[-1:], jnp.int32(tokens.shape[1] // block))
+        x, prompt = _prefill_layer(layer, x, lengths, blocks, model.config, block, strategy.observed)
+        layers.append(hold(prompt, window=model.config.sliding_window, layer=index))
+    last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)
+    return model._logits(last[:, 0]), KVCache(tuple(layers), lengths, strategy, capacity)
+
+
+def _prefill_layer(
+    layer: Layer,
+    x: Float[Array, "B P D"],
+    lengths: Int[Array, "B"],
+    blocks: Int[Array, ""],
+    config: ModelConfig,
+    block: int,
+    observed: int,
+) -> tuple[Array, Prompt]:
+    """The residual stream after one layer, and what it holds of the prompt, block by block.
+
+    A block attends only to itself and what is before it, so one pass over the blocks computes keys and
+    values, attends and replaces the stream in place. Of the last `observed` queries of a row (0: none,
+    `ALL_QUERIES`) it also sums the weights.
+    """
+    batch, padded = x.shape[:2]
+    # Zeros, but computed from `blocks`: the compiler makes constants of all layers at the start.
+    blank = jnp.where(blocks >= 0, 0, 1).astype(x.dtype)
+    store = jnp.full((batch, config.num_kv_heads, padded, config.head_dim), blank)
+
+    weights = jnp.full(store.shape[:3], blank.astype(jnp.float32))
+    oldest = jnp.zeros_like(lengths) if observed == ALL_QUERIES else lengths - observed
+
+    def advance(i: Array, state: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
+        x, keys, values, weights = state
+        first = i * block
+        position = first + jnp.arange(block)[None]
+        rotate = _rotation(config, lengths, position)
+        here = jax.lax.dynamic_slice_in_dim(x, first, block, axis=1)
+        query, key, value = layer.project(here, rotate)
+        keys, values = (
+            jax.lax.dynamic_update_slice_in_dim(held, new.swapaxes(1, 2), first, axis=2)
+            for held, new in ((keys, key), (values, value))
+        )
+        window = config.sliding_window
+        if not observed:
+            attended = block_attention(query, keys, values, first=first, window=window)
+        else:
+            attended, log_sum_exp = causal_attention(query, keys, values, first=first, window=window)
+            seen = (position >= oldest[:, None]) & (position < lengths[:, None])
+            weights = add_weights(weights, query, keys, log_sum_exp, seen, first=first)
+        here = layer.finish(here, attended)
+        return jax.lax.dynamic_update_slice_in_dim(x, here, first, axis=1), keys, values, weights
+
+    x, keys, values, weights = jax.lax.fori_loop(0, blocks, advance, (x, store, store, weights))
+    return x, Prompt(keys, values, weights, lengths)
+
+
+@functools.partial(jax.jit, donate_argnames=("cache",))
+def _decode(
+    model: Llama, token: Int[Array, "B"], cache: KVCache, active: Bool[Array, "B"]
+) -> tuple[Float[Array, "B V"], KVCache]:
+    rotate = _rotation(model.config, cache.lengths + 1, cache.lengths[:, None])
+    x = model.embed(token)[:, None]
+    layers: list[tuple[Segment, ...]] = []
+    for layer, segments in zip(model.layers, cache.layers, strict=True):
+        query, key, value = (part[:, 0] for part in layer.project(x, rotate))
+        held = (segment.attend(query) for segment in segments)
+        attended = merge(*held, attend_token(query, key, value))
+        x = layer.finish(x, normalize(attended)[:, None])
+        # Appending overwrites what attending reads: without the order, each layer's cache is copied.
+        may_append = after(attended.out, active.astype(jnp.int32)) > 0
+        step = Step(query, key, value, attended.log_sum_exp, may_append)
+        layers.append(caches.append(segments, step))
+    return model._logits(x[:, 0]), KVCache(
+        caches.settle(layers, active),
+        cache.lengths + active.astype(jnp.int32),
+        cache.strategy,
+        cache.capacity,
+    )
+
+
+def _rotation(config: ModelConfig, lengths: Int[Array, "B"], positions: Int[Array, "#B T"]) -> Rotate:
+    """RoPE at `positions`; `lengths`, the tokens of each row, matter to dynamic scaling only."""
+    frequencies, scaling = rope_frequencies(config, lengths)
+    return lambda x: apply_rope(x, positions, frequencies, scaling)
+
+
+def _linear(use_bias: bool, dtype: DTypeLike, rngs: nnx.Rngs) -> Callable[[int, int], nnx.Linear]:
+    return lambda inputs, outputs: nnx.Linear(
+        inputs, outputs, use_bias=use_bias, param_dtype=dtype, rngs=rngs
+    )
+
+
+def _norm(config: ModelConfig, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.RMSNorm:
+    return nnx.RMSNorm(config.hidden_size, epsilon=config.rms_norm_eps, param_dtype=dtype, rngs=rngs)

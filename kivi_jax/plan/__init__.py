@@ -1,0 +1,1 @@
+"""What a cache will weigh, before there is one. Start with `memory.py`."""

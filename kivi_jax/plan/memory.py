@@ -1,0 +1,81 @@
+"""Memory plans: what a cache will weigh, from the shapes of the real arrays, without making any."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from kivi_jax.cache.strategy import CacheStrategy, KVCache, Prompt, cache_bytes
+from kivi_jax.config import ModelConfig
+from kivi_jax.model.llama import Llama
+
+
+def plan_cache(
+    config: ModelConfig,
+    strategy: CacheStrategy,
+    *,
+    batch: int,
+    context: int,
+    dtype: DTypeLike,
+    prompt_tokens: int | None = None,
+) -> dict[str, int]:
+    """`cache_bytes` of a cache for rows of `context` tokens, the first `prompt_tokens` (all) from a prompt.
+
+    Raises:
+        ValueError: a number is out of range, or the strategy does not fit the model.
+    """
+    width = context if prompt_tokens is None else prompt_tokens
+    if batch < 1 or not 0 < width <= context:
+        raise ValueError(f"{batch=} must be positive, and the prompt's {width} tokens from 1 to {context=}")
+    strategy.check(config)
+
+    hold = functools.partial(
+        zero_cache, config, strategy, batch=batch, width=width, capacity=context, dtype=dtype
+    )
+    return cache_bytes(jax.eval_shape(hold))
+
+
+def zero_cache(
+    config: ModelConfig, strategy: CacheStrategy, *, batch: int, width: int, capacity: int, dtype: DTypeLike
+) -> KVCache:
+    """The cache of prompts of `width` tokens, which are all zeros."""
+    shape = (batch, config.num_kv_heads, width, config.head_dim)
+    lengths = jnp.full(batch, width, jnp.int32)
+    prompt = Prompt(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros(shape[:3]), lengths)
+    layers = tuple(
+        strategy.hold_prompt(
+            prompt, capacity=capacity, window=config.sliding_window, layer=layer, layers=config.num_layers
+        )
+        for layer in range(config.num_layers)
+    )
+    return KVCache(layers, lengths, strategy, capacity)
+
+
+def largest_batch(
+    config: ModelConfig,
+    strategy: CacheStrategy,
+    *,
+    context: int,
+    dtype: DTypeLike,
+    memory_bytes: int,
+    prompt_tokens: int | None = None,
+) -> int:
+    """How many rows of `context` tokens fit into `memory_bytes`, weights included.
+
+    Counted: the weights, the caches, and per row the final logits in float32. Prefill works on one row
+    or many; its own peak depends on `block_tokens` and is not counted.
+    """
+    weights = parameter_count(config) * jnp.dtype(dtype).itemsize
+    plan = plan_cache(config, strategy, batch=1, context=context, dtype=dtype, prompt_tokens=prompt_tokens)
+    row = plan["total"] + 4 * config.vocab_size
+    return max(0, (memory_bytes - weights) // row)
+
+
+@functools.cache
+def parameter_count(config: ModelConfig) -> int:
+    """Parameters of a model, counted by shape."""
+
+    model = nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0)))
+    return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model)))

@@ -1,0 +1,172 @@
+"""Strings in, strings out: padding, streaming, and characters that span tokens."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import kivi_jax as kj
+from kivi_jax.generation.loading import load_tokenizer
+from kivi_jax.generation.text import Tokenizer, decode_stream, pad_prompts, stream_tokens
+from tests.models import config, random_llama, stories
+
+PROMPTS = ["Once upon a time", "The cat", "Ünïcödé 日 🙂"]
+
+
+class Bytes:
+    """A tokenizer whose tokens are the bytes of UTF-8."""
+
+    def __call__(self, text):
+        return {"input_ids": list(text.encode())}
+
+    def decode(self, token_ids, *, skip_special_tokens):
+        return bytes(token_ids).decode(errors="replace")
+
+
+class Words:
+    """A tokenizer that, like sentencepiece, leaves out the space before the first word."""
+
+    def __call__(self, text):
+        raise NotImplementedError
+
+    def decode(self, token_ids, *, skip_special_tokens):
+        kept = [token for token in token_ids if not (skip_special_tokens and token == 0)]
+        return " ".join(f"w{token}" for token in kept)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(shared):
+    return load_tokenizer(shared / "models" / "stories260K")
+
+
+@given(st.lists(st.lists(st.integers(0, 99), min_size=1, max_size=300), min_size=1, max_size=4))
+def test_pad_prompts_keeps_every_token(prompts):
+    tokens, lengths = pad_prompts(prompts)
+    assert [row[:n].tolist() for row, n in zip(tokens, lengths, strict=True)] == prompts
+    assert not any(row[n:].any() for row, n in zip(tokens, lengths, strict=True))
+
+
+@given(st.integers(1, 200_000))
+def test_pad_prompts_wastes_little(longest):
+    width = pad_prompts([range(longest)])[0].shape[1]
+    assert longest <= width < longest + max(32, longest / 8 + 1)
+    assert width % 32 == 0
+
+
+def test_similar_lengths_share_a_width():
+    """Few programs serve all lengths up to 4096."""
+    assert len({pad_prompts([[0] * n])[0].shape[1] for n in range(1, 4097)}) <= 8 + 8 * 4
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"), [([], "at least one prompt"), ([[1], []], "prompt 1 has no")]
+)
+def test_pad_prompts_refuses_nothing(prompts, message):
+    with pytest.raises(ValueError, match=message):
+        pad_prompts(prompts)
+
+
+def test_one_string_instead_of_a_list_is_refused(tokenizer):
+    with pytest.raises(ValueError, match=r"got one string: pass \[prompt\]"):
+        kj.complete(random_llama(config()), tokenizer, PROMPTS[0], cache=kj.full(), max_new_tokens=1)
+
+
+@pytest.mark.parametrize("call", [kj.complete, kj.stream])
+def test_an_empty_prompt_is_refused(call):
+    prompt = [""] if call is kj.complete else ""
+    with pytest.raises(ValueError, match="prompt 0 has no tokens"):
+        list(call(random_llama(config()), Bytes(), prompt, cache=kj.full(), max_new_tokens=1))
+
+
+def test_streaming_no_tokens_is_refused():
+    with pytest.raises(ValueError, match="max_new_tokens=0 must be at least 1"):
+        next(stream_tokens(random_llama(config()), [1], cache=kj.full(), max_new_tokens=0))
+
+
+@pytest.mark.parametrize(
+    ("cache", "sampler"),
+    [
+        (kj.full(), None),
+        (kj.kivi(2, 8, 32), kj.Sample(temperature=0.8, top_k=50, repetition_penalty=1.1)),
+    ],
+    ids=["greedy", "sampled kivi2"],
+)
+def test_a_stream_joined_is_what_complete_gives(shared, tokenizer, cache, sampler):
+    model = stories(shared)
+    options = dict(cache=cache, max_new_tokens=32, sampler=sampler)
+    keys = jax.random.split(jax.random.key(5), 3)
+    texts = kj.complete(model, tokenizer, PROMPTS, key=None if sampler is None else keys, **options)
+    assert all(texts)
+    for row, (prompt, text) in enumerate(zip(PROMPTS, texts, strict=True)):
+        key = None if sampler is None else keys[row : row + 1]
+        pieces = list(kj.stream(model, tokenizer, prompt, key=key, **options))
+        assert "".join(pieces) == text
+        assert len(pieces) > 8
+
+
+def test_a_stream_ends_where_complete_ends(shared, tokenizer):
+    model = stories(shared)
+    options = dict(cache=kj.full(), max_new_tokens=32)
+    text = kj.complete(model, tokenizer, PROMPTS, **options)[0]
+    end = tokenizer(PROMPTS[0] + text)["input_ids"][12]
+    tokens = stream_tokens(model, tokenizer(PROMPTS[0])["input_ids"], eos_ids=(end,), **options)
+    ids = [token for token, _ in tokens]
+    assert ids.index(end) == len(ids) - 1 < 31
+    (short, *_) = kj.complete(model, tokenizer, PROMPTS, eos_ids=(end,), **options)
+    assert short == tokenizer.decode(ids, skip_special_tokens=True)
+    assert "".join(kj.stream(model, tokenizer, PROMPTS[0], eos_ids=(end,), **options)) == short
+
+
+def test_characters_come_whole():
+    text = "é 日本 🙂!"
+    pieces = list(decode_stream(Bytes(), iter(text.encode())))
+    assert pieces == list(text)
+
+
+def test_bytes_that_are_no_text_come_at_the_end():
+    assert "".join(decode_stream(Bytes(), [65, 0xF0, 0x9F])) == "A\ufffd"
+    assert "".join(decode_stream(Bytes(), [0xFF, 65, 0xFF, 66])) == "\ufffdA\ufffdB"
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"]), max_size=30))
+def test_any_text_streams_in_whole_characters(text):
+    pieces = list(decode_stream(Bytes(), iter(text.encode())))
+    assert "".join(pieces) == text
+    assert all(pieces)
+
+
+@given(st.lists(st.integers(0, 3), max_size=12))
+def test_spaces_between_words_and_special_tokens_survive(tokens):
+    pieces = decode_stream(Words(), tokens)
+    assert "".join(pieces) == Words().decode(tokens, skip_special_tokens=True)
+
+
+def test_the_trained_tokenizer_streams_any_text(tokenizer):
+    for text in (*PROMPTS, "  two  spaces\n\nand lines "):
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert "".join(decode_stream(tokenizer, ids)) == tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def test_what_counts_as_a_tokenizer(tokenizer):
+    assert isinstance(tokenizer, Tokenizer)
+    assert isinstance(Bytes(), Tokenizer)
+    assert not isinstance(functools.partial(str), Tokenizer)
+
+
+def test_no_tokenizer_files_no_tokenizer(tmp_path):
+    assert load_tokenizer(tmp_path) is None
+
+
+def test_a_damaged_tokenizer_is_refused(tmp_path):
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(ValueError, match=r"tokenizer in .* cannot be read"):
+        load_tokenizer(tmp_path)
+
+
+def test_load_gives_model_and_tokenizer(shared):
+    model, tokenizer = kj.load(shared / "models" / "stories260K", dtype="bfloat16")
+    assert model.embed.embedding[...].dtype == np.dtype("bfloat16")
+    assert tokenizer("Once")["input_ids"][0] == 1

@@ -1,0 +1,76 @@
+"""Prefill attention: the same outputs from XLA's blocks and from `jax.nn`, and what is lowered for CUDA."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kivi_jax.model import attention
+
+fused = pytest.importorskip(
+    "jax._src.cudnn.fused_attention_stablehlo", reason="jax has moved its cuDNN calls"
+)
+
+
+def inputs(dtype, tokens, slots, dim=64):
+    at = jax.random.split(jax.random.key(0), 3)
+    query = jax.random.normal(at[0], (2, tokens, 4, dim), dtype)
+    return query, *(jax.random.normal(key, (2, 2, slots, dim), dtype) for key in at[1:])
+
+
+@pytest.mark.parametrize("window", [None, 1, 5, 100])
+@pytest.mark.parametrize(("tokens", "slots", "first"), [(24, 24, 0), (8, 24, 0), (8, 24, 8), (8, 24, 16)])
+def test_flash_attention_is_causal_attention(tokens, slots, first, window):
+    query, key, value = inputs(jnp.float32, tokens, slots)
+    # What is past the last query is never read.
+    past = (jnp.arange(slots) >= first + tokens)[None, None, :, None]
+    key, value = (jnp.where(past, 1e6, x) for x in (key, value))
+    call = {"first": jnp.int32(first), "window": window}
+    want, _ = attention.causal_attention(query, key, value, **call)
+    got = attention.flash_attention(query, key, value, **call, implementation="xla")
+    np.testing.assert_allclose(got, want, rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize(("tokens", "slots"), [(64, 64), (64, 256)])
+def test_lowers_to_cudnn(monkeypatch, tokens, slots, window):
+    """Lowering for CUDA needs no GPU, only to be told a version of cuDNN."""
+    monkeypatch.setattr(fused, "check_cudnn_version", lambda: 91000)
+    attend = jax.jit(functools.partial(attention.flash_attention, window=window))
+    traced = attend.trace(*inputs(jnp.bfloat16, tokens, slots), first=jnp.int32(0))
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert "__cudnn$fmha" in text
+
+
+class _Device:
+    def __init__(self, capability):
+        self.compute_capability = capability
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "dim", "expected"),
+    [
+        ("9.0", "bfloat16", 128, True),
+        ("9.0", "float16", 256, True),
+        ("8.0", "bfloat16", 256, False),
+        ("8.9", "bfloat16", 96, True),
+        ("8.0", "bfloat16", 100, False),
+        ("9.0", "float32", 128, False),
+        ("7.5", "float16", 128, False),
+        ("gfx942", "bfloat16", 128, False),
+    ],
+)
+def test_cudnn_is_used_where_it_can(monkeypatch, capability, dtype, dim, expected):
+    monkeypatch.setattr(attention, "default_device", lambda: _Device(capability))
+    query = jnp.zeros((1, 8, 2, dim), jnp.dtype(dtype))
+    assert attention._has_flash(query) is expected
+
+
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="there, cuDNN attends")
+def test_the_cpu_attends_in_blocks():
+    query, key, value = inputs(jnp.bfloat16, 8, 24)
+    call = {"first": jnp.int32(8), "window": 5}
+    want, _ = attention.causal_attention(query, key, value, **call)
+    np.testing.assert_array_equal(attention.block_attention(query, key, value, **call), want)

@@ -1,0 +1,291 @@
+"""The model: against the recorded original KIVI, against transformers, and against itself in pieces."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import kivi_jax as kj
+from kivi_jax.config import RopeConfig
+from kivi_jax.model.llama import _decode, _prefill, query_key_value_columns
+from tests.models import config, random_llama, stories
+
+STRATEGIES = {
+    "full": kj.full(),
+    "kivi2": kj.kivi(2, 8, 16),
+    "kivi4": kj.kivi(key_bits=4, value_bits=2, key_group_size=4, value_group_size=8, residual_length=8),
+}
+SELECTING = {
+    "scope": kj.scope(decode=kj.Slide(window=8, recent=4)),
+    "snapkv+adaptive": kj.scope(
+        prompt=kj.SnapKV(budget=12, window=4), decode=kj.Adaptive(window=9, recent=4, max_new_tokens=24)
+    ),
+    "h2o": kj.scope(prompt=kj.H2O(budget=12, recent=4), decode=kj.H2O(budget=16, recent=6)),
+    "streamingllm": kj.scope(
+        prompt=kj.StreamingLLM(sinks=2, recent=9), decode=kj.StreamingLLM(sinks=2, recent=12)
+    ),
+    "kivi2+h2o": kj.kivi(2, 8, 8, prompt=kj.H2O(budget=12, recent=4), decode=kj.Slide(window=8, recent=4)),
+    "kivi2+pyramid": kj.kivi(2, 8, 8, prompt=kj.PyramidKV(budget=12, window=4, beta=2)),
+    "kivi2+scope": kj.kivi(
+        2,
+        8,
+        8,
+        prompt=kj.PyramidInfer(budget=14, window=4),
+        decode=kj.Discontinuous(window=8, recent=3, max_new_tokens=24),
+        pool=kj.PoolQuantization(bits=4, group_size=8),
+    ),
+}
+
+
+def tokens(*shape, vocab=61, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).integers(0, vocab, shape), jnp.int32)
+
+
+def decode_all(model, logits, cache, ids):
+    """Logits before and after each of `ids` [steps, B] is fed."""
+    out = [logits]
+    for token in ids:
+        logits, cache = model.decode(jnp.asarray(token), cache)
+        out.append(logits)
+    return np.stack(out), cache
+
+
+@pytest.mark.parametrize("prompt", [17, 32, 64, 77])
+@pytest.mark.parametrize(("key_bits", "value_bits"), [(2, 2), (2, 4), (4, 2), (4, 4)])
+def test_logits_follow_the_original_kivi(shared, prompt, key_bits, value_bits):
+    """Over 64 steps, for prompts shorter than R = 32, equal to it, a multiple of it, and neither."""
+    file = shared / "golden" / f"kivi_stream_stories260K_T{prompt}.npz"
+    if not file.exists():
+        pytest.skip(f"{file.name} was not recorded here")
+    golden = np.load(file)
+    name = f"k{key_bits}v{value_bits}"
+    strategy = kj.kivi(
+        key_bits=key_bits, value_bits=value_bits, group_size=8, residual_length=32, scale_dtype="float32"
+    )
+    model = stories(shared)
+    logits, cache = model.prefill(
+        jnp.asarray(golden["prompt_ids"])[None], jnp.asarray([prompt]), cache=strategy, capacity=prompt + 64
+    )
+    got, cache = decode_all(model, logits, cache, golden[f"{name}_ids"][:, None])
+    steps = golden[f"{name}_logit_steps"]
+    assert np.abs(got[steps, 0] - golden[f"{name}_logits"]).max() < 2e-3
+    assert (got[:64, 0].argmax(-1) == golden[f"{name}_ids"]).all()
+    packed_keys, full_keys, packed_values, full_values, length = golden[f"{name}_counts"][64, 0]
+    (segment,) = cache.layers[0]
+    n, residual = int(segment.lengths[0]), segment.residual_length
+    assert (n, n // residual * residual, n % residual) == (length, packed_keys, full_keys)
+    assert (max(0, n - residual), min(n, residual)) == (packed_values, full_values)
+
+
+def test_original_kivi_at_full_length_prompts_of_r(shared):
+    """A prompt of exactly R, and of a multiple of R, equal the paper's lists run through our forward."""
+    model = stories(shared)
+    golden = np.load(shared / "golden" / "kivi_stream_stories260K_T77.npz")
+    strategy = kj.kivi(2, 8, 32, scale_dtype="float32")
+    for prompt in (32, 64):
+        ids = golden["prompt_ids"][:prompt]
+        streamed_logits, streamed = model.prefill(
+            jnp.asarray(ids[:1])[None], jnp.asarray([1]), cache=strategy, capacity=128
+        )
+        del streamed_logits
+        once_logits, once = model.prefill(
+            jnp.asarray(ids)[None], jnp.asarray([prompt]), cache=strategy, capacity=128
+        )
+        (segment,) = once.layers[0]
+        # The first layer's keys and values depend on the tokens only: streaming gives the same cache.
+        _, streamed = decode_all(model, once_logits, streamed, ids[1:, None])
+        (other,) = streamed.layers[0]
+        packed = slice(0, prompt // 32 * 32)
+        assert (segment.keys.words[:, :, packed] != other.keys.words[:, :, packed]).mean() < 1e-3
+        np.testing.assert_allclose(segment.value_ring, other.value_ring, atol=1e-5)
+
+
+def test_logits_equal_transformers_on_the_trained_model(shared):
+    golden = np.load(shared / "models" / "stories260K" / "golden_hf.npz")
+    logits = stories(shared)(jnp.asarray(golden["input_ids"])[None])
+    np.testing.assert_allclose(logits[0], golden["logits"], atol=1e-4)
+
+
+VARIANTS = {
+    "GQA": {},
+    "MHA": dict(num_kv_heads=4),
+    "MQA": dict(num_kv_heads=1),
+    "biases": dict(attention_bias=True, mlp_bias=True),
+    "tied": dict(tie_word_embeddings=True),
+    "wide heads": dict(head_dim=24),
+    "window": dict(sliding_window=9),
+    "linear": dict(rope=RopeConfig(kind="linear", factor=2.0)),
+    "llama3": dict(rope=RopeConfig(kind="llama3", factor=8.0, original_max_position_embeddings=16)),
+    "yarn": dict(rope=RopeConfig(kind="yarn", factor=4.0, original_max_position_embeddings=16)),
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_prefill_and_decode_equal_one_forward(name):
+    """Logits of every step of a ragged batch equal those of a forward over the whole row."""
+    model = random_llama(config(**VARIANTS[name]))
+    ids = tokens(3, 40)
+    lengths = np.array([1, 13, 20])
+    logits, cache = model.prefill(
+        ids[:, :20], jnp.asarray(lengths), cache=kj.full(), capacity=40, block_tokens=7
+    )
+    steps = [ids[np.arange(3), lengths + i] for i in range(20)]
+    got, cache = decode_all(model, logits, cache, steps)
+    whole = np.asarray(model(ids))
+    for row, n in enumerate(lengths):
+        np.testing.assert_allclose(got[:, row], whole[row, n - 1 : n + 20], atol=3e-5)
+    assert list(cache.lengths) == list(lengths + 20)
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_block_size_does_not_change_the_result(name):
+    model = random_llama(config(sliding_window=None))
+    ids, lengths = tokens(2, 37, seed=1), jnp.asarray([37, 21])
+    reference = None
+    for block_tokens in (1, 8, 36, 512):
+        logits, cache = model.prefill(
+            ids, lengths, cache=STRATEGIES[name], capacity=40, block_tokens=block_tokens
+        )
+        held = [segment.materialize() for layer in cache.layers for segment in layer]
+        reference = reference or (logits, held)
+        np.testing.assert_allclose(logits, reference[0], atol=2e-5)
+        for got, expected in zip(held, reference[1], strict=True):
+            seen = np.asarray(got.position)[..., None] >= 0
+            difference = np.where(seen, got.key - expected.key, 0)
+            # A scale that lies between two float16 numbers may be stored as either; nothing else may differ.
+            packed = STRATEGIES[name].quantization is not None
+            assert np.mean(np.abs(difference) > 2e-5) <= (0.01 if packed else 0)
+            np.testing.assert_allclose(difference, 0, atol=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "window"),
+    [*((name, None) for name in STRATEGIES | SELECTING), ("full", 11), ("kivi2", 11)],
+)
+def test_a_row_is_the_same_alone_and_in_any_batch(name, window):
+    """Eight rows of different lengths, token for token."""
+    model = random_llama(config(sliding_window=window))
+    strategy = (STRATEGIES | SELECTING)[name]
+    lengths = np.array([1, 3, 8, 15, 16, 17, 32, 33])
+    ids = tokens(8, 33, seed=2)
+    together = kj.generate(model, ids, jnp.asarray(lengths), cache=strategy, max_new_tokens=24, eos_ids=())
+    for row in (
+        range(8) if name in ("full", "kivi2") and window is None else (0, 4, 7)
+    ):  # each length compiles anew
+        width = lengths[row]
+        alone = kj.generate(
+            model,
+            ids[row : row + 1, :width],
+            jnp.asarray([width]),
+            cache=strategy,
+            max_new_tokens=24,
+            eos_ids=(),
+        )
+        np.testing.assert_array_equal(together.tokens[row], alone.tokens[0])
+
+
+def test_what_stands_in_the_padding_does_not_matter():
+    model = random_llama(config())
+    ids = np.array(tokens(2, 20, seed=3))
+    other = ids.copy()
+    other[0, 5:] = 60
+    lengths = jnp.asarray([5, 20])
+    for strategy in STRATEGIES.values():
+        first, second = (
+            kj.generate(model, jnp.asarray(x), lengths, cache=strategy, max_new_tokens=20)
+            for x in (ids, other)
+        )
+        np.testing.assert_array_equal(first.tokens, second.tokens)
+
+
+def test_scope_equals_the_original_end_to_end(shared):
+    """64 tokens of ALLKV + slide, on the trained model with one KV head per query head, as SCOPE caches."""
+    golden = np.load(shared / "golden" / "scope_stream_stories260K.npz")
+    prompt = np.load(shared / "golden" / "kivi_stream_stories260K_T77.npz")["prompt_ids"]
+    grouped = stories(shared)
+    model = random_llama(replace(grouped.config, num_kv_heads=grouped.config.num_heads))
+    nnx.update(model, nnx.state(grouped, lambda path, _: "query_key_value" not in path))
+    queries, *keys_and_values = query_key_value_columns(grouped.config)
+    for ours, theirs in zip(model.layers, grouped.layers, strict=True):
+        kernel = theirs.attention.query_key_value.kernel[...]
+        heads = (kernel[:, part].reshape(len(kernel), -1, model.config.head_dim) for part in keys_and_values)
+        repeated = (jnp.repeat(head, 2, axis=1).reshape(len(kernel), -1) for head in heads)
+        ours.attention.query_key_value.kernel[...] = jnp.concatenate([kernel[:, queries], *repeated], axis=1)
+    strategy = kj.scope(decode=kj.Slide(window=24, recent=8))
+    logits, cache = model.prefill(
+        jnp.asarray(prompt)[None], jnp.asarray([77]), cache=strategy, capacity=77 + 64
+    )
+    ids = golden["allkv+slide_ids"]
+    got, cache = decode_all(model, logits, cache, ids[:63, None])
+    np.testing.assert_allclose(got[:, 0], golden["allkv+slide_logits"], atol=2e-3)
+    whole = np.asarray(grouped(jnp.asarray([[*prompt, *ids[:63]]]))[0, 76:])
+    assert np.abs(whole - got[:, 0])[30:].max() > 0.1  # tokens were really dropped
+
+
+def test_pool_bytes_do_not_grow_with_the_output():
+    """With a window, what decoding holds is the same for short and long generations."""
+    from kivi_jax.plan.memory import plan_cache
+
+    model_config = config(head_dim=64)
+    sizes = [
+        plan_cache(model_config, kj.scope(), batch=1, context=100 + new, prompt_tokens=100, dtype="float32")
+        for new in (600, 6000)
+    ]
+    assert sizes[0] == sizes[1]
+    assert sizes[0]["pool"] == 2 * 2 * 2 * 513 * 64 * 4
+
+
+def test_no_recompilation_while_decoding():
+    """One program for prefill and one for every step, whatever the lengths."""
+    model = random_llama(config(num_layers=1))
+    ids = tokens(2, 16, seed=4)
+    _prefill.clear_cache()
+    _decode.clear_cache()
+    for lengths in ([16, 3], [1, 9]):
+        logits, cache = model.prefill(ids, jnp.asarray(lengths), cache=kj.kivi(2, 8, 8), capacity=48)
+        for _ in range(20):
+            logits, cache = model.decode(jnp.argmax(logits, -1).astype(jnp.int32), cache)
+    assert (_prefill._cache_size(), _decode._cache_size()) == (1, 1)
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_a_step_updates_the_cache_in_place(name):
+    """Donated buffers are reused, and no step copies a layer's tokens."""
+    model = random_llama(config())
+    logits, cache = model.prefill(
+        tokens(1, 100, seed=5), jnp.asarray([100]), cache=STRATEGIES[name], capacity=4096
+    )
+    del logits
+    layer = sum(leaf.nbytes for leaf in jax.tree.leaves(cache.layers[0]))
+    compiled = _decode.lower(model, jnp.asarray([1]), cache, jnp.asarray([True])).compile()
+    memory = compiled.memory_analysis()
+    total = sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
+    assert memory.alias_size_in_bytes == total
+    if name == "full":
+        assert memory.temp_size_in_bytes < layer
+
+
+def test_prefill_keeps_one_layer_in_full_precision():
+    """The peak of a long prompt does not grow with the number of layers but for the packed cache."""
+    strategy = kj.kivi(2, 8, 16)
+    temporary = []
+    for layers in (2, 6):
+        model = random_llama(config(num_layers=layers))
+        lowered = _prefill.lower(model, tokens(1, 4096), jnp.asarray([4096]), strategy, 4096, 64)
+        temporary.append(lowered.compile().memory_analysis().temp_size_in_bytes)
+    one_layer = 2 * 2 * 4096 * 8 * 4  # keys and values, 2 KV heads, float32
+    assert temporary[1] - temporary[0] < one_layer
+
+
+def test_bad_arguments_are_refused():
+    model = random_llama(config())
+    ids = tokens(2, 8)
+    with pytest.raises(ValueError, match="capacity=4 must be at least the prompt's 8 tokens"):
+        model.prefill(ids, jnp.asarray([8, 8]), cache=kj.full(), capacity=4)
+    with pytest.raises(ValueError, match=r"value_group_size=32 must divide the model's head_dim=8: pass"):
+        model.prefill(ids, jnp.asarray([8, 8]), cache=kj.kivi(), capacity=8)
+    with pytest.raises(ValueError, match="every length must be from 1 to 8"):
+        kj.generate(model, ids, jnp.asarray([8, 0]), cache=kj.full(), max_new_tokens=1)

@@ -1,0 +1,193 @@
+"""One battery for every implementation of `quantized_attention`: add its name to IMPLEMENTATIONS.
+
+Without a GPU the kernels run in Pallas' interpreter.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.partials import merge, normalize
+from pallas_kernels.quantize.quantization import QuantizedTensor, dequantize
+from pallas_kernels.quantized_attention import pallas_mosaic, pallas_triton, quantized_attention, xla
+from pallas_kernels.quantized_attention.cases import CORRECTNESS, Case
+from pallas_kernels.residual.ring import Ring
+from tests.oracles import attention as oracle
+from tests.oracles import quantization as quantization_oracle
+
+# name -> relative error allowed, of norms: float32 products, or what the kernel's own operands allow.
+IMPLEMENTATIONS = {"xla": 2e-6, "pallas_triton": 1e-3, "pallas_mosaic": 1e-3}
+KERNELS = {"pallas_triton": pallas_triton, "pallas_mosaic": pallas_mosaic}
+INTERPRETED = {} if jax.default_backend() == "gpu" else KERNELS
+each_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+each_case = pytest.mark.parametrize("case", CORRECTNESS, ids=str)
+
+
+@functools.cache
+def inputs(case: Case):
+    query, key, value = case.dense()
+    key, value = jax.jit(case.pack)(key, value)
+    return query.astype(jnp.dtype(case.query_dtype)), key, value, *case.token_ranges()
+
+
+@functools.cache
+def expected(case: Case):
+    query, key, value, start, end = inputs(case)
+    slots = oracle.ring_visible(start, end, case.slots)
+    visible = [[row] * case.kv_heads for row in slots]
+    return oracle.attend(query, read(key), read(value), visible, case.head_dim**-0.5)
+
+
+def read(x: QuantizedTensor) -> np.ndarray:
+    return quantization_oracle.dequantize(
+        x.words, x.scale, x.zero, bits=x.bits, group_size=x.group_size, group_axis=x.group_axis
+    )
+
+
+def jitted(implementation, head_dim):
+    if implementation in INTERPRETED:
+        attend = INTERPRETED[implementation].attend
+        return jax.jit(functools.partial(attend, scale=head_dim**-0.5, interpret=True))
+    return jax.jit(functools.partial(quantized_attention, implementation=implementation))
+
+
+def run(implementation, query, key, value, start, end, **options):
+    call = jitted(implementation, query.shape[-1])
+    try:
+        return call(query, key, value, start=start, end=end, **options)
+    except NotImplementedError as reason:
+        pytest.skip(str(reason))
+
+
+def relative_error(got, want) -> float:
+    return float(np.linalg.norm(np.asarray(got) - want) / max(np.linalg.norm(want), 1e-30))
+
+
+@each_case
+def test_the_packed_words_denote_what_dequantize_says(case):
+    _, key, value, _, _ = inputs(case)
+    for tensor in (key, value):
+        assert relative_error(dequantize(tensor), read(tensor)) < 1e-6
+
+
+@each_implementation
+@each_case
+def test_equals_the_oracle(implementation, case):
+    tolerance = IMPLEMENTATIONS[implementation]
+    got = run(implementation, *inputs(case))
+    out, top, denom = expected(case)
+    seen = denom > 0
+    log_sum_exp = top[seen] + np.log(denom[seen])
+    assert got.out.dtype == got.max.dtype == got.denom.dtype == jnp.float32
+    assert relative_error(normalize(got), out / np.where(seen, denom, 1)[..., None]) < tolerance
+    assert relative_error(np.asarray(got.log_sum_exp)[seen], log_sum_exp) < tolerance
+
+
+@each_implementation
+@pytest.mark.parametrize(
+    "name", ["tiles_wrapped", "tiles_empty_row", "tiles_mqa", "head_96", "window", "head_8"]
+)
+@pytest.mark.parametrize(("slots", "newer"), [(32, 0), (96, 5), (128, 300)])
+def test_also_attends_to_a_residual(implementation, name, slots, newer):
+    """A ring that is not full, one that ends with the packed tokens, and one that has wrapped."""
+    (case,) = [c for c in CORRECTNESS if c.name == name]
+    query, key, value, start, end = inputs(case)
+    shape = (case.batch, case.kv_heads, slots, case.head_dim)
+    ring = Ring(*jax.random.normal(jax.random.key(slots), (2, *shape)), end + newer)
+    got = run(implementation, query, key, value, start, end, residual=ring)
+
+    packed = oracle.ring_visible(start, end, case.slots)
+    recent = oracle.ring_visible(start, ring.end, slots)
+    visible = [[[*a, *b]] * case.kv_heads for a, b in zip(packed, recent, strict=True)]
+    keys, values = (
+        np.concatenate([read(a), np.asarray(b)], axis=2) for a, b in ((key, ring.keys), (value, ring.values))
+    )
+    out, _, denom = oracle.attend(query, keys, values, visible, case.head_dim**-0.5)
+    want = out / np.where(denom > 0, denom, 1)[..., None]
+    assert relative_error(normalize(got), want) < IMPLEMENTATIONS[implementation]
+
+
+@each_implementation
+def test_a_row_that_sees_nothing_is_the_empty_partial(implementation):
+    name = "tiles_empty_row" if implementation == "pallas_mosaic" else "empty_row"
+    (case,) = [c for c in CORRECTNESS if c.name == name]
+    query, key, value, start, end = inputs(case)
+    for got, rows in (
+        (run(implementation, query, key, value, start, end), slice(0, 1)),
+        (run(implementation, query, key, value, start, jnp.minimum(end, start)), slice(None)),
+    ):
+        assert not np.asarray(got.out)[rows].any()
+        assert not np.asarray(got.denom)[rows].any()
+        merged = merge(got, got)
+        assert np.isfinite(np.asarray(normalize(merged))).all()
+
+
+@each_implementation
+@pytest.mark.parametrize("name", ["prime_pages", "wrapped", "window"])
+def test_a_row_alone_equals_the_row_in_a_batch(implementation, name):
+    (case,) = [c for c in CORRECTNESS if c.name == name]
+    batch = inputs(case)
+    together = normalize(run(implementation, *batch))
+    for row in (0, case.batch - 1):
+        alone = jax.tree.map(lambda x, row=row: x[row : row + 1], batch)
+        got = normalize(run(implementation, *alone))
+        assert relative_error(got[0], np.asarray(together[row])) < IMPLEMENTATIONS[implementation]
+
+
+@each_implementation
+def test_lengths_do_not_recompile(implementation):
+    query, key, value, start, end = inputs(CORRECTNESS[0])
+    call = jitted(implementation, query.shape[-1])
+    for length in (1, 17, 128):
+        try:
+            call(query, key, value, start=start, end=jnp.full_like(end, length))
+        except NotImplementedError as reason:
+            pytest.skip(str(reason))
+    assert call._cache_size() == 1
+
+
+@pytest.mark.parametrize("name", ["prime_pages", "wrapped", "window", "groups_64", "head_8"])
+@pytest.mark.parametrize("tokens", [32, 96, 160])
+def test_xla_blocks_of_any_size_agree(name, tokens):
+    """Blocks that do not divide the ring, and a last block that overlaps its neighbour."""
+    (case,) = [c for c in CORRECTNESS if c.name == name]
+    query, key, value, start, end = inputs(case)
+    elements = tokens * case.batch * case.kv_heads * case.head_dim
+    attend = functools.partial(xla.attend, scale=case.head_dim**-0.5, block_elements=elements)
+    got = jax.jit(attend)(query, key, value, start=start, end=end)
+    out, _, denom = expected(case)
+    assert relative_error(normalize(got), out / denom[..., None]) < 2e-6
+
+
+def test_xla_reads_only_blocks_that_a_row_needs():
+    """Poison in every page outside the windows: a block that holds none of a window is not even read."""
+    (case,) = [c for c in CORRECTNESS if c.name == "window"]
+    query, key, value, start, end = inputs(case)
+    first, last = int(start.min()) // 32, -(-int(end.max()) // 32)
+    page = jnp.arange(case.slots // 32)
+    outside = (page < first) | (page >= last)
+    poison = outside[None, None, :, None]
+    key = QuantizedTensor(
+        key.words,
+        jnp.where(poison, jnp.nan, key.scale),
+        key.zero,
+        key.bits,
+        key.group_size,
+        key.group_axis,
+    )
+    elements = 32 * case.batch * case.kv_heads * case.head_dim
+    got = jax.jit(functools.partial(xla.attend, scale=1.0, block_elements=elements))(
+        query, key, value, start=start, end=end
+    )
+    assert np.isfinite(np.asarray(got.out)).all()
+
+
+def test_refuses_what_does_not_fit():
+    query, key, value, start, end = inputs(CORRECTNESS[0])
+    with pytest.raises(ValueError, match="grouped over tokens"):
+        quantized_attention(query, value, key, start=start, end=end)
+    with pytest.raises(ValueError, match="does not fit"):
+        quantized_attention(query[:, :3], key, value, start=start, end=end)

@@ -1,0 +1,98 @@
+"""A step's writes to KIVI's cache by the kernels, in Pallas' interpreter, against XLA's, bit by bit."""
+
+import functools
+import importlib
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kivi_jax.cache import kivi as kivi_segment
+from kivi_jax.cache.kivi import KiviQuantization, KiviTokens
+from kivi_jax.cache.segments import Step
+
+BATCH, KV_HEADS = 3, 2
+
+
+def tokens_of(lengths, *, residual, dim, bits, group, value_group, dtype, scale_dtype, window=None):
+    shape = (BATCH, KV_HEADS, max(lengths), dim)
+    key, value = jax.random.normal(jax.random.key(0), (2, *shape), dtype)
+    return KiviTokens.from_prompt(
+        key,
+        value,
+        jnp.array(lengths),
+        KiviQuantization(
+            key_bits=bits,
+            value_bits=bits,
+            key_group_size=group,
+            value_group_size=value_group,
+            residual_length=residual,
+            scale_dtype=scale_dtype,
+        ),
+        capacity=max(lengths) + 2 * residual,
+        window=window,
+    )
+
+
+def with_kernels(tokens: KiviTokens, step: Step) -> KiviTokens:
+    """As on a GPU."""
+
+    def by_kernel(operation, module, kernel, xla):
+        function = getattr(importlib.import_module(module), operation)
+        interpreted = functools.partial(function, interpret=True)
+        return kernel(types.SimpleNamespace(**{operation: interpreted}))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kivi_segment, "by_kernel_or_xla", by_kernel)
+        return with_xla(tokens, step)
+
+
+def with_xla(tokens: KiviTokens, step: Step) -> KiviTokens:
+    return KiviTokens.settle([tokens.append(step)], step.active)[0]
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        {"residual": 32, "dim": 64, "bits": 2, "group": 32, "value_group": 32},
+        {"residual": 64, "dim": 64, "bits": 4, "group": 32, "value_group": 64},
+        {"residual": 32, "dim": 8, "bits": 2, "group": 8, "value_group": 8, "scale_dtype": "float32"},
+        {"residual": 64, "dim": 32, "bits": 1, "group": 64, "value_group": 16, "scale_dtype": "bfloat16"},
+        {"residual": 32, "dim": 16, "bits": 8, "group": 16, "value_group": 4, "dtype": jnp.bfloat16},
+        {"residual": 32, "dim": 64, "bits": 2, "group": 32, "value_group": 32, "window": 40},
+    ],
+    ids=str,
+)
+def test_steps_equal_those_of_xla(case):
+    """Rows before their first block, at its end and long after it; one pauses, and a window's store wraps."""
+    case = {"dtype": jnp.float32, "scale_dtype": "float16", **case}
+    residual = case["residual"]
+    ours = xla = tokens_of([3, residual - 2, 3 * residual - 1], **case)
+    step_ours, step_xla = jax.jit(with_kernels), jax.jit(with_xla)
+    for i in range(residual + 4):
+        query, key, value = jax.random.normal(jax.random.key(i + 1), (3, BATCH, KV_HEADS, case["dim"]))
+        active = jnp.array([True, i % 5 != 2, True])
+        step = Step(query, key, value, jnp.zeros((BATCH, KV_HEADS)), active)
+        ours, xla = step_ours(ours, step), step_xla(xla, step)
+        for got, want in zip(jax.tree.leaves(ours), jax.tree.leaves(xla), strict=True):
+            np.testing.assert_array_equal(np.asarray(got), np.asarray(want))
+
+
+@pytest.mark.parametrize("dim", [24, 80, 96])
+def test_other_head_sizes_are_refused(dim):
+    tokens = tokens_of(
+        [40, 40, 40],
+        residual=32,
+        dim=dim,
+        bits=2,
+        group=32,
+        value_group=8,
+        dtype=jnp.float32,
+        scale_dtype="float16",
+    )
+    token = tokens.key_ring[:, :, 0]
+    step = Step(token, token, token, token[..., 0], jnp.ones(BATCH, bool))
+    with pytest.raises(NotImplementedError, match=f"{dim} channels in groups of 8: no powers of two"):
+        with_kernels(tokens, step)
