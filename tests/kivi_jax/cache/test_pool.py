@@ -28,9 +28,9 @@ def step(segments, query, key, value, active):
     return normalize(attended), (*segments[:-1], settled)
 
 
-def empty_pool(lengths, heads, dim, selector, make=DenseStore.of, **options):
+def empty_pool(lengths, heads, dim, selector, make=DenseStore.of, *packing):
     nothing = jnp.zeros((len(lengths), heads, 0, dim))
-    store = make(nothing, nothing, selector.slots, **options)
+    store = make(nothing, nothing, selector.slots, *packing)
     return TokenPool.of(
         store, nothing[..., 0].astype(int), jnp.zeros_like(lengths), lengths, selector=selector
     )

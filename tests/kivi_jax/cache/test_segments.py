@@ -199,5 +199,5 @@ def test_groups_that_do_not_fit_are_refused():
     keys = random((1, 1, 8, 8), 13)
     with pytest.raises(ValueError, match=r"group_size=3 must divide the number of channels, 8"):
         kivi_tokens(keys, keys, [8], capacity=8, value_group_size=3)
-    with pytest.raises(ValueError, match=r"key_group_size=3 must divide residual_length=8"):
+    with pytest.raises(ValueError, match=r"residual_length=8 must be a multiple of key_group_size=3"):
         kivi_tokens(keys, keys, [8], capacity=8, key_group_size=3)
