@@ -1,7 +1,6 @@
 """Hugging Face directory -> model, one tensor at a time. Read `orbax.py` next."""
 
-import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -10,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
-from safetensors import SafetensorError, safe_open
 
 from convert.errors import CheckpointError
 from convert.rules import Path, is_derived, model_config, sources_of
+from convert.stored import Stored, read_json, stored_tensors
 from kivi_jax.config import ModelConfig
 from kivi_jax.model.llama import Llama
 
@@ -30,7 +29,7 @@ def read_config(directory: FilePath) -> ModelConfig:
     """
     generation = directory / "generation_config.json"
     return model_config(
-        _read_json(directory / "config.json"), _read_json(generation) if generation.exists() else None
+        read_json(directory / "config.json"), read_json(generation) if generation.exists() else None
     )
 
 
@@ -45,7 +44,7 @@ def load_hf(directory: FilePath, *, dtype: DTypeLike, progress: Progress | None 
     """
     config = read_config(directory)
     check_tokenizer(directory, config)
-    files = _tensor_files(directory)
+    tensors = stored_tensors(directory)
     abstract = abstract_parameters(config, dtype)
     sources = {path: sources_of(path, config) for path in abstract}
     shapes = {
@@ -53,16 +52,16 @@ def load_hf(directory: FilePath, *, dtype: DTypeLike, progress: Progress | None 
         for path, parts in sources.items()
         for source in parts
     }
-    _check_coverage(config, files, shapes)
-    if config.tie_word_embeddings and "lm_head.weight" in files:
-        _check_tied(files, sources["embed", "embedding"][0].name)
+    _check_coverage(config, tensors, shapes)
+    if config.tie_word_embeddings and "lm_head.weight" in tensors:
+        _check_tied(tensors, sources["embed", "embedding"][0].name)
     filled: dict[Path, jax.Array] = {}
     done = 0
     # Largest first: reading needs a tensor's size more, which is least when the model is nearly whole.
     for path in sorted(sources, key=lambda path: -abstract[path].size):
         parts: list[jax.Array] = []
         for source in sources[path]:
-            tensor = _read_tensor(files[source.name][0], source.name)
+            tensor = tensors[source.name].read()
             parts.append(jnp.asarray(tensor.T if source.transpose else tensor, dtype))
             done += 1
             if progress is not None:
@@ -112,73 +111,10 @@ def check_tokenizer(directory: FilePath, config: ModelConfig) -> None:
         )
 
 
-def _read_json(file: FilePath) -> dict[str, Any]:
-    if not file.is_file():
-        raise CheckpointError(f"{file} is missing: a Hugging Face checkpoint needs it")
-    try:
-        content = json.loads(file.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{file} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{file} must hold a JSON object, got {type(content).__name__}")
-    return content
-
-
-def _tensor_files(directory: FilePath) -> dict[str, tuple[FilePath, tuple[int, ...], str]]:
-    """File, shape and type of every tensor."""
-    found: dict[str, tuple[FilePath, tuple[int, ...], str]] = {}
-    for file in _weight_files(directory):
-        for name, shape, kind in _tensors_in(file):
-            if name in found:
-                raise CheckpointError(f"tensor {name} is in {found[name][0].name} and in {file.name}")
-            found[name] = (file, shape, kind)
-    return found
-
-
-def _weight_files(directory: FilePath) -> list[FilePath]:
-    # As transformers chooses. Some directories hold the same weights again in another layout.
-    if (single := directory / "model.safetensors").exists():
-        return [single]
-    index = directory / "model.safetensors.index.json"
-    if index.exists():
-        shards = _read_json(index).get("weight_map")
-        if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
-            raise CheckpointError(f"{index} must map tensors to files in its weight_map")
-        files = sorted({directory / name for name in shards.values()})
-        if missing := [file.name for file in files if not file.exists()]:
-            raise CheckpointError(f"{directory} lacks shards that its index names: {', '.join(missing)}")
-        return files
-    if files := sorted(directory.glob("*.safetensors")):
-        return files
-    pickled = sorted(file.name for ending in ("*.bin", "*.pth", "*.pt") for file in directory.glob(ending))
-    if pickled:
-        raise CheckpointError(
-            f"{directory} holds pickled weights ({pickled[0]}), which can run code when loaded: save it as "
-            "safetensors first, in transformers with model.save_pretrained(folder)"
-        )
-    raise CheckpointError(f"{directory} holds no *.safetensors weights")
-
-
-def _tensors_in(file: FilePath) -> Iterator[tuple[str, tuple[int, ...], str]]:
-    try:
-        with safe_open(file, framework="numpy") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 (not a dict)
-                view = tensors.get_slice(name)
-                yield name, tuple(view.get_shape()), view.get_dtype()
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file} cannot be read ({error}): copy or download it again") from error
-
-
-def _read_tensor(file: FilePath, name: str) -> np.ndarray:
-    # Opened anew for every tensor: pages of a file that stays mapped would count as our memory.
-    with safe_open(file, framework="numpy") as tensors:
-        return tensors.get_tensor(name)
-
-
-def _check_tied(files: Mapping[str, tuple[FilePath, tuple[int, ...], str]], embedding: str) -> None:
+def _check_tied(tensors: Mapping[str, Stored], embedding: str) -> None:
     """Some tools save a tied head again; transformers does not tie it if it differs, so refuse that."""
     head = "lm_head.weight"
-    if not np.array_equal(_read_tensor(files[embedding][0], embedding), _read_tensor(files[head][0], head)):
+    if not np.array_equal(tensors[embedding].read(), tensors[head].read()):
         raise CheckpointError(
             f"config.json says tie_word_embeddings, but {head} differs from {embedding}: "
             "set tie_word_embeddings to false if the model was trained with its own head"
@@ -187,19 +123,19 @@ def _check_tied(files: Mapping[str, tuple[FilePath, tuple[int, ...], str]], embe
 
 def _check_coverage(
     config: ModelConfig,
-    files: Mapping[str, tuple[FilePath, tuple[int, ...], str]],
+    tensors: Mapping[str, Stored],
     expected: Mapping[str, tuple[int, ...]],
 ) -> None:
     """Every parameter is filled and every tensor used, exactly once; all errors in one message."""
-    ignored = {name for name in files if is_derived(name)}
+    ignored = {name for name in tensors if is_derived(name)}
     if config.tie_word_embeddings:
         ignored.add("lm_head.weight")  # see _check_tied
-    problems = [f"{name} is missing" for name in sorted(expected.keys() - files.keys())]
+    problems = [f"{name} is missing" for name in sorted(expected.keys() - tensors.keys())]
     problems += [
-        f"{name} is not a tensor of this model" for name in sorted(files.keys() - expected.keys() - ignored)
+        f"{name} is not a tensor of this model" for name in sorted(tensors.keys() - expected.keys() - ignored)
     ]
-    for name in sorted(expected.keys() & files.keys()):
-        _, shape, kind = files[name]
+    for name in sorted(expected.keys() & tensors.keys()):
+        _, shape, kind, _ = tensors[name]
         if shape != expected[name]:
             problems.append(f"{name} has shape {list(shape)}, config.json asks for {list(expected[name])}")
         if kind not in _FLOATS:

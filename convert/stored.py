@@ -1,0 +1,94 @@
+"""Tensors of a checkpoint, named and described but not read. Read `hf.py` next."""
+
+import functools
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path as FilePath
+from typing import Any, NamedTuple
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from convert.errors import CheckpointError
+
+
+class Stored(NamedTuple):
+    """A tensor in a file. `read` gives its values; nothing keeps them, so tensors are read one at a time."""
+
+    file: FilePath
+    shape: tuple[int, ...]
+    kind: str  # as safetensors names types: F32, BF16, I32, F8_E4M3
+    read: Callable[[], np.ndarray]
+
+
+def stored_tensors(directory: FilePath) -> dict[str, Stored]:
+    """Every tensor in the safetensors files of a directory.
+
+    Raises:
+        CheckpointError: there are none, one cannot be read, or two hold the same tensor.
+    """
+    found: dict[str, Stored] = {}
+    for file in _weight_files(directory):
+        for name, stored in _tensors_in(file):
+            if name in found:
+                raise CheckpointError(f"tensor {name} is in {found[name].file.name} and in {file.name}")
+            found[name] = stored
+    return found
+
+
+def read_json(file: FilePath) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        CheckpointError: there is no such file, or something else is in it.
+    """
+    if not file.is_file():
+        raise CheckpointError(f"{file} is missing: a Hugging Face checkpoint needs it")
+    try:
+        content = json.loads(file.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{file} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file} must hold a JSON object, got {type(content).__name__}")
+    return content
+
+
+def _weight_files(directory: FilePath) -> list[FilePath]:
+    # As transformers chooses. Some directories hold the same weights again in another layout.
+    if (single := directory / "model.safetensors").exists():
+        return [single]
+    index = directory / "model.safetensors.index.json"
+    if index.exists():
+        shards = read_json(index).get("weight_map")
+        if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
+            raise CheckpointError(f"{index} must map tensors to files in its weight_map")
+        files = sorted({directory / name for name in shards.values()})
+        if missing := [file.name for file in files if not file.exists()]:
+            raise CheckpointError(f"{directory} lacks shards that its index names: {', '.join(missing)}")
+        return files
+    if files := sorted(directory.glob("*.safetensors")):
+        return files
+    pickled = sorted(file.name for ending in ("*.bin", "*.pth", "*.pt") for file in directory.glob(ending))
+    if pickled:
+        raise CheckpointError(
+            f"{directory} holds pickled weights ({pickled[0]}), which can run code when loaded: save it as "
+            "safetensors first, in transformers with model.save_pretrained(folder)"
+        )
+    raise CheckpointError(f"{directory} holds no *.safetensors weights")
+
+
+def _tensors_in(file: FilePath) -> Iterator[tuple[str, Stored]]:
+    try:
+        with safe_open(file, framework="numpy") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (not a dict)
+                view = tensors.get_slice(name)
+                shape, kind = tuple(view.get_shape()), view.get_dtype()
+                yield name, Stored(file, shape, kind, functools.partial(_read, file, name))
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file} cannot be read ({error}): copy or download it again") from error
+
+
+def _read(file: FilePath, name: str) -> np.ndarray:
+    # Opened anew for every tensor: pages of a file that stays mapped would count as our memory.
+    with safe_open(file, framework="numpy") as tensors:
+        return tensors.get_tensor(name)
