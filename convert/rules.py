@@ -1,9 +1,10 @@
 """How a Hugging Face Llama or Mistral corresponds to ours: names and config. Read `hf.py` next."""
 
 import copy
-from collections.abc import Mapping, Set
+from collections.abc import Mapping
 from typing import Any, NamedTuple, get_args
 
+from convert.attributes import READS, ROPE_FIELDS, effective_attributes
 from convert.errors import CheckpointError
 from kivi_jax.config import ModelConfig, RopeConfig, RopeKind
 from kivi_jax.model.llama import query_key_value_columns
@@ -22,37 +23,6 @@ _LAYER_MODULES = {
 }
 _MODULES = {"embed": "model.embed_tokens", "norm": "model.norm", "lm_head": "lm_head"}
 _FIELDS = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
-
-# Attributes of config.json that we read, those that do not change what is computed, and those that are
-# harmless with one value only.
-_READ = {
-    *("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
-    *("num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps"),
-    *("tie_word_embeddings", "eos_token_id", "rope_theta", "rope_scaling", "rope_parameters"),
-}
-_READ_BY_TYPE = {"llama": {"attention_bias", "mlp_bias"}, "mistral": {"sliding_window"}}
-_IGNORED = {
-    *("architectures", "bos_token_id", "pad_token_id", "unk_token_id", "torch_dtype", "dtype"),
-    *("transformers_version", "use_cache", "initializer_range", "attention_dropout", "is_llama_config"),
-    *("_name_or_path", "_attn_implementation", "_commit_hash", "max_length", "tokenizer_class"),
-}
-_ONLY = {
-    "hidden_act": "silu",
-    "pretraining_tp": 1,
-    "partial_rotary_factor": 1.0,
-    "rope_interleaved": False,
-    # Which of these a model type has, _READ_BY_TYPE says; transformers ignores them in the other type.
-    "attention_bias": False,
-    "mlp_bias": False,
-    "sliding_window": None,
-}
-_ROPE_FIELDS: dict[str, type] = {
-    **dict.fromkeys(("factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow"), float),
-    **dict.fromkeys(("attention_factor", "mscale", "mscale_all_dim"), float),
-    "original_max_position_embeddings": int,
-    "truncate": bool,
-}
-_ROPE_NAMES = {"type", "rope_type", "rope_theta", "finetuned", "partial_rotary_factor"}
 
 
 class Source(NamedTuple):
@@ -93,21 +63,20 @@ def model_config(raw: Mapping[str, Any], generation: Mapping[str, Any] | None = 
     Attributes left out of the file take transformers' defaults for the model type.
 
     Raises:
-        CheckpointError: the model is of another type, or has an attribute that changes what is computed
-            and that we do not know, or a value we do not support.
+        CheckpointError: the model is of another type, or an attribute that changes what is computed has a
+            value that we do not support, or one that is impossible.
     """
     from transformers import LlamaConfig, MistralConfig  # slow to import; only conversion needs it
 
     kinds = {"llama": LlamaConfig, "mistral": MistralConfig}
     model_type = raw.get("model_type")
-    if model_type not in kinds:
-        raise CheckpointError(f"{model_type=} is not supported: choose a checkpoint of {' or '.join(kinds)}")
-    _refuse_unknown(raw, _READ | _READ_BY_TYPE[model_type] | _IGNORED, kinds[model_type]().to_dict())
+    if not isinstance(model_type, str) or model_type not in kinds:
+        raise CheckpointError(f"{model_type=} is not supported: choose a checkpoint of {' or '.join(READS)}")
+    read = effective_attributes(raw, kinds[model_type]().to_dict())
     try:
-        _refuse_unknown_rope(raw)
-        config = kinds[model_type](**copy.deepcopy(dict(raw)))  # it writes into the rope it is given
+        _refuse_unknown_rope(read)
+        config = kinds[model_type](**copy.deepcopy(read))  # it writes into the rope it is given
         heads = config.num_attention_heads
-        eos = (generation or {}).get("eos_token_id", config.eos_token_id)
         return ModelConfig(
             vocab_size=config.vocab_size,
             hidden_size=config.hidden_size,
@@ -123,7 +92,7 @@ def model_config(raw: Mapping[str, Any], generation: Mapping[str, Any] | None = 
             mlp_bias=getattr(config, "mlp_bias", False),
             tie_word_embeddings=config.tie_word_embeddings,
             sliding_window=getattr(config, "sliding_window", None),
-            eos_ids=() if eos is None else (eos,) if isinstance(eos, int) else tuple(eos),
+            eos_ids=_eos_ids((generation or {}).get("eos_token_id", config.eos_token_id)),
         )
     except CheckpointError:
         raise
@@ -132,19 +101,12 @@ def model_config(raw: Mapping[str, Any], generation: Mapping[str, Any] | None = 
         raise CheckpointError(f"config.json does not describe a {model_type} model: {reason}") from error
 
 
-def _refuse_unknown(raw: Mapping[str, Any], known: Set[str], defaults: Mapping[str, Any]) -> None:
-    """An attribute we do not know is harmless only where it says what is assumed anyway."""
-    harmless = {**defaults, **_ONLY}
-    unknown = sorted(
-        name
-        for name, value in raw.items()
-        if name not in known and (name not in harmless or value != harmless[name])
-    )
-    if unknown:
-        raise CheckpointError(
-            "config.json has attributes that may change what the model computes and that are not supported: "
-            + ", ".join(f"{name}={raw[name]!r}" for name in unknown)
-        )
+def _eos_ids(eos: Any) -> tuple[int, ...]:
+    """One id, several, or none. A token's text is none of them."""
+    ids = [] if eos is None else eos if isinstance(eos, list) else [eos]
+    if wrong := [token for token in ids if type(token) is not int]:
+        raise CheckpointError(f"eos_token_id must be a token's number or several, got {wrong[0]!r}")
+    return tuple(ids)
 
 
 def _refuse_unknown_rope(raw: Mapping[str, Any]) -> None:
@@ -156,8 +118,8 @@ def _refuse_unknown_rope(raw: Mapping[str, Any]) -> None:
         raise CheckpointError(
             f"rope_type={kind!r} is not supported: choose one of {', '.join(get_args(RopeKind))}"
         )
-    if unknown := sorted(set(rope) - set(_ROPE_FIELDS) - _ROPE_NAMES):
-        raise CheckpointError(f"rope attributes that are not supported: {', '.join(unknown)}")
+    if nested := [name for name, value in rope.items() if isinstance(value, Mapping)]:
+        raise CheckpointError(f"rope parameters by kind of layer are not supported: {', '.join(nested)}")
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise CheckpointError(
             f"partial_rotary_factor={rope['partial_rotary_factor']} is not supported: only 1 is"
@@ -166,7 +128,9 @@ def _refuse_unknown_rope(raw: Mapping[str, Any]) -> None:
 
 def _rope(rope: Mapping[str, Any], max_positions: int) -> RopeConfig:
     # JSON may say 8 for 8.0
-    fields = {name: number(rope[name]) for name, number in _ROPE_FIELDS.items() if rope.get(name) is not None}
+    fields = {name: number(rope[name]) for name, number in ROPE_FIELDS.items() if rope.get(name) is not None}
+    if not isinstance(rope.get("truncate", True), bool):
+        raise CheckpointError(f"rope's truncate must be true or false, got {rope['truncate']!r}")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "yarn" and "factor" not in fields and "original_max_position_embeddings" in fields:
         fields["factor"] = max_positions / fields["original_max_position_embeddings"]

@@ -4,6 +4,7 @@ Every field changes the compiled program, so the whole config is static under `j
 Hugging Face `config.json` into these values is the converter's job (`convert/rules.py`).
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -33,6 +34,25 @@ class RopeConfig:
     mscale: float | None = None  # yarn
     mscale_all_dim: float | None = None  # yarn
     truncate: bool = True  # yarn: round the correction range to whole dimensions
+
+    def __post_init__(self) -> None:
+        """Refuse numbers that make positions infinite or not a number.
+
+        Raises:
+            ValueError: a factor is not positive and finite, or llama3's two frequencies do not follow each
+                other.
+        """
+        positive = ("theta", "factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow")
+        numbers = {name: getattr(self, name) for name in (*positive, "attention_factor")}
+        if bad := {name: n for name, n in numbers.items() if n is not None and not 0 < n < math.inf}:
+            raise ValueError(f"rope's numbers must be positive and finite, got {bad}")
+        mscales = {"mscale": self.mscale, "mscale_all_dim": self.mscale_all_dim}
+        if bad := {name: n for name, n in mscales.items() if n is not None and not math.isfinite(n)}:
+            raise ValueError(f"rope's scales must be finite, got {bad}")
+        if self.kind == "llama3" and self.high_freq_factor <= self.low_freq_factor:
+            raise ValueError(f"{self.high_freq_factor=} must be above {self.low_freq_factor=}")
+        if self.original_max_position_embeddings < 0:
+            raise ValueError(f"{self.original_max_position_embeddings=} must not be negative")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +84,8 @@ class ModelConfig:
 
         Raises:
             ValueError: a size is not positive, or `num_kv_heads` does not divide `num_heads`, or
-                `head_dim` is odd (RoPE rotates pairs of channels).
+                `head_dim` is odd (RoPE rotates pairs of channels), or `rms_norm_eps` is negative
+                or no number.
         """
         sizes = {
             name: getattr(self, name)
@@ -85,6 +106,8 @@ class ModelConfig:
             raise ValueError(f"{self.num_kv_heads=} must divide {self.num_heads=}")
         if self.head_dim % 2:
             raise ValueError(f"{self.head_dim=} must be even: RoPE rotates pairs of channels")
+        if not 0 <= self.rms_norm_eps < math.inf:
+            raise ValueError(f"{self.rms_norm_eps=} must be a finite number, not negative")
         if self.sliding_window is not None and self.sliding_window <= 0:
             raise ValueError(f"{self.sliding_window=} must be positive, or None for no window")
 

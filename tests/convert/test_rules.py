@@ -1,10 +1,14 @@
 """What a config.json means, and which ones are refused by name."""
 
+import ast
+import importlib.util
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from convert.attributes import READS
 from convert.errors import CheckpointError
 from convert.hf import abstract_parameters, read_config
 from convert.rules import model_config, sources_of
@@ -63,9 +67,7 @@ def test_mistral_has_a_window_and_no_biases():
     assert model_config({**MISTRAL, "sliding_window": 16}).sliding_window == 16
     assert model_config({**MISTRAL, "sliding_window": None}).sliding_window is None
     assert model_config(MISTRAL).sliding_window == 4096  # transformers' default
-    assert not model_config({**MISTRAL, "attention_bias": False}).attention_bias
-    with pytest.raises(CheckpointError, match="attention_bias=True"):
-        model_config({**MISTRAL, "attention_bias": True})
+    assert not model_config({**MISTRAL, "attention_bias": True}).attention_bias  # its code does not read it
 
 
 ROPES = {
@@ -131,22 +133,37 @@ def test_rope_theta_is_read_in_both_spellings():
 REFUSED = {
     "model_type": dict(model_type="qwen2"),
     "hidden_act": dict(hidden_act="gelu"),
-    "pretraining_tp": dict(pretraining_tp=2),
     "quantization_config": dict(quantization_config={"quant_method": "gptq"}),
     "partial_rotary_factor": dict(partial_rotary_factor=0.5),
-    "rope_interleaved": dict(rope_interleaved=True),
-    "sliding_window": dict(sliding_window=16),  # transformers' Llama ignores it
+    "is_causal": dict(is_causal=False),
+    "per_layer_config": dict(per_layer_config={"0": {"head_dim": 4}}),
+    "sliding_window": dict(sliding_window=16),  # transformers' cache reads it, its Llama does not
     "layer_types": dict(layer_types=["full_attention", "sliding_attention"]),
-    "logit_scale": dict(logit_scale=0.25),
+    "attention_chunk_size": dict(attention_chunk_size=8),
     "longrope": dict(rope_parameters={"rope_type": "longrope", "factor": 2.0}),
     "'su'": dict(rope_scaling={"type": "su", "factor": 2.0}),
-    "mrope_section": dict(rope_parameters={"rope_type": "default", "mrope_section": [2, 2]}),
+    "by kind of layer": dict(rope_parameters={"full_attention": {"rope_type": "default"}}),
     "factor": dict(rope_parameters={"rope_type": "linear"}),
     "could not convert": dict(rope_parameters={"rope_type": "linear", "factor": "four"}),
     "vocab_size": dict(vocab_size="many"),
     "num_layers": dict(num_hidden_layers=-1),
     "rope_scaling": dict(rope_scaling=[1], rope_parameters=None),
     "num_kv_heads": dict(num_key_value_heads=3),
+    "eos_token_id": dict(eos_token_id="</s>"),
+    "value .1, 'two'.": dict(eos_token_id=[1, "two"]),
+    "model_type=": dict(model_type=["llama"]),
+    "rms_norm_eps=nan": dict(rms_norm_eps=float("nan")),
+    "rms_norm_eps=-": dict(rms_norm_eps=-1e-5),
+    "'theta': 0": dict(rope_parameters={"rope_theta": 0}),
+    "'theta': -": dict(rope_parameters=None, rope_theta=-10000.0),
+    "'theta': nan": dict(rope_parameters={"rope_theta": float("nan")}),
+    "'theta': inf": dict(rope_parameters={"rope_theta": float("inf")}),
+    "'factor': 0": dict(rope_parameters={"rope_type": "linear", "factor": 0}),
+    "'factor': -": dict(rope_parameters={"rope_type": "dynamic", "factor": -2}),
+    "'factor': nan": dict(rope_parameters={"rope_type": "linear", "factor": float("nan")}),
+    "truncate": dict(rope_parameters=ROPES["yarn"][0] | {"truncate": "false"}),
+    "mscale": dict(rope_parameters=ROPES["yarn"][0] | {"mscale": float("inf")}),
+    "high_freq_factor": dict(rope_parameters=ROPES["llama3"][0] | {"high_freq_factor": 2.0}),
 }
 
 
@@ -157,25 +174,70 @@ def test_what_we_cannot_compute_is_refused_by_name(named):
         model_config(llama(**REFUSED[named]))
 
 
-def test_all_unknown_attributes_are_named_together():
-    with pytest.raises(CheckpointError, match=r"attn_logit_cap=30, .*residual_scale=0\.5"):
-        model_config(llama(residual_scale=0.5, attn_logit_cap=30))
+def test_all_that_is_not_supported_is_named_together():
+    with pytest.raises(CheckpointError, match=r"hidden_act='gelu', is_causal=False"):
+        model_config(llama(hidden_act="gelu", is_causal=False))
 
 
-def test_attributes_without_effect_are_accepted():
-    harmless = dict(
-        torch_dtype="bfloat16",
-        use_cache=False,
-        bos_token_id=1,
-        pad_token_id=None,
-        attention_dropout=0.1,
-        transformers_version="4.40.0",
-        initializer_range=0.5,
-        pretraining_tp=1,
-        partial_rotary_factor=1.0,
-        output_attentions=False,  # transformers' default
-    )
-    assert model_config(llama(**harmless)) == model_config(LLAMA)
+def test_the_end_in_a_generation_config_is_a_number_too():
+    with pytest.raises(CheckpointError, match="eos_token_id must be a token's number or several, got '</s>'"):
+        model_config(LLAMA, {"eos_token_id": "</s>"})
+
+
+SILENT = dict(
+    torch_dtype="bfloat16",
+    use_cache=False,
+    bos_token_id=1,
+    pad_token_id=None,
+    attention_dropout=0.1,
+    transformers_version="4.40.0",
+    initializer_range=0.5,
+    pretraining_tp=1,
+    partial_rotary_factor=1.0,
+    output_attentions=False,  # transformers' default
+    _name_or_path="./llama",
+    auto_map={"AutoModel": "modeling.Model"},
+    quantization_config=None,
+    layer_types=["full_attention"] * 2,
+)
+NAMED = {
+    **{"_model_name_or_path": "./llama", "transformers.js_config": {}, "unsloth_fixed": True},
+    **dict(unsloth_version="2024.9", use_flash_attention_2=True, temperature=0.6, top_p=0.9, do_sample=True),
+    **dict(torchscript=False, id2label={"0": "a", "1": "b"}, max_sequence_length=2048, pretraining_tp=2),
+    **dict(logit_scale=0.25, rope_interleaved=True, name_or_path=3, use_return_dict=False),
+}
+
+
+def test_attributes_without_effect_are_accepted(caplog):
+    assert model_config(llama(**SILENT)) == model_config(LLAMA)
+    assert not caplog.records
+
+
+def test_what_transformers_does_not_read_is_named_once(caplog):
+    """design.md, section 9: it cannot change the result."""
+    for _ in range(2):
+        rope = LLAMA["rope_parameters"] | {"mrope_section": [2, 2]}
+        assert model_config(llama(**NAMED, rope_parameters=rope)) == model_config(LLAMA)
+    (record,) = caplog.records
+    for name in (*NAMED, "mrope_section of rope_parameters"):
+        assert name in record.getMessage()
+
+
+WITHOUT_EFFECT = {"_attn_implementation", "attention_dropout", "pad_token_id"}
+
+
+@pytest.mark.parametrize("model_type", READS)
+def test_every_attribute_that_transformers_code_reads_is_in_the_table(model_type):
+    package = importlib.util.find_spec(f"transformers.models.{model_type}").submodule_search_locations[0]
+    tree = ast.parse((Path(package) / f"modeling_{model_type}.py").read_text())
+    read = {
+        node.attr
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("config", "self.config")
+    }
+    fields, only = READS[model_type]
+    assert {"hidden_size", "rms_norm_eps"} <= read
+    assert read - fields - only.keys() == WITHOUT_EFFECT
 
 
 def source_names(raw, field=None):
