@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from kivi_jax.cache.prompt_selectors import check_sizes
+from kivi_jax.checks import whole
 
 
 class DecodeSelector(ABC):
@@ -91,7 +92,7 @@ class Adaptive(DecodeSelector):
 
     def __post_init__(self) -> None:  # noqa: D105
         check_sizes("recent", self.recent, "window", self.window)
-        if self.max_new_tokens < self.window:
+        if whole("max_new_tokens", self.max_new_tokens) < self.window:
             raise ValueError(f"{self.max_new_tokens=} must be at least {self.window=}: use Slide otherwise")
 
     @property

@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from kivi_jax.cache.segments import Step, Tokens, first_visible, round_up, set_slot
 from kivi_jax.cache.stores import ScaleDtype, check_scale_dtype
+from kivi_jax.checks import whole
 from pallas_kernels.dispatch import by_kernel_or_xla
 from pallas_kernels.partials import AttentionPartial
 from pallas_kernels.pytree import pytree, static
@@ -48,6 +49,8 @@ class KiviQuantization:
         Raises:
             ValueError: a field is out of its range, or the key group does not divide the residual.
         """
+        for name in ("key_bits", "value_bits", "key_group_size", "value_group_size", "residual_length"):
+            whole(name, getattr(self, name))
         for name in ("key_bits", "value_bits"):
             if getattr(self, name) not in (1, 2, 4, 8):
                 raise ValueError(f"{name}={getattr(self, name)} must be 1, 2, 4 or 8")

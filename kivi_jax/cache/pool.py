@@ -59,7 +59,7 @@ class TokenPool:
         return cls(
             store,
             jnp.pad(jnp.where(real, positions, -1), padding, constant_values=-1),
-            jnp.zeros((batch, kv_heads, slots)),
+            jnp.zeros((batch, kv_heads, slots), jnp.float32),
             lengths,
             lengths,
             kept,

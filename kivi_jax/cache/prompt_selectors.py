@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from kivi_jax.checks import whole
+
 ALL_QUERIES = -1  # of `PromptSelector.observed`
 
 
@@ -108,7 +110,7 @@ class SnapKV(PromptSelector):
 
     def __post_init__(self) -> None:  # noqa: D105
         check_sizes("window", self.window, "budget", self.budget)
-        if self.kernel < 1 or self.kernel % 2 == 0:
+        if whole("kernel", self.kernel) < 1 or self.kernel % 2 == 0:
             raise ValueError(f"{self.kernel=} must be odd and positive")
         if self.pooling not in ("average", "max"):
             raise ValueError(f'{self.pooling=} must be "average" or "max"')
@@ -245,12 +247,12 @@ def check_sizes(small_name: str, small: int, large_name: str, large: int) -> Non
     Raises:
         ValueError: that is so.
     """
-    if not 0 < small < large:
+    if not 0 < whole(small_name, small) < whole(large_name, large):
         raise ValueError(
             f"{small_name}={small} and {large_name}={large} must satisfy 0 < {small_name} < {large_name}"
         )
 
 
 def _check_beta(beta: int) -> None:
-    if beta < 1:
+    if whole("beta", beta) < 1:
         raise ValueError(f"{beta=} must be at least 1")

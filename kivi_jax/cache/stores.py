@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from kivi_jax.checks import whole
 from pallas_kernels.pytree import pytree, static
 from pallas_kernels.quantize.packing import PAGE
 from pallas_kernels.quantize.quantization import QuantizedTensor, dequantize, quantize, set_token
@@ -46,6 +47,8 @@ class PoolQuantization:
         Raises:
             ValueError: a field is out of its range.
         """
+        whole("pool bits", self.bits)
+        whole("pool group_size", self.group_size)
         if self.bits not in (1, 2, 4, 8):
             raise ValueError(f"pool {self.bits=} must be 1, 2, 4 or 8")
         if self.group_size < 1:

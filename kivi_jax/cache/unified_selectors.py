@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from kivi_jax.cache.decode_selectors import DecodeSelector
 from kivi_jax.cache.prompt_selectors import ALL_QUERIES, PromptSelector, check_sizes
+from kivi_jax.checks import whole
 
 
 class _Unified(PromptSelector, DecodeSelector):
@@ -67,7 +68,7 @@ class StreamingLLM(_Unified):
     recent: int
 
     def __post_init__(self) -> None:  # noqa: D105
-        if self.sinks < 0 or self.recent < 1:
+        if whole("sinks", self.sinks) < 0 or whole("recent", self.recent) < 1:
             raise ValueError(f"{self.sinks=} must not be negative, and {self.recent=} must be positive")
 
     @property

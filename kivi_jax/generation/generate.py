@@ -1,18 +1,25 @@
 """`generate`: prompts in, tokens out, under one jit. Read `text.py` next for strings."""
 
 import functools
-from typing import NamedTuple
+import logging
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 
 from kivi_jax.cache.strategy import CacheStrategy, KVCache
-from kivi_jax.generation.prefix import Prefix, extend, fork, prefill
+from kivi_jax.checks import whole
+from kivi_jax.generation.prefix import Prefix, extend, fork, prefill, weights_mark
 from kivi_jax.generation.sampling import Greedy, Sampler, penalize
+from kivi_jax.model.inputs import PerRow, Prompts, read_prompts
 from kivi_jax.model.llama import Llama
 from pallas_kernels.pytree import pytree
+
+_log = logging.getLogger(__name__)
 
 
 @pytree
@@ -20,12 +27,14 @@ class Generation:
     """What `generate` returns.
 
     `tokens` holds each row's new tokens, the end-of-sequence token included, then padding; `lengths`
-    counts them. `cache` holds the prompt and all new tokens but each row's last.
+    counts them. `cache` holds the prompt and all new tokens but each row's last. A row is `finite` if every
+    logit that chose one of its tokens was a finite number; else its tokens mean nothing.
     """
 
     tokens: Int[Array, "B M"]
     lengths: Int[Array, "B"]
     cache: KVCache
+    finite: Bool[Array, "B"]
 
 
 class Draw(NamedTuple):
@@ -37,15 +46,15 @@ class Draw(NamedTuple):
 
 def generate(
     model: Llama,
-    tokens: Int[Array, "B P"],
-    lengths: Int[Array, "B"],
+    tokens: Prompts,
+    lengths: PerRow,
     *,
     cache: CacheStrategy | None = None,
     prefix: Prefix | None = None,
     max_new_tokens: int,
     sampler: Sampler | None = None,
-    eos_ids: tuple[int, ...] | None = None,
-    key: Key[Array, "..."] | None = None,
+    eos_ids: Sequence[int] | int | None = None,
+    key: Shaped[Array, "..."] | None = None,
     block_tokens: int = 512,
 ) -> Generation:
     """Continue every prompt by up to `max_new_tokens` tokens.
@@ -63,28 +72,69 @@ def generate(
             It has a row per prompt, or one that all prompts follow, and can be used again.
         max_new_tokens: the most tokens to add to a row, at least 1.
         sampler: `Greedy()` by default.
-        eos_ids: tokens that end a row; by default the model's own.
-        key: PRNG key for sampling: one, from which rows derive theirs by index, or one per row.
+        eos_ids: tokens that end a row, or the only one; by default the model's own.
+        key: PRNG key for sampling, new style or old: one, from which rows derive theirs by index, or one
+            per row.
         block_tokens: see `Llama.prefill`.
 
+    Inside a caller's `jit`, values are unknown: lengths, token ids and the prefix' model are the caller's to
+    check, and so is whether the rows are `finite`, which otherwise is, with a warning.
+
     Raises:
-        ValueError: shapes or lengths are off, the strategy or the prefix does not fit the model, or a
-            sampler that needs a key got none.
+        ValueError: shapes, lengths or token ids are off, the strategy or the prefix does not fit the model,
+            or a sampler that needs a key got none.
     """
-    if max_new_tokens < 1:
-        raise ValueError(f"{max_new_tokens=} must be at least 1")
-    _check_lengths(tokens, lengths, least=0 if prefix is not None else 1)
+    max_new_tokens = check_count(max_new_tokens)
+    tokens, lengths = read_prompts(
+        tokens, lengths, vocab_size=model.config.vocab_size, least=0 if prefix is not None else 1
+    )
     check_start(model, cache, prefix)
     sampler = Greedy() if sampler is None else sampler
-    eos_ids = model.config.eos_ids if eos_ids is None else tuple(eos_ids)
+    eos_ids = end_ids(model, eos_ids)
     keys = row_keys(key, tokens.shape[0])
-    return _generate(
+    out = _generate(
         model, tokens, lengths, keys, prefix, cache, max_new_tokens, sampler, eos_ids, block_tokens
     )
+    warn_unless_finite(out.finite)
+    return out
+
+
+def check_count(max_new_tokens: Any) -> int:
+    """`max_new_tokens` as an int.
+
+    Raises:
+        ValueError: it is no whole number from 1 on.
+    """
+    if (max_new_tokens := whole("max_new_tokens", max_new_tokens)) < 1:
+        raise ValueError(f"{max_new_tokens=} must be at least 1")
+    return max_new_tokens
+
+
+def end_ids(model: Llama, eos_ids: Sequence[int] | int | None) -> tuple[int, ...]:
+    """Tokens that end a row: those given, be it one alone, or the model's own.
+
+    Raises:
+        ValueError: one is no whole number.
+    """
+    if eos_ids is None:
+        return model.config.eos_ids
+    given: Any = eos_ids
+    return tuple(whole("eos_ids", token) for token in (given if np.ndim(given) else [given]))
+
+
+def warn_unless_finite(finite: Bool[Array, "..."]) -> None:
+    """Say once that rows mean nothing, where that is known. Waits for the array."""
+    if not isinstance(finite, Tracer) and not finite.all():
+        _log.warning(
+            "the model's logits are not finite, so the tokens drawn from them mean nothing: "
+            "its weights are damaged, or numbers overflow in this dtype; try bfloat16 or float32"
+        )
 
 
 def check_start(model: Llama, cache: CacheStrategy | None, prefix: Prefix | None) -> None:
     """Refuse a start that is not exactly one of a strategy and a prefix, or does not fit the model.
+
+    A prefix' model is known outside of a trace.
 
     Raises:
         ValueError: that is so.
@@ -93,11 +143,15 @@ def check_start(model: Llama, cache: CacheStrategy | None, prefix: Prefix | None
         raise ValueError("pass either cache=, a strategy, or prefix=, which brings its own")
     if cache is not None:
         cache.check(model.config)
-    if prefix is not None and prefix.logits.shape[1] != model.config.vocab_size:
+    if prefix is None:
+        return
+    if prefix.logits.shape[1] != model.config.vocab_size:
         raise ValueError(
             f"the prefix was read by a model of {prefix.logits.shape[1]} tokens, this one has "
             f"{model.config.vocab_size}: read it again with this model"
         )
+    if prefix.mark is not None and not isinstance(prefix.mark, Tracer) and prefix.mark != weights_mark(model):
+        raise ValueError("the prefix was read by a model with other weights: read it again with this model")
 
 
 def read(
@@ -119,13 +173,20 @@ def read(
     return prefill(model, tokens, lengths, cache=cache, capacity=capacity, block_tokens=block_tokens)
 
 
-def row_keys(key: Key[Array, "..."] | None, rows: int) -> Key[Array, "B"] | None:
-    """One key per row, from one key or one per row.
+def row_keys(key: Any, rows: int) -> Key[Array, "B"] | None:
+    """One key per row, from one key or one per row, be they `jax.random.key`s or `jax.random.PRNGKey`s.
 
     Raises:
-        ValueError: there are several keys, but not one per row.
+        ValueError: it is no key, or there are several keys, but not one per row.
     """
-    if key is None or key.shape == (rows,):
+    if key is None:
+        return None
+    if not isinstance(key, jax.Array) or not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        try:  # an old-style key: its data alone
+            key = jax.random.wrap_key_data(jnp.asarray(key))
+        except (TypeError, ValueError):
+            raise ValueError("key is no PRNG key: pass key=jax.random.key(seed)") from None
+    if key.shape == (rows,):
         return key
     if key.shape:
         raise ValueError(f"{key.shape=} must be () or one key per row, ({rows},)")
@@ -152,6 +213,11 @@ def draw(
     return token, Draw(state.keys, seen)
 
 
+def is_finite(logits: Float[Array, "B V"], token: Int[Array, "B"]) -> Bool[Array, "B"]:
+    """Whether each row's token has a finite logit: one that is not a number, or infinite, is chosen first."""
+    return jnp.isfinite(jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0])
+
+
 def is_end(token: Int[Array, "B"], eos_ids: tuple[int, ...]) -> Bool[Array, "B"]:
     """Which rows' token ends them."""
     ends = jnp.asarray(eos_ids, token.dtype)
@@ -168,6 +234,7 @@ class _Loop(NamedTuple):
     lengths: Int[Array, "B"]
     cache: KVCache
     state: Draw
+    finite: Bool[Array, "B"]
 
 
 @functools.partial(
@@ -205,6 +272,7 @@ def _generate(
         lengths=jnp.ones(rows, jnp.int32),
         cache=start.cache,
         state=state,
+        finite=is_finite(start.logits, token),
     )
 
     def unfinished(loop: _Loop) -> Bool[Array, ""]:
@@ -213,6 +281,7 @@ def _generate(
     def advance(loop: _Loop) -> _Loop:
         logits, cache = model.decode(loop.token, loop.cache, loop.active)
         token, state = draw(sampler, logits, loop.state, loop.emitted)
+        finite = loop.finite & (is_finite(logits, token) | ~loop.active)
         token = jnp.where(loop.active, token, padding)
         return _Loop(
             emitted=loop.emitted + 1,
@@ -222,19 +291,8 @@ def _generate(
             lengths=loop.lengths + loop.active.astype(jnp.int32),
             cache=cache,
             state=state,
+            finite=finite,
         )
 
     last = jax.lax.while_loop(unfinished, advance, first)
-    return Generation(last.tokens, last.lengths, last.cache)
-
-
-def _check_lengths(tokens: Int[Array, "B P"], lengths: Int[Array, "B"], *, least: int) -> None:
-    """Refuse lengths outside least..P where they are known, which is outside of a trace."""
-    if isinstance(lengths, Tracer) or not lengths.size:
-        return
-    shortest, longest = int(lengths.min()), int(lengths.max())
-    if shortest < least or longest > tokens.shape[1]:
-        raise ValueError(
-            f"every length must be from {least} to {tokens.shape[1]} (the width of tokens), "
-            f"got {shortest} to {longest}"
-        )
+    return Generation(last.tokens, last.lengths, last.cache, last.finite)

@@ -9,11 +9,15 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from kivi_jax.cache.strategy import CacheStrategy, KVCache, grow, repeat_row
 from kivi_jax.model.llama import Llama
 from pallas_kernels.pytree import pytree
+
+_MARKED = 16  # numbers of a parameter that `weights_mark` looks at
+_PRIME = 16777619
 
 
 @pytree
@@ -23,6 +27,7 @@ class Prefix:
     cache: KVCache
     logits: Float[Array, "B V"]  # of each row's next token
     seen: Bool[Array, "B V"]  # which tokens a row has had, for repetition penalties
+    mark: UInt32[Array, ""] | None = None  # `weights_mark` of the model that read it, where it is to be kept
 
     @property
     def rows(self) -> int:
@@ -67,6 +72,7 @@ def fork(prefix: Prefix, *, rows: int, more: int) -> Prefix:
         grow(repeat_row(prefix.cache, times), more),
         jnp.tile(prefix.logits, (times, 1)),
         jnp.tile(prefix.seen, (times, 1)),
+        prefix.mark,
     )
 
 
@@ -87,7 +93,24 @@ def extend(model: Llama, prefix: Prefix, tokens: Int[Array, "B T"], lengths: Int
         return jnp.where(active[:, None], new, logits), cache
 
     logits, cache = jax.lax.fori_loop(0, lengths.max(), advance, (prefix.logits, prefix.cache))
-    return Prefix(cache, logits, prefix.seen | _seen(tokens, lengths, prefix.seen.shape[1]))
+    seen = prefix.seen | _seen(tokens, lengths, prefix.seen.shape[1])
+    return Prefix(cache, logits, seen, prefix.mark)
+
+
+@jax.jit
+def weights_mark(model: Llama) -> UInt32[Array, ""]:
+    """Tells models of the same shapes apart by some numbers of every parameter, which costs next to nothing.
+
+    Saved prefixes name their model by all of them: see `prefix_files.fingerprint`.
+    """
+    mark = jnp.uint32(0)
+    for parameter in jax.tree.leaves(nnx.state(model)):
+        flat = parameter.reshape(-1)
+        some = flat[:: max(1, flat.size // _MARKED)][:_MARKED].astype(jnp.float32)
+        bits = jax.lax.bitcast_convert_type(some, jnp.uint32)
+        odd = 2 * jnp.arange(bits.size, dtype=jnp.uint32) + 1
+        mark = mark * jnp.uint32(_PRIME) + (bits * odd).sum(dtype=jnp.uint32)
+    return mark
 
 
 def _seen(tokens: Int[Array, "B P"], lengths: Int[Array, "B"], vocab: int) -> Bool[Array, "B V"]:

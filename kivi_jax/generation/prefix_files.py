@@ -22,7 +22,8 @@ from jaxtyping import Array, Shaped, UInt32
 from kivi_jax.cache.names import cache_name, parse_cache
 from kivi_jax.cache.strategy import CacheStrategy, cache_bytes
 from kivi_jax.config import ModelConfig, config_from_dict
-from kivi_jax.generation.prefix import Prefix
+from kivi_jax.generation.generate import check_start
+from kivi_jax.generation.prefix import Prefix, weights_mark
 from kivi_jax.model.llama import Llama
 from kivi_jax.plan.memory import zero_cache
 
@@ -50,12 +51,13 @@ def save_prefix(path: str | FilePath, prefix: Prefix, model: Llama, *, overwrite
 
     Raises:
         ValueError: `path` exists and is not empty, and `overwrite` is false; or the strategy has a selector
-            that is not one of kivi_jax's, which no file can name.
+            that is not one of kivi_jax's, which no file can name; or another model has read the prefix.
     """
     import orbax.checkpoint as ocp  # takes seconds to import; only files need it
 
     from convert.files import file_sizes, replacing
 
+    check_start(model, None, prefix)
     arrays, cache = _named(prefix), cache_name(prefix.cache.strategy)
     with replacing(FilePath(path), overwrite=overwrite) as partial:
         with ocp.StandardCheckpointer() as checkpointer:
@@ -135,7 +137,8 @@ def load_prefix(path: str | FilePath, model: Llama, *, cache: CacheStrategy | No
     names = list(_named(structure))
     if set(names) != set(arrays):
         raise _damaged(path, "its arrays are not those of its cache")
-    return jax.tree.unflatten(jax.tree.structure(structure), [arrays[name] for name in names])
+    prefix = jax.tree.unflatten(jax.tree.structure(structure), [arrays[name] for name in names])
+    return dataclasses.replace(prefix, mark=weights_mark(model))
 
 
 def read_manifest(path: FilePath) -> SavedPrefix:
@@ -185,8 +188,8 @@ def _checksum(array: Shaped[Array, "..."]) -> UInt32[Array, ""]:
 
 
 def _named(prefix: Prefix) -> dict[str, Any]:
-    """Every array of a prefix by its path."""
-    leaves = jax.tree_util.tree_leaves_with_path(prefix)
+    """Every array of a prefix by its path, but for the mark: the manifest names the model better."""
+    leaves = jax.tree_util.tree_leaves_with_path(dataclasses.replace(prefix, mark=None))
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 

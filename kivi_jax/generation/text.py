@@ -1,5 +1,6 @@
 """Strings in, strings out: `complete` a list of prompts, `stream` one, or read one to ask about it often."""
 
+import dataclasses
 import functools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
@@ -7,12 +8,25 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from kivi_jax.cache.strategy import CacheStrategy, KVCache
-from kivi_jax.generation.generate import Draw, check_start, draw, generate, read, row_keys, start_drawing
-from kivi_jax.generation.prefix import Prefix, extend, prefill
+from kivi_jax.generation.generate import (
+    Draw,
+    check_count,
+    check_start,
+    draw,
+    end_ids,
+    generate,
+    is_finite,
+    read,
+    row_keys,
+    start_drawing,
+    warn_unless_finite,
+)
+from kivi_jax.generation.prefix import Prefix, extend, prefill, weights_mark
 from kivi_jax.generation.sampling import Greedy, Sampler
+from kivi_jax.model.inputs import read_prompts
 from kivi_jax.model.llama import Llama
 
 
@@ -30,7 +44,15 @@ class Tokenizer(Protocol):
 
 
 def encode(tokenizer: Tokenizer, text: str, *, begins: bool = True) -> list[int]:
-    """Token ids of a text that begins a row or, without special tokens, continues one."""
+    """Token ids of a text that begins a row or, without special tokens, continues one.
+
+    Raises:
+        ValueError: there is no tokenizer.
+    """
+    if tokenizer is None:
+        raise ValueError(
+            "there is no tokenizer: copy its files beside the weights, or pass token ids to kj.generate"
+        )
     return list((tokenizer(text) if begins else tokenizer(text, add_special_tokens=False))["input_ids"])
 
 
@@ -76,7 +98,7 @@ def read_prefix(
     """
     _check_list(prompts)
     tokens, lengths = pad_prompts([encode(tokenizer, prompt) for prompt in prompts])
-    return prefill(
+    prefix = prefill(
         model,
         jnp.asarray(tokens),
         jnp.asarray(lengths),
@@ -84,6 +106,7 @@ def read_prefix(
         capacity=tokens.shape[1],
         block_tokens=block_tokens,
     )
+    return dataclasses.replace(prefix, mark=weights_mark(model))
 
 
 def complete(
@@ -95,8 +118,8 @@ def complete(
     prefix: Prefix | None = None,
     max_new_tokens: int,
     sampler: Sampler | None = None,
-    eos_ids: tuple[int, ...] | None = None,
-    key: Key[Array, "..."] | None = None,
+    eos_ids: Sequence[int] | int | None = None,
+    key: Shaped[Array, "..."] | None = None,
 ) -> list[str]:
     """The continuation of every prompt, special tokens left out. See `generate` for the arguments.
 
@@ -110,8 +133,8 @@ def complete(
     tokens, lengths = pad_prompts(ids, least=0 if prefix is not None else 1)
     out = generate(
         model,
-        jnp.asarray(tokens),
-        jnp.asarray(lengths),
+        tokens,
+        lengths,
         cache=cache,
         prefix=prefix,
         max_new_tokens=max_new_tokens,
@@ -135,8 +158,8 @@ def stream(
     prefix: Prefix | None = None,
     max_new_tokens: int,
     sampler: Sampler | None = None,
-    eos_ids: tuple[int, ...] | None = None,
-    key: Key[Array, "..."] | None = None,
+    eos_ids: Sequence[int] | int | None = None,
+    key: Shaped[Array, "..."] | None = None,
 ) -> Iterator[str]:
     """Pieces of the continuation as they are generated; together they are what `complete` gives.
 
@@ -187,8 +210,8 @@ def stream_tokens(
     prefix: Prefix | None = None,
     max_new_tokens: int,
     sampler: Sampler | None = None,
-    eos_ids: tuple[int, ...] | None = None,
-    key: Key[Array, "..."] | None = None,
+    eos_ids: Sequence[int] | int | None = None,
+    key: Shaped[Array, "..."] | None = None,
 ) -> Iterator[tuple[int, KVCache]]:
     """Each new token id, the one that ends the row included, with the cache it was drawn from.
 
@@ -197,13 +220,13 @@ def stream_tokens(
     Raises:
         ValueError: see `generate`.
     """
-    if max_new_tokens < 1:
-        raise ValueError(f"{max_new_tokens=} must be at least 1")
+    max_new_tokens = check_count(max_new_tokens)
     check_start(model, cache, prefix)
-    tokens, lengths = pad_prompts([prompt], least=0 if prefix is not None else 1)
-    start = read(
-        model, jnp.asarray(tokens), jnp.asarray(lengths), cache=cache, prefix=prefix, room=max_new_tokens
+    least = 0 if prefix is not None else 1
+    tokens, lengths = read_prompts(
+        *pad_prompts([prompt], least=least), vocab_size=model.config.vocab_size, least=least
     )
+    start = read(model, tokens, lengths, cache=cache, prefix=prefix, room=max_new_tokens)
     yield from stream_after(
         model, start, max_new_tokens=max_new_tokens, sampler=sampler, eos_ids=eos_ids, key=key
     )
@@ -225,28 +248,36 @@ def stream_after(
     *,
     max_new_tokens: int,
     sampler: Sampler | None = None,
-    eos_ids: tuple[int, ...] | None = None,
-    key: Key[Array, "..."] | None = None,
+    eos_ids: Sequence[int] | int | None = None,
+    key: Shaped[Array, "..."] | None = None,
 ) -> Iterator[tuple[int, KVCache]]:
     """`stream_tokens` of one row that has been read, with room for the new tokens. The prefix is consumed."""
     sampler = Greedy() if sampler is None else sampler
-    eos_ids = model.config.eos_ids if eos_ids is None else eos_ids
+    ends = end_ids(model, eos_ids)
     held, logits = start.cache, start.logits
-    state = start_drawing(sampler, row_keys(key, 1), start.seen)
-    token, state = _draw(sampler, logits, state, jnp.int32(0))
-    for index in range(1, max_new_tokens + 1):
-        yield int(token[0]), held
-        if int(token[0]) in eos_ids or index == max_new_tokens:
-            return
-        logits, held = model.decode(token, held)
-        token, state = _draw(sampler, logits, state, jnp.int32(index))
+    state, finite = start_drawing(sampler, row_keys(key, 1), start.seen), jnp.ones(1, bool)
+    try:
+        for index in range(max_new_tokens):
+            token, state, finite = _draw(sampler, logits, state, jnp.int32(index), finite)
+            yield int(token[0]), held
+            if int(token[0]) in ends or index == max_new_tokens - 1:
+                return
+            logits, held = model.decode(token, held)
+    finally:  # also where the reader stops early
+        warn_unless_finite(finite)
 
 
 @functools.partial(jax.jit, static_argnames=("sampler",))
 def _draw(
-    sampler: Sampler, logits: Float[Array, "B V"], state: Draw, index: Int[Array, ""]
-) -> tuple[Int[Array, "B"], Draw]:
-    return draw(sampler, logits, state, index)
+    sampler: Sampler,
+    logits: Float[Array, "B V"],
+    state: Draw,
+    index: Int[Array, ""],
+    finite: Bool[Array, "B"],
+) -> tuple[Int[Array, "B"], Draw, Bool[Array, "B"]]:
+    """`draw`, and whether all logits so far that chose a token were finite."""
+    token, state = draw(sampler, logits, state, index)
+    return token, state, finite & is_finite(logits, token)
 
 
 def _check_list(prompts: Sequence[str]) -> None:

@@ -21,8 +21,10 @@ from kivi_jax.cache import strategy as caches
 from kivi_jax.cache.prompt_selectors import ALL_QUERIES
 from kivi_jax.cache.segments import Segment, Step, attend_token
 from kivi_jax.cache.strategy import CacheStrategy, KVCache, Prompt
+from kivi_jax.checks import whole
 from kivi_jax.config import ModelConfig
 from kivi_jax.model.attention import add_weights, block_attention, causal_attention
+from kivi_jax.model.inputs import PerRow, Prompts, note_room, read_prompts, read_token, room_left
 from kivi_jax.model.ordering import after
 from kivi_jax.model.rope import apply_rope, rope_frequencies
 from pallas_kernels.partials import merge, normalize
@@ -128,8 +130,8 @@ class Llama(nnx.Module):
 
     def prefill(
         self,
-        tokens: Int[Array, "B P"],
-        lengths: Int[Array, "B"],
+        tokens: Prompts,
+        lengths: PerRow,
         *,
         cache: CacheStrategy,
         capacity: int,
@@ -150,10 +152,11 @@ class Llama(nnx.Module):
             block_tokens: tokens of a row that are processed together.
 
         Raises:
-            ValueError: shapes do not fit together, or the strategy does not fit the model.
+            ValueError: shapes do not fit together, or the strategy does not fit the model; outside of a trace
+                also where lengths or token ids are out of range.
         """
-        if tokens.shape[0] != lengths.shape[0]:
-            raise ValueError(f"{tokens.shape=} and {lengths.shape=} must have the same number of rows")
+        capacity, block_tokens = whole("capacity", capacity), whole("block_tokens", block_tokens)
+        tokens, lengths = read_prompts(tokens, lengths, vocab_size=self.config.vocab_size)
         if tokens.shape[1] == 0:
             raise ValueError("prompts must have at least one token")
         if capacity < tokens.shape[1]:
@@ -164,16 +167,26 @@ class Llama(nnx.Module):
         return _prefill(self, tokens, lengths, cache, capacity, block_tokens)
 
     def decode(
-        self, token: Int[Array, "B"], cache: KVCache, active: Bool[Array, "B"] | None = None
+        self, token: PerRow, cache: KVCache, active: Bool[Array, "B"] | None = None
     ) -> tuple[Float[Array, "B V"], KVCache]:
         """Append one token per row: float32 logits for the one after it, and the new cache.
 
         The cache passed in is consumed: its memory becomes the new cache's. Rows where `active` is false
-        append nothing, and their logits mean nothing. The caller keeps `lengths` below `capacity`.
+        append nothing, and their logits mean nothing.
+
+        Tokens on a device are not asked for: one outside of the vocabulary is not refused, and the row's
+        logits mean nothing. Under a caller's `jit` that holds for rows beyond `capacity`, too.
+
+        Raises:
+            ValueError: the cache was consumed before, a row that takes a token is full, there is not one
+                token per row, or a token that the host holds is not in the vocabulary.
         """
+        token = read_token(token, rows=cache.lengths.shape[0], vocab_size=self.config.vocab_size)
+        room = room_left(cache, active)
         if active is None:
             active = jnp.ones(token.shape, bool)
-        return _decode(self, token, cache, active)
+        logits, grown = _decode(self, token, cache, active)
+        return logits, note_room(grown, None if room is None else room - 1)
 
     def _logits(self, x: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         x = self.norm(x)
@@ -191,6 +204,8 @@ def _prefill(
     block_tokens: int,
 ) -> tuple[Float[Array, "B V"], KVCache]:
     block = min(block_tokens, tokens.shape[1])
+    # Padding may be anything, also what has no embedding: not a number times no weight is not nothing.
+    tokens = jnp.where(jnp.arange(tokens.shape[1])[None] < lengths[:, None], tokens, 0)
     tokens = jnp.pad(tokens, ((0, 0), (0, -tokens.shape[1] % block)))
     x = model.embed(tokens)
     layers: list[tuple[Segment, ...]] = []

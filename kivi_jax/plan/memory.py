@@ -43,7 +43,9 @@ def zero_cache(
     """The cache of prompts of `width` tokens, which are all zeros."""
     shape = (batch, config.num_kv_heads, width, config.head_dim)
     lengths = jnp.full(batch, width, jnp.int32)
-    prompt = Prompt(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros(shape[:3]), lengths)
+    prompt = Prompt(
+        jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros(shape[:3], jnp.float32), lengths
+    )
     layers = tuple(
         strategy.hold_prompt(
             prompt, capacity=capacity, window=config.sliding_window, layer=layer, layers=config.num_layers

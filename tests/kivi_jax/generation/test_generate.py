@@ -1,13 +1,18 @@
 """`generate`: against recorded greedy texts, how rows end, sampling per row, and what it refuses."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import kivi_jax as kj
+from kivi_jax import Llama
 from kivi_jax.cache.pool import TokenPool
-from kivi_jax.generation.generate import _generate, row_keys
+from kivi_jax.generation.generate import _generate, end_ids, row_keys
+from kivi_jax.generation.prefix import prefill, weights_mark
 from tests.models import config, random_llama, stories
 
 LENGTHS = np.array([4, 9, 12])
@@ -212,3 +217,44 @@ def test_generate_can_be_traced():
 def test_bad_arguments_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         generate(**options)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3])
+def test_an_old_key_is_the_new_one(rows):
+    new, old = jax.random.key(7), jax.random.PRNGKey(7)
+    expected = jax.random.key_data(row_keys(new, rows))
+    np.testing.assert_array_equal(jax.random.key_data(row_keys(old, rows)), expected)
+    assert row_keys(jax.random.split(old, rows), rows).shape == (rows,)
+
+
+@pytest.mark.parametrize("key", [7, "7", np.zeros(3, np.uint32), jnp.float32(1)])
+def test_no_key_at_all_is_refused(key):
+    with pytest.raises(ValueError, match="key is no PRNG key"):
+        row_keys(key, 1)
+
+
+@pytest.mark.parametrize("ends", [3, (3,), [3]])
+def test_ends_come_in_many_kinds(ends):
+    assert end_ids(random_llama(config()), ends) == (3,)
+
+
+def test_logits_that_are_no_numbers_are_said_to_be(caplog):
+    """In the row where they occur, and once."""
+    model = Llama(config(num_layers=1), rngs=nnx.Rngs(0))
+    model.embed.embedding[...] = model.embed.embedding[...].at[9].set(jnp.nan)
+    ids = jnp.asarray([[1, 9], [1, 2]])
+    out = kj.generate(model, ids, jnp.asarray([2, 2]), cache=kj.full(), max_new_tokens=3, eos_ids=())
+    assert out.finite.tolist() == [False, True]
+    assert [record.message[:40] for record in caplog.records] == ["the model's logits are not finite, so th"]
+
+
+def test_a_prefix_of_other_weights_is_refused():
+    """Of models with the same shapes, too, where it is kept."""
+    models = [random_llama(config(num_layers=1), seed) for seed in (0, 1)]
+    assert weights_mark(models[0]) != weights_mark(models[1])
+    ids, lengths = jnp.asarray([[1, 2]]), jnp.asarray([2])
+    prefix = prefill(models[0], ids, lengths, cache=kj.full(), capacity=2)
+    prefix = dataclasses.replace(prefix, mark=weights_mark(models[0]))
+    kj.generate(models[0], ids, lengths, prefix=prefix, max_new_tokens=1)
+    with pytest.raises(ValueError, match="read by a model with other weights"):
+        kj.generate(models[1], ids, lengths, prefix=prefix, max_new_tokens=1)

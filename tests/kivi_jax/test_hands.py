@@ -1,0 +1,69 @@
+"""Mistakes at the Python interface end in one clear sentence.
+
+In a process of its own: the types that tests check at run time would refuse many of them first.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+MISTAKES = {
+    "kj.kivi(bits=2.0)": "key_bits=2.0 must be a whole number",
+    "kj.kivi(residual_length=128.0)": "residual_length=128.0 must be a whole number",
+    "kj.kivi(bits='2')": "key_bits='2' must be a whole number",
+    "kj.PoolQuantization(bits=4.0)": "pool bits=4.0 must be a whole number",
+    "kj.Slide(window=8.0, recent=4)": "window=8.0 must be a whole number",
+    "kj.SnapKV(budget=64, window=32.0)": "window=32.0 must be a whole number",
+    "kj.SnapKV(budget=64, kernel=5.0)": "kernel=5.0 must be a whole number",
+    "kj.PyramidKV(budget=64, beta=2.5)": "beta=2.5 must be a whole number",
+    "kj.Adaptive(window=8, recent=4, max_new_tokens=16.0)": "max_new_tokens=16.0 must be a whole number",
+    "kj.StreamingLLM(sinks=2.0, recent=4)": "sinks=2.0 must be a whole number",
+    "kj.generate(model, [[1]], [1], cache=full, max_new_tokens=2.0)": "max_new_tokens=2.0 must be a whole",
+    "kj.generate(model, [[1.5]], [1], cache=full, max_new_tokens=2)": "tokens must be whole numbers",
+    "kj.generate(model, [[1]], [1], cache=full, max_new_tokens=2, eos_ids='2')": "eos_ids='2' must be",
+    "kj.generate(model, [[1]], [1], cache=full, max_new_tokens=2, key=0)": "key is no PRNG key",
+    "kj.generate(model, [], [], cache=full, max_new_tokens=2)": "must have 2 axes",
+    "kj.generate(model, [[]], [0], cache=full, max_new_tokens=2)": "every length must be from 1 to 0",
+    "kj.complete(model, None, ['a'], cache=full, max_new_tokens=2)": "there is no tokenizer",
+    "next(kj.stream(model, None, 'a', cache=full, max_new_tokens=2))": "there is no tokenizer",
+    "kj.read_prefix(model, None, ['a'], cache=full)": "there is no tokenizer",
+    "model.prefill([[1]], [1], cache=full, capacity=2.0)": "capacity=2.0 must be a whole number",
+    "model.prefill([[1]], [1], cache=full, capacity=2, block_tokens=1.5)": "block_tokens=1.5 must be a whole",
+}
+SCRIPT = """
+import json, sys
+import kivi_jax as kj
+from tests.models import config, random_llama
+model, full = random_llama(config(num_layers=1)), kj.full()
+said = {}
+for mistake in json.load(sys.stdin):
+    try:
+        eval(mistake)
+        said[mistake] = "nothing"
+    except Exception as error:
+        said[mistake] = f"{type(error).__name__}: {error}"
+json.dump(said, sys.stdout)
+"""
+
+
+@pytest.fixture(scope="module")
+def said():
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT],
+        input=json.dumps(list(MISTAKES)),
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_sentence(said, mistake):
+    assert said[mistake].startswith("ValueError: ")
+    assert MISTAKES[mistake] in said[mistake]
+    assert "\n" not in said[mistake]
