@@ -1,4 +1,4 @@
-"""Shared test setup: strict dtypes and ranks, and where the recorded outputs of the original code are."""
+"""Shared test setup: cheap compiling, strict dtypes and ranks, and the original code's recorded outputs."""
 
 import os
 from collections.abc import Iterator
@@ -7,10 +7,27 @@ from pathlib import Path
 import jax
 import pytest
 
+ROOT = Path(__file__).parents[1]
+SHARED = Path(os.environ.get("KIVI_JAX_SHARED", ROOT.parent / "shared"))
+
+# Most of a test's time is XLA's compiling, of programs that run once and briefly: LLVM's optimizations and
+# the fusion emitters are two thirds of it. The caller's flags come last, and win. Subprocesses inherit these.
+CHEAP = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+os.environ["XLA_FLAGS"] = f"{CHEAP} {os.environ.get('XLA_FLAGS', '')}"
+# Programs are kept on disk for the other workers, modules, Pythons and runs. Delete the folder to free it.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".jax_cache"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+# Torch's threads spin while they wait, and those of several workers stall one another.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# JAX may have been imported by a plugin, before this file.
+jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
+jax.config.update(
+    "jax_persistent_cache_min_compile_time_secs",
+    float(os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"]),
+)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
-
-SHARED = Path(os.environ.get("KIVI_JAX_SHARED", Path(__file__).parents[2] / "shared"))
 
 
 @pytest.fixture(scope="session")
@@ -23,7 +40,7 @@ def shared() -> Path:
 
 @pytest.fixture(scope="module", autouse=True)
 def free_programs() -> Iterator[None]:
-    """Free the programs that a module's tests have compiled.
+    """Free the programs that a module's tests have compiled; the next module reads those it shares from disk.
 
     Each holds a few memory mappings; Linux allows a process 65,530, beyond which XLA's compiler crashes.
     """

@@ -1,6 +1,6 @@
 """Run the Triton kernels in Triton's interpreter.
 
-    TRITON_INTERPRET=1 python -m tests.pallas_kernels.interpret_triton [EVERY FIRST]
+    TRITON_INTERPRET=1 python -m tests.pallas_kernels.quantized_attention.interpret_triton [EVERY FIRST]
 
 A process of its own, because Triton decides when it is imported whether its functions are interpreted. It
 prints, as JSON, the relative error of every case against the XLA implementation, or why it is refused; or of

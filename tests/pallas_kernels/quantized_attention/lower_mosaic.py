@@ -1,6 +1,6 @@
 """Lower the Mosaic kernel for an H100; print the size of each case's module, or why it is refused.
 
-    python -m tests.pallas_kernels.lower_mosaic [--compile] CASE...
+    python -m tests.pallas_kernels.quantized_attention.lower_mosaic [--compile] CASE...
 
 With --compile, the module is the one that XLA compiles, for which Mosaic makes PTX (needs JAX's CUDA plugin).
 In a process of its own: Mosaic's compiler can abort the one it runs in.

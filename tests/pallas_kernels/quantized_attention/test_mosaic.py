@@ -40,7 +40,7 @@ def test_a_race_would_be_seen(monkeypatch):
 
 def modules(*arguments):
     """Sizes of the modules of cases, made in another process; none was refused."""
-    command = [sys.executable, "-m", "tests.pallas_kernels.lower_mosaic", *arguments]
+    command = [sys.executable, "-m", "tests.pallas_kernels.quantized_attention.lower_mosaic", *arguments]
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1"}
     if "--compile" in arguments:
         environment.pop("JAX_PLATFORMS")
