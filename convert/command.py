@@ -22,9 +22,10 @@ def convert(
     Example:  kivi-jax convert ./Llama-3.1-8B ./llama-8b --dtype bfloat16 --verify
     """
     # Orbax takes seconds to import: `--help` must not wait for it.
-    from convert import load_model
+    from convert import load_model, read_any_config
     from convert.errors import CheckpointError
     from convert.files import replacing
+    from convert.hf import parameter_bytes
     from convert.hub import resolve
     from convert.orbax import is_converted, save
     from convert.verify import verify as compare
@@ -33,7 +34,8 @@ def convert(
     directory = resolve(source)
     if is_converted(directory):
         raise CheckpointError(f"{source} is converted already: use it as it is")
-    with replacing(destination, overwrite=overwrite) as partial:
+    needed = parameter_bytes(read_any_config(directory), dtype.value)
+    with replacing(destination, overwrite=overwrite, sources=[directory], needed=needed) as partial:
         columns = (
             TextColumn("[bold]reading tensors"),
             BarColumn(),

@@ -1,52 +1,174 @@
 """Directories that are complete or absent, and how to notice a file that is not what was written."""
 
+import fcntl
+import hashlib
+import os
 import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path as FilePath
 
-from convert.errors import CheckpointError
+from convert.errors import CheckpointError, brief
+
+# What this package writes: a manifest, and a folder beside it. Nothing else is ever replaced.
+_OURS = {"kivi_jax.json": "parameters", "prefix.json": "arrays"}
 
 
 @contextmanager
-def replacing(destination: FilePath, *, overwrite: bool) -> Iterator[FilePath]:
+def replacing(
+    destination: FilePath, *, overwrite: bool, sources: Sequence[FilePath] = (), needed: int = 0
+) -> Iterator[FilePath]:
     """A new directory that takes `destination`'s place if the block succeeds and vanishes if it fails.
 
+    `sources` are what the block reads, `needed` the bytes that it will write at least. One process at a time
+    writes to a destination; what a killed one left is removed by the next.
+
     Raises:
-        CheckpointError: `destination` is a file, or not empty and `overwrite` is false.
+        CheckpointError: `destination` is a file, or a mount point; or not empty, and `overwrite` is false or
+            this package did not write it; or it holds a source, the current or the home directory; or another
+            process writes to it; or there is too little space.
     """
-    if destination.is_file():
-        raise CheckpointError(f"{destination} is a file: choose a directory to write to")
-    if destination.is_dir() and any(destination.iterdir()) and not overwrite:
-        raise CheckpointError(f"{destination} is not empty: choose another directory, or pass --overwrite")
-    try:
-        destination.parent.mkdir(parents=True, exist_ok=True)
-        workspace = FilePath(tempfile.mkdtemp(prefix=f".{destination.name}-", dir=destination.parent))
-    except OSError as error:
-        raise CheckpointError(f"{destination} cannot be written: {error.strerror}") from error
-    # A folder inside: the workspace itself is private to the user, what is published should not be.
+    _check_replaceable(destination, overwrite, sources)
+    target = destination.resolve()  # of a symbolic link, what it points to is replaced
+    workspace = target.parent / f".{target.name}.partial"
     partial, replaced = workspace / "new", workspace / "old"
-    partial.mkdir()
-    try:
-        yield partial
+    with writing(destination):
+        target.parent.mkdir(parents=True, exist_ok=True)
+    with locked(target.parent / f".{target.name}.lock", destination):
+        with writing(destination):
+            _clear(workspace, target)
+            # A folder inside: the workspace itself is private to the user, what is published should not be.
+            workspace.mkdir(mode=0o700)
+            partial.mkdir()
+        try:
+            if needed > (free := shutil.disk_usage(workspace).free):
+                raise CheckpointError(
+                    f"{destination} needs {needed:,} bytes, and {free:,} are free: make space"
+                )
+            yield partial
+            _check_replaceable(destination, overwrite, sources)  # much may have happened since
+            if target.exists():
+                target.rename(replaced)
+            partial.rename(target)
+        finally:
+            shutil.rmtree(workspace, ignore_errors=True)
+
+
+def _check_replaceable(destination: FilePath, overwrite: bool, sources: Sequence[FilePath]) -> None:
+    if not destination.is_dir():
         if destination.exists():
-            destination.rename(replaced)
-        partial.rename(destination)
+            raise CheckpointError(f"{destination} is a file: choose a directory to write to")
+        return
+    target = destination.resolve()
+    if os.path.ismount(target):
+        raise CheckpointError(
+            f"{destination} is a mount point, which cannot be replaced: choose a folder in it"
+        )
+    precious = [*sources, FilePath.cwd(), FilePath(os.path.expanduser("~"))]
+    for path in precious:
+        if path.resolve().is_relative_to(target):
+            raise CheckpointError(
+                f"{destination} cannot be replaced, as {path} is in it: choose another directory"
+            )
+    if not any(target.iterdir()):
+        return
+    if not overwrite:
+        raise CheckpointError(f"{destination} is not empty: choose another directory, or pass --overwrite")
+    if not any((target / file).is_file() and (target / folder).is_dir() for file, folder in _OURS.items()):
+        raise CheckpointError(
+            f"{destination} holds files that kivi-jax did not write: choose another, or empty it yourself"
+        )
+
+
+def _clear(workspace: FilePath, target: FilePath) -> None:
+    """Remove what a killed process left, but for what it had already moved away and not yet replaced."""
+    if not workspace.exists():
+        return
+    replaced = workspace / "old"
+    if replaced.is_dir() and not target.exists():
+        replaced.rename(target)
+    shutil.rmtree(workspace)
+
+
+@contextmanager
+def locked(file: FilePath, what: FilePath) -> Iterator[None]:
+    """Hold the lock `file`, which vanishes afterwards; the system releases it when its process dies.
+
+    Raises:
+        CheckpointError: another process holds it: that one writes to `what`.
+    """
+    descriptor = _lock(file, what)
+    try:
+        yield
     finally:
-        shutil.rmtree(workspace, ignore_errors=True)
+        file.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def _lock(file: FilePath, what: FilePath) -> int:
+    while True:
+        with writing(what):
+            descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(descriptor)
+                raise CheckpointError(
+                    f"{what} is being written by another process: wait for it, or choose another place"
+                ) from None
+            if os.fstat(descriptor).st_nlink:
+                return descriptor
+            os.close(descriptor)  # its owner removed it after we opened it
+
+
+@contextmanager
+def writing(destination: FilePath) -> Iterator[None]:
+    """Anything that fails here is that `destination` cannot be written: no permission, or a full disk.
+
+    Raises:
+        CheckpointError: something did.
+    """
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except OSError as error:
+        raise CheckpointError(f"{destination} cannot be written: {error.strerror or error}") from error
+    except Exception as error:  # orbax and tensorstore raise plain Exception, too
+        raise CheckpointError(f"{destination} cannot be written: {brief(error)}") from error
 
 
 def file_sizes(directory: FilePath) -> dict[str, int]:
     """Bytes of every file below a directory, by its path in it."""
-    files = (file for file in directory.rglob("*") if file.is_file())
-    return {file.relative_to(directory).as_posix(): file.stat().st_size for file in sorted(files)}
+    return {name: file.stat().st_size for name, file in _files(directory).items()}
 
 
-def find_damage(directory: FilePath, sizes: Mapping[str, int]) -> str | None:
-    """What is wrong with the files that had these `sizes` when they were written; None if all still have.
+def checksums(directory: FilePath) -> dict[str, str]:
+    """SHA-256 of every file below a directory, by its path in it."""
+    files = _files(directory)
+    with ThreadPoolExecutor() as pool:  # hashing leaves Python's lock
+        return dict(zip(files, pool.map(_sha256, files.values()), strict=True))
 
-    Cheap, and it comes before orbax, which reports an incomplete copy at length, and with tracebacks.
+
+def _sha256(path: FilePath) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _files(directory: FilePath) -> dict[str, FilePath]:
+    files = sorted(file for file in directory.rglob("*") if file.is_file())
+    return {file.relative_to(directory).as_posix(): file for file in files}
+
+
+def find_damage(
+    directory: FilePath, sizes: Mapping[str, int], sums: Mapping[str, str] | None = None
+) -> str | None:
+    """What is wrong with the files that had these `sizes` (and SHA-256 `sums`, if those were taken) when they
+    were written; None if all still have.
+
+    It comes before orbax, which reports an incomplete copy at length, and with tracebacks, and takes any
+    bytes of the right number.
     """
     found = file_sizes(directory)
     for name, size in sizes.items():
@@ -54,4 +176,8 @@ def find_damage(directory: FilePath, sizes: Mapping[str, int]) -> str | None:
             return f"{name} is missing"
         if found[name] != size:
             return f"{name} has {found[name]:,} bytes, not {size:,}"
+    if sums:
+        now = checksums(directory)
+        if changed := [name for name, value in sums.items() if now.get(name) != value]:
+            return f"{changed[0]} is not what was written: its checksum is another one"
     return None

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float
 
 from convert.errors import CheckpointError
 from convert.rules import Path, is_derived, model_config, sources_of
@@ -19,6 +20,7 @@ from kivi_jax.model.llama import Llama
 Progress = Callable[[int, int], None]  # tensors done, tensors in all
 
 _FLOATS = {"F64", "F32", "F16", "BF16"}
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def read_config(directory: FilePath) -> ModelConfig:
@@ -40,11 +42,15 @@ def load_hf(directory: FilePath, *, dtype: DTypeLike, progress: Progress | None 
 
     Raises:
         CheckpointError: config or files are missing or unreadable; or, all listed together, parameters
-            without a tensor, tensors without a parameter, wrong shapes and types that are not floats.
+            without a tensor, tensors without a parameter, wrong shapes and types that are not floats; or a
+            value is infinite or not a number, or becomes so in `dtype`.
     """
     config = read_config(directory)
     check_tokenizer(directory, config)
     tensors = stored_tensors(directory)
+    _check_layers(config, tensors)
+    if config.tie_word_embeddings and _EMBEDDING not in tensors and _HEAD in tensors:
+        tensors[_EMBEDDING] = tensors[_HEAD]  # some tools keep the one matrix under the head's name
     abstract = abstract_parameters(config, dtype)
     sources = {path: sources_of(path, config) for path in abstract}
     shapes = {
@@ -53,8 +59,8 @@ def load_hf(directory: FilePath, *, dtype: DTypeLike, progress: Progress | None 
         for source in parts
     }
     _check_coverage(config, tensors, shapes)
-    if config.tie_word_embeddings and "lm_head.weight" in tensors:
-        _check_tied(tensors, sources["embed", "embedding"][0].name)
+    if config.tie_word_embeddings and _HEAD in tensors:
+        _check_tied(tensors)
     filled: dict[Path, jax.Array] = {}
     done = 0
     # Largest first: reading needs a tensor's size more, which is least when the model is nearly whole.
@@ -62,7 +68,11 @@ def load_hf(directory: FilePath, *, dtype: DTypeLike, progress: Progress | None 
         parts: list[jax.Array] = []
         for source in sources[path]:
             tensor = tensors[source.name].read()
-            parts.append(jnp.asarray(tensor.T if source.transpose else tensor, dtype))
+            with np.errstate(over="ignore"):  # said below
+                part = jnp.asarray(tensor.T if source.transpose else tensor, dtype)
+            if not _all_finite(part):
+                raise _not_finite(source.name, tensor, part)
+            parts.append(part)
             done += 1
             if progress is not None:
                 progress(done, len(shapes))
@@ -75,6 +85,37 @@ def abstract_parameters(config: ModelConfig, dtype: DTypeLike) -> dict[Path, jax
     state = nnx.state(nnx.eval_shape(lambda: Llama(config, dtype=dtype, rngs=nnx.Rngs(0))))
     leaves = jax.tree_util.tree_leaves_with_path(nnx.to_pure_dict(state))
     return {tuple(str(key.key) for key in path): leaf for path, leaf in leaves}
+
+
+def parameter_bytes(config: ModelConfig, dtype: DTypeLike) -> int:
+    """What a model's parameters take."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in abstract_parameters(config, dtype).values())
+
+
+def not_finite(model: Llama) -> list[str]:
+    """The names of parameters with a value that is infinite or not a number."""
+    leaves = jax.tree_util.tree_leaves_with_path(nnx.to_pure_dict(nnx.state(model)))
+    return ["/".join(str(key.key) for key in path) for path, leaf in leaves if not _all_finite(leaf)]
+
+
+@jax.jit
+def _all_finite(array: Float[Array, "..."]) -> Bool[Array, ""]:
+    return jnp.isfinite(array).all()
+
+
+def _not_finite(name: str, stored: np.ndarray, cast: Float[Array, "..."]) -> CheckpointError:
+    if np.isfinite(stored).all():
+        return CheckpointError(f"{name} has values too large for {cast.dtype}: choose bfloat16 or float32")
+    return CheckpointError(f"{name} has values that are infinite or no numbers: copy or download it again")
+
+
+def _check_layers(config: ModelConfig, tensors: Mapping[str, Stored]) -> None:
+    """Before shapes are made of what may be a million layers."""
+    found = {name.split(".")[2] for name in tensors if name.startswith("model.layers.")}
+    if config.num_layers > len(found):
+        raise CheckpointError(
+            f"config.json says num_hidden_layers={config.num_layers}, but there are weights of {len(found)}"
+        )
 
 
 def build(config: ModelConfig, parameters: Mapping[Path, jax.Array], dtype: DTypeLike) -> Llama:
@@ -96,27 +137,35 @@ def check_tokenizer(directory: FilePath, config: ModelConfig) -> None:
         CheckpointError: it can, or its file cannot be read.
     """
     file = directory / "tokenizer.json"
-    if not file.exists():
+    if not file.is_file():
         return
     from tokenizers import Tokenizer
 
     try:
-        largest = max(Tokenizer.from_file(str(file)).get_vocab(with_added_tokens=True).values(), default=-1)
+        tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # tokenizers raises plain Exception
         raise CheckpointError(f"{file} cannot be read: {error}") from error
-    if largest >= config.vocab_size:
+    vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+    beyond = {token: number for token, number in vocabulary.items() if number >= config.vocab_size}
+    # Fine-tuning adds a padding token and no embedding for it. No text becomes it.
+    if beyond.keys() - {_padding_token(directory)}:
         raise CheckpointError(
-            f"the tokenizer has ids up to {largest}, but config.json says vocab_size={config.vocab_size}: "
-            "tokenizer and weights are not of the same model"
+            f"the tokenizer has ids up to {max(beyond.values())}, but config.json says "
+            f"vocab_size={config.vocab_size}: tokenizer and weights are not of the same model"
         )
 
 
-def _check_tied(tensors: Mapping[str, Stored], embedding: str) -> None:
+def _padding_token(directory: FilePath) -> str | None:
+    file = directory / "tokenizer_config.json"
+    token = read_json(file).get("pad_token") if file.is_file() else None
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _check_tied(tensors: Mapping[str, Stored]) -> None:
     """Some tools save a tied head again; transformers does not tie it if it differs, so refuse that."""
-    head = "lm_head.weight"
-    if not np.array_equal(tensors[embedding].read(), tensors[head].read()):
+    if not np.array_equal(tensors[_EMBEDDING].read(), tensors[_HEAD].read()):
         raise CheckpointError(
-            f"config.json says tie_word_embeddings, but {head} differs from {embedding}: "
+            f"config.json says tie_word_embeddings, but {_HEAD} differs from {_EMBEDDING}: "
             "set tie_word_embeddings to false if the model was trained with its own head"
         )
 
@@ -129,7 +178,7 @@ def _check_coverage(
     """Every parameter is filled and every tensor used, exactly once; all errors in one message."""
     ignored = {name for name in tensors if is_derived(name)}
     if config.tie_word_embeddings:
-        ignored.add("lm_head.weight")  # see _check_tied
+        ignored.add(_HEAD)  # see _check_tied
     problems = [f"{name} is missing" for name in sorted(expected.keys() - tensors.keys())]
     problems += [
         f"{name} is not a tensor of this model" for name in sorted(tensors.keys() - expected.keys() - ignored)

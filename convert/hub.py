@@ -6,7 +6,7 @@ from pathlib import Path as FilePath
 
 from convert.errors import CheckpointError
 
-_FILES = ["*.safetensors", "*.json", "tokenizer*", "chat_template*"]
+_FILES = ["*.safetensors", "*.json", "tokenizer*", "chat_template*", "additional_chat_templates/*"]
 _COPIES = ["consolidated*", "original/*"]  # the same weights in the trainer's own layout
 
 

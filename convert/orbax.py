@@ -1,8 +1,8 @@
 """Converted models on disk: orbax parameters, our config, the source's config and tokenizer beside.
 
-DST/kivi_jax.json     format version, dtype, ModelConfig, sizes of the files in parameters/
+DST/kivi_jax.json     format version, dtype, ModelConfig, sizes and SHA-256 of the files in parameters/
 DST/parameters/       orbax checkpoint, one array per parameter, named by its path
-DST/config.json, generation_config.json, tokenizer files: as they were in the source
+DST/config.json, generation_config.json, tokenizer and template files: as they were in the source
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from convert.errors import CheckpointError, brief
-from convert.files import file_sizes, find_damage, replacing
+from convert.files import checksums, file_sizes, find_damage, replacing, writing
 from convert.hf import abstract_parameters, build, check_tokenizer
 from kivi_jax.config import ModelConfig, config_from_dict
 from kivi_jax.model.llama import Llama
@@ -26,6 +26,7 @@ from kivi_jax.model.llama import Llama
 FORMAT = 2  # in format 1, queries, keys and values were projections of their own
 MANIFEST = "kivi_jax.json"
 BESIDE = ("*config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*")
+TEMPLATES = "additional_chat_templates"  # a folder: transformers keeps named templates there
 
 
 def is_converted(directory: FilePath) -> bool:
@@ -41,11 +42,16 @@ def save(
     Everything goes to a temporary sibling that is renamed at the end: `destination` is complete or absent.
 
     Raises:
-        CheckpointError: `destination` exists and is not empty, and `overwrite` is false.
+        CheckpointError: `destination` cannot be written or replaced, see `convert.files.replacing`.
     """
-    with replacing(destination, overwrite=overwrite) as partial:
-        leaves = jax.tree_util.tree_leaves_with_path(nnx.to_pure_dict(nnx.state(model)))
-        parameters = {"/".join(str(key.key) for key in path): leaf for path, leaf in leaves}
+    leaves = jax.tree_util.tree_leaves_with_path(nnx.to_pure_dict(nnx.state(model)))
+    parameters = {"/".join(str(key.key) for key in path): leaf for path, leaf in leaves}
+    needed = sum(leaf.nbytes for leaf in parameters.values())
+    sources = () if source is None else (source,)
+    with (
+        replacing(destination, overwrite=overwrite, sources=sources, needed=needed) as partial,
+        writing(destination),
+    ):
         # Orbax copies what it writes: one tensor at a time here, or it would hold a second model.
         limit = 1 + max(leaf.nbytes for leaf in parameters.values())
         handler = ocp.BasePyTreeCheckpointHandler(
@@ -53,12 +59,12 @@ def save(
         )
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(handler_impl=handler)) as checkpointer:
             checkpointer.save(partial.absolute() / "parameters", args=ocp.args.PyTreeSave(parameters))
-        dtype = jnp.dtype(leaves[0][1].dtype).name
         manifest = {
             "format": FORMAT,
-            "dtype": dtype,
+            "dtype": jnp.dtype(leaves[0][1].dtype).name,
             "config": dataclasses.asdict(model.config),
             "files": file_sizes(partial / "parameters"),
+            "checksums": checksums(partial / "parameters"),
         }
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
         if source is not None:
@@ -71,9 +77,9 @@ def load(directory: FilePath, *, dtype: DTypeLike | None = None) -> Llama:
     Raises:
         CheckpointError: the directory is damaged, or of another format.
     """
-    config, saved_dtype, files = read_manifest(directory)
+    config, saved_dtype, files, sums = read_manifest(directory)
     check_tokenizer(directory, config)
-    if damage := find_damage(directory / "parameters", files):
+    if damage := find_damage(directory / "parameters", files, sums):
         raise CheckpointError(f"{directory}/parameters is damaged ({damage}): copy it or convert again")
     wanted = abstract_parameters(config, saved_dtype if dtype is None else dtype)
     try:
@@ -94,6 +100,7 @@ class Manifest(NamedTuple):
     config: ModelConfig
     dtype: str
     files: dict[str, int]  # bytes of each file of the parameters
+    checksums: dict[str, str]  # SHA-256 of each; of models converted before these were taken, none
 
 
 def read_manifest(directory: FilePath) -> Manifest:
@@ -111,13 +118,15 @@ def read_manifest(directory: FilePath) -> Manifest:
                 f"{file} has format {manifest['format']}, this version reads {FORMAT}: {cure}"
             )
         config, dtype = config_from_dict(manifest["config"]), jnp.dtype(manifest["dtype"]).name
-        return Manifest(config, dtype, dict(manifest["files"]))
+        return Manifest(config, dtype, dict(manifest["files"]), dict(manifest.get("checksums", {})))
     except CheckpointError:
         raise
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{file} is damaged ({error}): convert again") from error
 
 
 def _copy_beside(source: FilePath, destination: FilePath) -> None:
     for file in {file for pattern in BESIDE for file in source.glob(pattern) if file.is_file()}:
         shutil.copy2(file, destination / file.name)
+    if (source / TEMPLATES).is_dir():
+        shutil.copytree(source / TEMPLATES, destination / TEMPLATES)

@@ -46,7 +46,7 @@ def read_json(file: FilePath) -> dict[str, Any]:
         raise CheckpointError(f"{file} is missing: a Hugging Face checkpoint needs it")
     try:
         content = json.loads(file.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise CheckpointError(f"{file} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{file} must hold a JSON object, got {type(content).__name__}")
@@ -78,6 +78,8 @@ def _weight_files(directory: FilePath) -> list[FilePath]:
 
 
 def _tensors_in(file: FilePath) -> Iterator[tuple[str, Stored]]:
+    if not file.is_file():  # a pipe would be waited for
+        raise CheckpointError(f"{file} is no regular file: copy or download it again")
     try:
         with safe_open(file, framework="numpy") as tensors:
             for name in tensors.keys():  # noqa: SIM118 (not a dict)

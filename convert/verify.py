@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from convert.errors import CheckpointError
-from convert.hf import load_hf
+from convert.hf import load_hf, not_finite
 from convert.orbax import load, read_manifest
 
 PROMPTS, TOKENS = 4, 32
@@ -38,12 +38,15 @@ def verify(converted: FilePath, source: FilePath) -> Verification:
     conversion's storage but not our arithmetic; `reference` says which.
 
     Raises:
-        CheckpointError: transformers cannot load the source.
+        CheckpointError: transformers cannot load the source; or a parameter is not finite.
     """
-    config, stored, _ = read_manifest(converted)
+    config, stored = read_manifest(converted)[:2]
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, (PROMPTS, TOKENS), np.int32)
     reference, expected = _source_logits(source, tokens)
-    logits = np.asarray(load(converted, dtype="float32")(jnp.asarray(tokens)))
+    model = load(converted, dtype="float32")
+    if wrong := not_finite(model):  # also where these prompts do not look
+        raise CheckpointError(f"{converted} has values that are infinite or no numbers, first in {wrong[0]}")
+    logits = np.asarray(model(jnp.asarray(tokens)))
     difference = logits - expected
     return Verification(
         reference=reference,

@@ -1,6 +1,7 @@
 """What every command shares: how errors end, and how bytes and tables look."""
 
 import os
+import signal
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +13,7 @@ from rich.status import Status
 
 def run(app: Callable[[], Any]) -> None:
     """Run a command line; a user's mistake becomes one line on stderr and exit code 2."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # nothing half-written stays
     try:
         app()
     except (ValueError, NotImplementedError, OSError) as error:

@@ -46,7 +46,10 @@ def save(
     strategy = parse_cache(cache)
     text = sys.stdin.read() if prompt_file == "-" else _read_text(FilePath(prompt_file))
     errors = Console(stderr=True)
-    with replacing(destination, overwrite=overwrite) as partial:  # refuses before anything is computed
+    sources = [FilePath(source) for source in (model, prompt_file)]
+    with replacing(
+        destination, overwrite=overwrite, sources=sources
+    ) as partial:  # before anything is computed
         llama, tokenizer = open_model(model, dtype)
         with errors.status("reading"):
             prefix = jax.block_until_ready(read_prefix(llama, tokenizer, [text], cache=strategy))

@@ -250,27 +250,14 @@ def ruler(
     batch: Batch = 1,
     dtype: DtypeOption = None,
 ) -> None:
-    """RULER's needle tasks, from the files that its own scripts write (niah_*.jsonl).
+    """RULER's needle tasks, from the files of its own scripts (TASK/validation.jsonl), or TASK.jsonl.
 
     Example:  kivi-jax eval ruler --model ./llama-8b --data ./ruler --out results
     """
-    from kivi_jax.eval.ruler import build_samples
-    from kivi_jax.eval.samples import read_rows
+    from kivi_jax.eval.ruler import read_samples
     from kivi_jax.generation.loading import open_model
 
-    path = Path(data)
-    files = sorted(path.rglob("*.jsonl")) if path.is_dir() else [path]
-    samples = [
-        sample
-        for file in files
-        for sample in build_samples(
-            file.stem, read_rows(file, "input", "outputs")[:limit], max_new_tokens=max_new_tokens
-        )
-    ]
-    if not samples:
-        raise ValueError(
-            f"there are no samples in {data}: pass a folder of niah_*.jsonl files, or one of them"
-        )
+    samples = read_samples(data, limit=limit, max_new_tokens=max_new_tokens)
     settings: dict[str, Any] = dict(
         eval="ruler", model=model, data=data, max_new_tokens=max_new_tokens, dtype=_name(dtype)
     )

@@ -40,16 +40,20 @@ def _right(found: str | None, record: Mapping[str, Any]) -> float:
     return float(found is not None and found == _number(record["answers"][0]))
 
 
+# A sign, a dollar, and digits with commas and a point; a point alone only where no word or number ends.
+_NUMBER = r"-?\$?(?:\d[\d,]*(?:\.\d+)?|(?<![\w.])\.\d+)"
+
+
 def _number(text: str) -> str | None:
     """The number behind ####, or else the last one."""
-    numbers = re.findall(r"-?\d[\d,]*(?:\.\d+)?", text)
+    numbers = re.findall(_NUMBER, text)
     return _after_mark(text) or (_plain(numbers[-1]) if numbers else None)
 
 
 def _after_mark(text: str) -> str | None:
-    match = re.search(r"####\s*\$?(-?\d[\d,]*(?:\.\d+)?)", text)
+    match = re.search(rf"####\s*\$?({_NUMBER})", text)
     return _plain(match[1]) if match else None
 
 
 def _plain(number: str) -> str:
-    return f"{float(number.replace(',', '')):.10g}"
+    return f"{float(number.replace(',', '').replace('$', '')):.10g}"

@@ -20,15 +20,18 @@ def read_records(path: Path) -> tuple[Record, list[Record]]:
     """A file's settings and its records; an absent or empty file has neither.
 
     Raises:
-        ValueError: a line other than a torn last one is not JSON, or the settings are missing.
+        ValueError: a line other than a torn last one is not JSON, or the settings are missing, or two records
+            have one id.
     """
     lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []  # a torn line has no end
     try:
         settings, *records = [json.loads(line) for line in lines] or [{}]
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({error}): move it away") from None
     if lines and "settings" not in settings:
         raise ValueError(f"{path} does not begin with settings: it was not written by kivi-jax eval")
+    if twice := _repeated(record.get("id") for record in records):
+        raise ValueError(f"{path} holds {twice} more than once, so it would count as several: move it away")
     return settings.get("settings", {}), records
 
 
@@ -47,8 +50,26 @@ def finish(
     record per item, to which `id` is added.
 
     Raises:
-        ValueError: the file holds records of other settings; or see `read_records`.
+        ValueError: the file holds records of other settings, or another process writes to it; or two items
+            have one id; or see `read_records`.
     """
+    from convert.files import locked  # slow to import; reports need it not
+
+    if twice := _repeated(identify(item) for batch in batches for item in batch):
+        raise ValueError(f"two samples have the id {twice}: their predictions could not be told apart")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with locked(path.with_name(f".{path.name}.lock"), path):
+        return _finish(path, settings, batches, compute, identify, progress)
+
+
+def _finish(
+    path: Path,
+    settings: Record,
+    batches: Sequence[Sequence[Item]],
+    compute: Callable[[Sequence[Item]], Iterable[Record]],
+    identify: Callable[[Item], str],
+    progress: Progress,
+) -> list[Record]:
     held, records = read_records(path)
     if held and held != settings:
         names = sorted(name for name in held.keys() | settings.keys() if held.get(name) != settings.get(name))
@@ -57,7 +78,6 @@ def finish(
     done = {record["id"]: record for record in records}
     wanted = [identify(item) for batch in batches for item in batch]
     bar = progress.add_task(path.stem, total=len(wanted), completed=sum(name in done for name in wanted))
-    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab") as file:
         file.truncate(_end_of_last_line(path))
         if not held:
@@ -71,6 +91,12 @@ def finish(
             done |= {record["id"]: record for record in new}
             progress.advance(bar, len(left))
     return [done[name] for name in wanted]
+
+
+def _repeated(names: Iterable[Any]) -> Any | None:
+    """The first name that was there before, if any."""
+    seen: set[Any] = set()
+    return next((name for name in names if name in seen or seen.add(name)), None)
 
 
 def _end_of_last_line(path: Path) -> int:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kivi_jax.eval import scoring
-from kivi_jax.eval.samples import Sample, files_by_task, read_rows
+from kivi_jax.eval.samples import Sample, files_by_task, read_answers, read_rows
 
 METRICS: dict[str, Callable[[str, str], float] | None] = {  # None: classification, which needs classes
     "narrativeqa": scoring.answer_f1,
@@ -77,7 +77,7 @@ def read_samples(
                     id=f"{task}-{row.get('_id', index)}",
                     task=task,
                     prompt=templates[task].format(**row),
-                    answers=list(row["answers"]),
+                    answers=read_answers(row["answers"]),
                     max_new_tokens=most[task],
                     truncate=True,
                     chat=task not in NO_CHAT,

@@ -47,12 +47,36 @@ def read_rows(source: str | Path, *fields: str) -> list[dict[str, Any]]:
 def _read_lines(path: Path) -> list[dict[str, Any]]:
     try:
         # Not splitlines(): a line of JSON may hold other separators of lines (as MMLU's questions do).
-        rows = [json.loads(line) for line in path.read_text("utf-8").split("\n") if line.strip()]
-    except ValueError as error:
+        lines = [line for line in path.read_text("utf-8").split("\n") if line.strip()]
+        rows = [_well_formed(json.loads(line)) if "\\u" in line else json.loads(line) for line in lines]
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not a file of JSON lines: {error}") from None
     if any(not isinstance(row, dict) for row in rows):
         raise ValueError(f"{path} is not a file of JSON lines: a line is not an object of named fields")
     return rows
+
+
+def _well_formed(value: Any) -> Any:
+    """With U+FFFD for halves of surrogate pairs, which JSON can escape and no tokenizer can read."""
+    if isinstance(value, str):
+        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    if isinstance(value, list):
+        return [_well_formed(item) for item in value]
+    if isinstance(value, dict):
+        return {_well_formed(name): _well_formed(item) for name, item in value.items()}
+    return value
+
+
+def read_answers(value: Any) -> list[str]:
+    """The answers in a field of a row: a text is one answer, not its letters.
+
+    Raises:
+        ValueError: there are none, so that nothing could be scored.
+    """
+    answers = [str(answer) for answer in (value if isinstance(value, list) else [value])]
+    if not answers or value is None:
+        raise ValueError("a row has no answers: leave it out")
+    return answers
 
 
 def _load_hub(source: str) -> list[dict[str, Any]]:
@@ -69,8 +93,11 @@ def _load_hub(source: str) -> list[dict[str, Any]]:
         ) from None
     try:
         return [dict(row) for row in load_dataset(name, config or None, split=split or "test")]
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{source} is neither a file nor a data set that can be loaded: {error}") from error
+    except Exception as error:  # datasets has errors of many kinds; a script is a plain RuntimeError
+        copy = " (Xnhyacinth/LongBench is a copy without a script)" if name.endswith("/LongBench") else ""
+        raise ValueError(
+            f"{source} is neither a file nor a data set that can be loaded: {error}{copy}"
+        ) from error
 
 
 def find_file(source: str | Path, name: str) -> str | Path:
@@ -90,16 +117,23 @@ def find_file(source: str | Path, name: str) -> str | Path:
 def files_by_task(source: str | Path, names: Mapping[str, Any]) -> dict[str, Path]:
     """The files of a folder (or the one file) whose name begins with one of `names`, by that name.
 
+    A file of exactly that name goes before others that begin with it: qasper.jsonl before qasper_e.jsonl.
+
     Raises:
-        ValueError: there are none.
+        ValueError: there are none, or several of one name.
     """
     path = Path(source)
-    files = sorted(path.rglob("*.jsonl")) if path.is_dir() else [path]
-    found: dict[str, Path] = {}
-    for file in files:
+    found: dict[str, list[Path]] = {}
+    for file in sorted(path.rglob("*.jsonl")) if path.is_dir() else [path]:
         # the longest name: "2wikimqa_e" before "2wikimqa"
         if matching := [name for name in names if file.name.startswith(name)]:
-            found.setdefault(max(matching, key=len), file)
+            found.setdefault(max(matching, key=len), []).append(file)
     if not found:
         raise ValueError(f"no file in {path} is named after one of {', '.join(names)} (NAME.jsonl)")
-    return found
+    chosen: dict[str, Path] = {}
+    for name, files in found.items():
+        best = [file for file in files if file.stem == name] or files
+        if len(best) > 1:
+            raise ValueError(f"several files are of {name}: {', '.join(map(str, best))}: name one of them")
+        chosen[name] = best[0]
+    return chosen

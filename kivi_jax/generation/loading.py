@@ -1,5 +1,6 @@
 """`load`: a checkpoint on disk becomes a model and its tokenizer."""
 
+import dataclasses
 from pathlib import Path
 
 from jax.typing import DTypeLike
@@ -11,7 +12,7 @@ from kivi_jax.options import Dtype
 
 
 def load(path: str | Path, *, dtype: DTypeLike | None = None) -> tuple[Llama, Tokenizer | None]:
-    """The model at `path`, and its tokenizer if there is one.
+    """The model at `path`, and its tokenizer if there is one; the tokenizer's end is one of the model's.
 
     `path` is a Hugging Face directory, a converted one, a hub name (org/name), or `demo`: the small trained
     model that ships with this package. `dtype` is by default float32 on a CPU and bfloat16 elsewhere.
@@ -22,7 +23,13 @@ def load(path: str | Path, *, dtype: DTypeLike | None = None) -> tuple[Llama, To
     from convert import load_model  # orbax takes seconds to import; only loading needs it
 
     model, directory = load_model(path, dtype=dtype)
-    return model, load_tokenizer(directory)
+    tokenizer = load_tokenizer(directory)
+    end = getattr(tokenizer, "eos_token_id", None)
+    if end is not None and end < model.config.vocab_size:
+        # Fine-tunes of base models often keep the base's end in config.json: either of them ends a text.
+        ends = tuple(dict.fromkeys((*model.config.eos_ids, end)))
+        model.config = dataclasses.replace(model.config, eos_ids=ends)
+    return model, tokenizer
 
 
 def load_with_tokenizer(path: str | Path, *, dtype: DTypeLike | None = None) -> tuple[Llama, Tokenizer]:
@@ -53,11 +60,12 @@ def load_tokenizer(directory: Path) -> Tokenizer | None:
     Raises:
         ValueError: there are, but they cannot be read.
     """
-    if not any((directory / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
+    if not any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
         return None
     from transformers import AutoTokenizer  # takes seconds to import, too
 
     try:
         return AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
-    except (ValueError, OSError) as error:
-        raise ValueError(f"the tokenizer in {directory} cannot be read: {error}") from error
+    except Exception as error:  # transformers checks little, so what it meets may raise anything
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"the tokenizer in {directory} cannot be read: {reason}") from error

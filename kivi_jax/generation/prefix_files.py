@@ -55,11 +55,13 @@ def save_prefix(path: str | FilePath, prefix: Prefix, model: Llama, *, overwrite
     """
     import orbax.checkpoint as ocp  # takes seconds to import; only files need it
 
-    from convert.files import file_sizes, replacing
+    from convert.files import file_sizes, replacing, writing
 
     check_start(model, None, prefix)
+    path = FilePath(path)
     arrays, cache = _named(prefix), cache_name(prefix.cache.strategy)
-    with replacing(FilePath(path), overwrite=overwrite) as partial:
+    needed = sum(array.nbytes for array in arrays.values())
+    with replacing(path, overwrite=overwrite, needed=needed) as partial, writing(path):
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(partial.absolute() / "arrays", arrays)
         saved = SavedPrefix(
@@ -75,6 +77,7 @@ def save_prefix(path: str | FilePath, prefix: Prefix, model: Llama, *, overwrite
             files=file_sizes(partial / "arrays"),
         )
         manifest = {"format": FORMAT, **saved._asdict(), "config": dataclasses.asdict(saved.config)}
+        manifest["manifest"] = _manifest_checksum(manifest)
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
 
 
@@ -154,13 +157,22 @@ def read_manifest(path: FilePath) -> SavedPrefix:
         )
     try:
         manifest = json.loads(file.read_text())
+        said = manifest.pop("manifest", None)  # files of before it have none
+        edited = said not in (None, _manifest_checksum(manifest))
         found = manifest.pop("format")
         if found == FORMAT:
+            if edited:
+                raise ValueError("its checksum is another one, so it was edited")
             parse_cache(manifest["cache"])
             return SavedPrefix(**{**manifest, "config": config_from_dict(manifest["config"])})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise _damaged(path, f"{MANIFEST}: {error}") from error
     raise ValueError(f"{path} has format {found}, this version of kivi-jax reads {FORMAT}: save it anew")
+
+
+def _manifest_checksum(manifest: Mapping[str, Any]) -> str:
+    """Of what a manifest says, however it is spelled."""
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def fingerprint(model: Llama) -> str:

@@ -1,6 +1,7 @@
 """Every tensor of a Hugging Face directory reaches its parameter, or all that is wrong is said."""
 
 import json
+import os
 import re
 
 import jax
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+import convert.hf
 from convert.errors import CheckpointError
 from convert.hf import load_hf
 from kivi_jax.model.rope import rope_frequencies
@@ -197,3 +199,70 @@ def test_a_tokenizer_that_fits_is_accepted(tmp_path):
     write_checkpoint(tmp_path)
     write_tokenizer(tmp_path, 61)
     load_hf(tmp_path, dtype="float32")
+
+
+def test_a_tied_matrix_may_have_the_heads_name_only(tmp_path):
+    tensors = random_tensors(TIED)
+    embedding = tensors.pop("model.embed_tokens.weight")
+    write_checkpoint(tmp_path, TIED, {**tensors, "lm_head.weight": embedding})
+    model = load_hf(tmp_path, dtype="float32")
+    np.testing.assert_array_equal(model.embed.embedding[...], embedding)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("stored", [np.float32, ml_dtypes.bfloat16])
+def test_weights_that_are_no_numbers_are_refused(tmp_path, value, stored):
+    tensors = random_tensors(LLAMA, stored)
+    tensors["model.layers.1.self_attn.k_proj.weight"][3, 4] = value
+    write_checkpoint(tmp_path, tensors=tensors)
+    with pytest.raises(
+        CheckpointError, match=r"layers\.1\.self_attn\.k_proj\.weight has values that are infin"
+    ):
+        load_hf(tmp_path, dtype="float32")
+
+
+def test_weights_too_large_for_float16_are_refused(tmp_path):
+    tensors = random_tensors(LLAMA)
+    tensors["model.norm.weight"][0] = 1e5
+    write_checkpoint(tmp_path, tensors=tensors)
+    load_hf(tmp_path, dtype="bfloat16")
+    with pytest.raises(CheckpointError, match=r"model\.norm\.weight has values too large for float16"):
+        load_hf(tmp_path, dtype="float16")
+
+
+@pytest.mark.parametrize("layers", [3, 300, 10**6, 10**30])
+def test_layers_without_weights_are_noticed_before_shapes_are_made(tmp_path, layers, monkeypatch):
+    monkeypatch.setattr(convert.hf, "abstract_parameters", None)
+    write_checkpoint(tmp_path, {**LLAMA, "num_hidden_layers": layers}, random_tensors(LLAMA))
+    with pytest.raises(CheckpointError, match=f"says num_hidden_layers={layers}, but there are weights of 2"):
+        load_hf(tmp_path, dtype="float32")
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    write_checkpoint(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    os.mkfifo(tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="is no regular file"):
+        load_hf(tmp_path, dtype="float32")
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "tokenizer_config.json"])
+def test_json_too_deep_to_read_is_one_line(tmp_path, name):
+    write_checkpoint(tmp_path, tokens=61)
+    (tmp_path / name).write_text("[" * 200_000)
+    with pytest.raises(CheckpointError, match=r"is not valid JSON"):
+        load_hf(tmp_path, dtype="float32")
+
+
+def test_a_padding_token_needs_no_embedding_and_another_token_does(tmp_path):
+    """Llama-2-13b was published so: no text becomes that token."""
+    write_checkpoint(tmp_path, {**LLAMA, "vocab_size": 60}, tokens=61)
+    last = json.loads((tmp_path / "tokenizer.json").read_text())["model"]["vocab"]
+    settings = tmp_path / "tokenizer_config.json"
+    written = json.loads(settings.read_text())
+    for pad in (max(last, key=last.get), {"content": max(last, key=last.get)}):
+        settings.write_text(json.dumps(written | {"pad_token": pad}))
+        load_hf(tmp_path, dtype="float32")
+    settings.write_text(json.dumps(written | {"pad_token": min(last, key=last.get)}))
+    with pytest.raises(CheckpointError, match="the tokenizer has ids up to 60"):
+        load_hf(tmp_path, dtype="float32")

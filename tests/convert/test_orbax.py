@@ -1,18 +1,21 @@
 """Saving and loading give the same model, and a destination is complete or as it was."""
 
+import errno
 import json
 import os
+import shutil
 import stat
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 
 import convert
 from convert.errors import CheckpointError
-from convert.files import replacing
 from convert.hf import load_hf
 from convert.orbax import load, save
 from kivi_jax.config import RopeConfig
@@ -73,39 +76,13 @@ def test_config_and_tokenizer_stand_beside(tmp_path):
     assert names == {"kivi_jax.json", "parameters", "config.json", "generation_config.json", *tokenizer}
 
 
-def test_a_full_destination_is_refused_unless_told_otherwise(tmp_path):
-    kept = tmp_path / "saved" / "precious.txt"
-    kept.parent.mkdir()
-    kept.write_text("x")
-    model = random_llama(config())
-    with pytest.raises(CheckpointError, match=r"is not empty.*--overwrite"):
-        save(model, tmp_path / "saved")
-    assert kept.exists()
-    save(model, tmp_path / "saved", overwrite=True)
-    assert not kept.exists()
-    load(tmp_path / "saved")
-    with pytest.raises(CheckpointError, match="is a file"):
-        save(model, tmp_path / "saved" / "kivi_jax.json", overwrite=True)
-    assert [file.name for file in tmp_path.iterdir()] == ["saved"]
-
-
-@pytest.mark.parametrize("existed", [False, True])
-def test_a_failure_leaves_the_destination_as_it_was(tmp_path, existed):
-    destination = tmp_path / "saved"
-    if existed:
-        destination.mkdir()
-        (destination / "precious.txt").write_text("x")
-
-    def fail():
-        with replacing(destination, overwrite=True) as partial:
-            (partial / "half").write_text("x")
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        fail()
-    assert [str(p.relative_to(tmp_path)) for p in sorted(tmp_path.rglob("*"))] == (
-        ["saved", "saved/precious.txt"] if existed else []
-    )
+def test_named_templates_stand_beside(tmp_path):
+    source = write_checkpoint(tmp_path / "hf", tokens=61)
+    template = source / "additional_chat_templates" / "rag.jinja"
+    template.parent.mkdir()
+    template.write_text("{{ messages }}")
+    save(random_llama(config()), tmp_path / "saved", source=source)
+    assert (tmp_path / "saved" / "additional_chat_templates" / "rag.jinja").read_text() == "{{ messages }}"
 
 
 def test_a_destination_has_the_permissions_of_any_new_directory(tmp_path):
@@ -163,6 +140,15 @@ def truncated(directory):
             file.write_bytes(file.read_bytes()[:10])
 
 
+def flipped(directory):
+    """One bit of the largest file, which holds weights."""
+    files = [file for file in (directory / "parameters").rglob("*") if file.is_file()]
+    file = max(files, key=lambda file: file.stat().st_size)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
 def missing(directory):
     next(file for file in (directory / "parameters").rglob("*") if file.is_file()).unlink()
 
@@ -176,6 +162,7 @@ DAMAGE = {
     another_layer: "cannot be restored",
     no_parameters: r"is damaged \(.* is missing\): copy it or convert again",
     missing: r"is damaged \(.* is missing\): copy it or convert again",
+    flipped: r"is damaged \(.* is not what was written: its checksum is another one\): copy it or convert",
     truncated: r"is damaged \(.* has 10 bytes, not [\d,]+\): copy it or convert again",
 }
 
@@ -186,3 +173,30 @@ def test_damage_is_named(tmp_path, damage):
     damage(tmp_path / "saved")
     with pytest.raises(CheckpointError, match=DAMAGE[damage]):
         load(tmp_path / "saved")
+
+
+def test_a_model_without_checksums_loads(tmp_path):
+    """Those converted before checksums were taken."""
+    model = random_llama(config())
+    save(model, tmp_path / "saved")
+    manifest = json.loads((tmp_path / "saved" / "kivi_jax.json").read_text())
+    del manifest["checksums"]
+    (tmp_path / "saved" / "kivi_jax.json").write_text(json.dumps(manifest))
+    assert load(tmp_path / "saved").config == model.config
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(ocp.Checkpointer, "save", full)
+    with pytest.raises(CheckpointError, match=r"saved cannot be written: No space left on device$"):
+        save(random_llama(config()), tmp_path / "saved")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_too_little_space_is_said_before_anything_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    with pytest.raises(CheckpointError, match=r"saved needs [\d,]+ bytes, and 1,000 are free"):
+        save(random_llama(config()), tmp_path / "saved")
+    assert list(tmp_path.iterdir()) == []

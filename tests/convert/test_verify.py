@@ -36,14 +36,24 @@ def test_without_torch_the_source_runs_in_our_own_model(tmp_path, source, monkey
     assert found.top_agreement > 0.9
 
 
-@pytest.mark.parametrize("scale", [1.01, float("nan")])
-def test_a_changed_weight_fails(tmp_path, source, scale, monkeypatch):
+def test_a_changed_weight_fails(tmp_path, source, monkeypatch):
     monkeypatch.setattr(import_utils, "is_torch_available", lambda: False)
     model = load_hf(source, dtype="float32")
     graphdef, state = nnx.split(model)
-    state["layers"][0]["mlp"] = jax.tree.map(lambda leaf: leaf * scale, state["layers"][0]["mlp"])
+    state["layers"][0]["mlp"] = jax.tree.map(lambda leaf: leaf * 1.01, state["layers"][0]["mlp"])
     save(nnx.merge(graphdef, state), tmp_path / "saved")
     assert not verify(tmp_path / "saved", source).passed
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_one_value_that_is_no_number_is_named_wherever_it_stands(tmp_path, source, value, monkeypatch):
+    """Also in the row of a token that no prompt has."""
+    monkeypatch.setattr(import_utils, "is_torch_available", lambda: False)
+    model = load_hf(source, dtype="float32")
+    model.embed.embedding.set_value(model.embed.embedding[...].at[60, 0].set(value))
+    save(model, tmp_path / "saved")
+    with pytest.raises(CheckpointError, match=r"infinite or no numbers, first in embed/embedding"):
+        verify(tmp_path / "saved", source)
 
 
 def test_another_config_fails(tmp_path, source, monkeypatch):

@@ -64,6 +64,39 @@ def test_a_damaged_or_foreign_file_is_refused(tmp_path):
     path.write_text('{"id": 1}\n')
     with pytest.raises(ValueError, match="does not begin with settings"):
         read_records(path)
+    path.write_text("[" * 200_000 + "\n")
+    with pytest.raises(ValueError, match="is damaged"):
+        read_records(path)
+
+
+def test_samples_of_one_id_are_refused_before_anything_is_written(tmp_path):
+    path = tmp_path / "full.jsonl"
+    with pytest.raises(ValueError, match="two samples have the id a"):
+        run(path, [["a", "b"], ["a"]])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_records_of_one_id_are_no_file_of_this_program(tmp_path):
+    """Two writers at once, in former versions: each prediction would count twice."""
+    path = tmp_path / "full.jsonl"
+    run(path)
+    path.write_bytes(path.read_bytes() + path.read_bytes().split(b"\n")[1] + b"\n")
+    with pytest.raises(ValueError, match="holds a more than once"):
+        run(path)
+
+
+def test_the_later_of_two_writers_is_refused(tmp_path):
+    path = tmp_path / "full.jsonl"
+
+    def compute(batch):
+        with pytest.raises(ValueError, match=r"full\.jsonl is being written by another process"):
+            run(path)
+        return [{} for _ in batch]
+
+    with Progress(disable=True) as progress:
+        finish(path, SETTINGS, BATCHES, compute, identify=str, progress=progress)
+    assert [file.name for file in tmp_path.iterdir()] == ["full.jsonl"]
+    assert len(read_records(path)[1]) == 5
 
 
 SCRIPT = """

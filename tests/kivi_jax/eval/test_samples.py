@@ -183,3 +183,107 @@ def test_batches_share_a_width_and_come_widest_first():
         [5, 6],
         [7],
     ]
+
+
+def write_rows(path, *rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+RULER = [dict(index=i, input=f"question {i}", outputs=["x"], length=64) for i in range(2)]
+
+
+def read_ruler(data):
+    return [(item.id, item.task) for item in ruler.read_samples(data, limit=None, max_new_tokens=4)]
+
+
+def test_rulers_own_folders_are_tasks_and_lengths(tmp_path):
+    for length in ("4096", "8192"):
+        write_rows(tmp_path / length / "data" / "niah_single_1" / "validation.jsonl", *RULER)
+    write_rows(tmp_path / "4096" / "data" / "niah_multikey_1" / "validation.jsonl", *RULER)
+    found = read_ruler(tmp_path)
+    assert len({name for name, _ in found}) == 6
+    assert {task for _, task in found} == {
+        "niah_multikey_1",
+        "niah_single_1 4096/data",
+        "niah_single_1 8192/data",
+    }
+    single = tmp_path / "4096" / "data" / "niah_single_1"
+    expected = [("niah_single_1-0", "niah_single_1"), ("niah_single_1-1", "niah_single_1")]
+    assert read_ruler(single) == read_ruler(single / "validation.jsonl") == expected
+    write_rows(tmp_path / "flat" / "niah_single_1.jsonl", *RULER)
+    assert read_ruler(tmp_path / "flat") == expected
+    with pytest.raises(ValueError, match="there are no samples"):
+        ruler.read_samples(write_rows(tmp_path / "empty.jsonl"), limit=None, max_new_tokens=4)
+
+
+def test_the_beginning_of_an_answer_ends_the_prompt():
+    rows = [RULER[0] | {"answer_prefix": prefix} for prefix in (" It is", "", None)]
+    prompts = [item.prompt for item in ruler.build_samples("t", rows, max_new_tokens=4)]
+    assert prompts == ["question 0 It is", "question 0", "question 0"]
+
+
+@pytest.mark.parametrize(
+    ("outputs", "expected"), [("4711", ["4711"]), (4711, ["4711"]), ([1, "a"], ["1", "a"])]
+)
+def test_answers_may_be_one_text_or_a_number(outputs, expected):
+    (item,) = ruler.build_samples("t", [dict(input="q", outputs=outputs)], max_new_tokens=4)
+    assert item.answers == expected
+
+
+@pytest.mark.parametrize("outputs", [[], None])
+def test_a_row_without_answers_is_refused(outputs):
+    with pytest.raises(ValueError, match="a row has no answers"):
+        ruler.build_samples("t", [dict(input="q", outputs=outputs)], max_new_tokens=4)
+
+
+def test_one_file_of_a_task_is_read_and_two_are_refused(tmp_path):
+    exact = write_rows(tmp_path / "qasper.jsonl")
+    write_rows(tmp_path / "qasper_e.jsonl")
+    assert files_by_task(tmp_path, longbench.METRICS) == {"qasper": exact}
+    write_rows(tmp_path / "8k" / "qasper.jsonl")
+    with pytest.raises(ValueError, match=r"several files are of qasper: .*8k.*, .*name one of them"):
+        files_by_task(tmp_path, longbench.METRICS)
+
+
+def test_half_a_surrogate_pair_becomes_the_replacement_character(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(r'{"input": ["moon \ud83d owl", "\ud83d\ude00"], "a\udc00": 1}' + "\n")
+    assert read_rows(path) == [{"input": ["moon \ufffd owl", "\U0001f600"], "a\ufffd": 1}]
+
+
+def test_rows_too_deep_to_read_are_one_line(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("[" * 200_000)
+    with pytest.raises(ValueError, match="not a file of JSON lines"):
+        read_rows(path)
+
+
+def test_a_data_set_that_is_a_script_is_one_line_and_names_a_copy(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+
+    def refuse(*_, **__):
+        raise RuntimeError("Dataset scripts are no longer supported, but found LongBench.py")
+
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    with pytest.raises(ValueError, match=r"found LongBench\.py \(Xnhyacinth/LongBench is a copy"):
+        read_rows("THUDM/LongBench:qasper", "context")
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("The balance is -$3", "-3"),
+        ("#### -$3", "-3"),
+        ("#### $-1,234.50", "-1234.5"),
+        ("The answer is .5", "0.5"),
+        ("#### .5", "0.5"),
+        ("-.5", "-0.5"),
+        ("It costs $29.00.", "29"),
+        ("The end.5 apples", "5"),
+        ("1.2.3", "3"),
+    ],
+)
+def test_numbers_are_read_with_sign_dollar_and_point(text, number):
+    assert gsm8k.flexible({"prediction": text, "answers": [f"so\n#### {number}"]}) == 1

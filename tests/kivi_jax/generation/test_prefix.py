@@ -156,6 +156,14 @@ def test_what_to_start_from_is_checked(cache, prefix, message, saved):
 
 
 def rewrite(path, **changes):
+    """As if it had been written so, before manifests had a checksum of their own."""
+    file = path / "prefix.json"
+    manifest = json.loads(file.read_text()) | changes
+    del manifest["manifest"]
+    file.write_text(json.dumps(manifest))
+
+
+def edit(path, **changes):
     file = path / "prefix.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
@@ -188,6 +196,10 @@ DAMAGE = {
         lambda path: rewrite(path, cache="kivi2:group_size=8"),
         "damaged .*not those of its cache",
     ),
+    "edited capacity": (lambda path: edit(path, capacity=7), "damaged .*was edited"),
+    "edited tokens": (lambda path: edit(path, tokens=[1]), "damaged .*was edited"),
+    "edited to other kinds": (lambda path: edit(path, arrays=[1], tokens="many"), "damaged .*was edited"),
+    "too deep to read": (lambda path: (path / "prefix.json").write_text("[" * 200_000), "is damaged"),
 }
 
 
