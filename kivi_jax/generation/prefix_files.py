@@ -160,13 +160,13 @@ def read_manifest(path: FilePath) -> SavedPrefix:
         said = manifest.pop("manifest", None)  # files of before it have none
         edited = said not in (None, _manifest_checksum(manifest))
         found = manifest.pop("format")
-        if found == FORMAT:
-            if edited:
-                raise ValueError("its checksum is another one, so it was edited")
+        if found == FORMAT and not edited:
             parse_cache(manifest["cache"])
             return SavedPrefix(**{**manifest, "config": config_from_dict(manifest["config"])})
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise _damaged(path, f"{MANIFEST}: {error}") from error
+    if found == FORMAT:
+        raise _damaged(path, f"{MANIFEST} was edited: its checksum is another one")
     raise ValueError(f"{path} has format {found}, this version of kivi-jax reads {FORMAT}: save it anew")
 
 
