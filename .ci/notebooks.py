@@ -1,4 +1,4 @@
-"""Check that every notebook's two files hold the same cells and lead to Colab, then execute them side by side."""
+"""Check that the two files of every notebook hold the same cells and lead to Colab, then execute them."""
 
 import asyncio
 import os
