@@ -24,10 +24,10 @@ def convert(
     # Orbax takes seconds to import: `--help` must not wait for it.
     from convert import load_model, read_any_config
     from convert.errors import CheckpointError
-    from convert.files import replacing
+    from convert.files import replacing, writing
     from convert.hf import parameter_bytes
     from convert.hub import resolve
-    from convert.orbax import is_converted, save
+    from convert.orbax import is_converted, write
     from convert.verify import verify as compare
 
     console = Console(stderr=True)
@@ -49,8 +49,8 @@ def convert(
                 dtype=dtype.value,
                 progress=lambda done, total: bar.update(task, completed=done, total=total),
             )
-        with console.status("writing"):
-            save(model, partial, source=directory)
+        with console.status("writing"), writing(destination):
+            write(model, partial, source=directory)
         if verify:
             with console.status("comparing logits with the source"):
                 del model  # the comparison holds two of its own

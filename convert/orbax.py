@@ -44,31 +44,36 @@ def save(
     Raises:
         CheckpointError: `destination` cannot be written or replaced, see `convert.files.replacing`.
     """
-    leaves = jax.tree_util.tree_leaves_with_path(nnx.to_pure_dict(nnx.state(model)))
-    parameters = {"/".join(str(key.key) for key in path): leaf for path, leaf in leaves}
-    needed = sum(leaf.nbytes for leaf in parameters.values())
     sources = () if source is None else (source,)
+    needed = sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model)))
     with (
         replacing(destination, overwrite=overwrite, sources=sources, needed=needed) as partial,
         writing(destination),
     ):
-        # Orbax copies what it writes: one tensor at a time here, or it would hold a second model.
-        limit = 1 + max(leaf.nbytes for leaf in parameters.values())
-        handler = ocp.BasePyTreeCheckpointHandler(
-            save_concurrent_bytes=limit, save_device_host_concurrent_bytes=limit
-        )
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(handler_impl=handler)) as checkpointer:
-            checkpointer.save(partial.absolute() / "parameters", args=ocp.args.PyTreeSave(parameters))
-        manifest = {
-            "format": FORMAT,
-            "dtype": jnp.dtype(leaves[0][1].dtype).name,
-            "config": dataclasses.asdict(model.config),
-            "files": file_sizes(partial / "parameters"),
-            "checksums": checksums(partial / "parameters"),
-        }
-        (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
-        if source is not None:
-            _copy_beside(source, partial)
+        write(model, partial, source=source)
+
+
+def write(model: Llama, folder: FilePath, *, source: FilePath | None = None) -> None:
+    """`save` to an empty folder, which whoever made it removes if this fails."""
+    leaves = jax.tree_util.tree_leaves_with_path(nnx.to_pure_dict(nnx.state(model)))
+    parameters = {"/".join(str(key.key) for key in path): leaf for path, leaf in leaves}
+    # Orbax copies what it writes: one tensor at a time here, or it would hold a second model.
+    limit = 1 + max(leaf.nbytes for leaf in parameters.values())
+    handler = ocp.BasePyTreeCheckpointHandler(
+        save_concurrent_bytes=limit, save_device_host_concurrent_bytes=limit
+    )
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(handler_impl=handler)) as checkpointer:
+        checkpointer.save(folder.absolute() / "parameters", args=ocp.args.PyTreeSave(parameters))
+    manifest = {
+        "format": FORMAT,
+        "dtype": jnp.dtype(leaves[0][1].dtype).name,
+        "config": dataclasses.asdict(model.config),
+        "files": file_sizes(folder / "parameters"),
+        "checksums": checksums(folder / "parameters"),
+    }
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+    if source is not None:
+        _copy_beside(source, folder)
 
 
 def load(directory: FilePath, *, dtype: DTypeLike | None = None) -> Llama:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+MOST_LAYERS = 1000
 QueryKeyNorm = Literal["head", "projection"]
 NormPlacement = Literal["pre", "post", "both"]
 Activation = Literal["silu", "gelu_tanh"]
@@ -104,9 +105,9 @@ class ModelConfig:
         """Refuse impossible shapes.
 
         Raises:
-            ValueError: a size is not positive, or `num_kv_heads` does not divide `num_heads`, or
-                `head_dim` is odd (RoPE rotates pairs of channels), or `rms_norm_eps` is negative
-                or no number.
+            ValueError: a size is not positive, there are too many layers, or `num_kv_heads` does not divide
+                `num_heads`, or `head_dim` is odd (RoPE rotates pairs of channels), or `rms_norm_eps` is
+                negative or no number.
         """
         sizes = {
             name: getattr(self, name)
@@ -123,6 +124,8 @@ class ModelConfig:
         }
         if bad := {name: size for name, size in sizes.items() if size <= 0}:
             raise ValueError(f"model sizes must be positive, got {bad}")
+        if self.num_layers > MOST_LAYERS:  # each is compiled by itself
+            raise ValueError(f"{self.num_layers=} must be at most {MOST_LAYERS}")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"{self.num_kv_heads=} must divide {self.num_heads=}")
         if self.head_dim % 2:

@@ -37,10 +37,10 @@ def save(
     """
     import jax
 
-    from convert.files import replacing
+    from convert.files import replacing, writing
     from kivi_jax.cache.names import parse_cache
     from kivi_jax.generation.loading import open_model
-    from kivi_jax.generation.prefix_files import save_prefix
+    from kivi_jax.generation.prefix_files import write_prefix
     from kivi_jax.generation.text import read_prefix
 
     strategy = parse_cache(cache)
@@ -53,8 +53,8 @@ def save(
         llama, tokenizer = open_model(model, dtype)
         with errors.status("reading"):
             prefix = jax.block_until_ready(read_prefix(llama, tokenizer, [text], cache=strategy))
-        with errors.status("writing"):
-            save_prefix(partial, prefix, llama)
+        with errors.status("writing"), writing(destination):
+            write_prefix(partial, prefix, llama)
     _print_info(destination, errors)
 
 

@@ -53,32 +53,40 @@ def save_prefix(path: str | FilePath, prefix: Prefix, model: Llama, *, overwrite
         ValueError: `path` exists and is not empty, and `overwrite` is false; or the strategy has a selector
             that is not one of kivi_jax's, which no file can name; or another model has read the prefix.
     """
+    from convert.files import replacing, writing
+
+    path = FilePath(path)
+    check_start(model, None, prefix)
+    cache_name(prefix.cache.strategy)  # one that has no name is refused before anything is written
+    needed = sum(array.nbytes for array in _named(prefix).values())
+    with replacing(path, overwrite=overwrite, needed=needed) as partial, writing(path):
+        write_prefix(partial, prefix, model)
+
+
+def write_prefix(folder: FilePath, prefix: Prefix, model: Llama) -> None:
+    """`save_prefix` to an empty folder, which whoever made it removes if this fails."""
     import orbax.checkpoint as ocp  # takes seconds to import; only files need it
 
-    from convert.files import file_sizes, replacing, writing
+    from convert.files import file_sizes
 
-    check_start(model, None, prefix)
-    path = FilePath(path)
-    arrays, cache = _named(prefix), cache_name(prefix.cache.strategy)
-    needed = sum(array.nbytes for array in arrays.values())
-    with replacing(path, overwrite=overwrite, needed=needed) as partial, writing(path):
-        with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save(partial.absolute() / "arrays", arrays)
-        saved = SavedPrefix(
-            cache=cache,
-            capacity=prefix.cache.capacity,
-            tokens=prefix.cache.lengths.tolist(),
-            model=fingerprint(model),
-            config=model.config,
-            dtype=_dtype(model),
-            bytes=cache_bytes(prefix.cache),
-            arrays={name: (list(array.shape), array.dtype.name) for name, array in arrays.items()},
-            checksum=_digest(arrays),
-            files=file_sizes(partial / "arrays"),
-        )
-        manifest = {"format": FORMAT, **saved._asdict(), "config": dataclasses.asdict(saved.config)}
-        manifest["manifest"] = _manifest_checksum(manifest)
-        (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+    arrays = _named(prefix)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(folder.absolute() / "arrays", arrays)
+    saved = SavedPrefix(
+        cache=cache_name(prefix.cache.strategy),
+        capacity=prefix.cache.capacity,
+        tokens=prefix.cache.lengths.tolist(),
+        model=fingerprint(model),
+        config=model.config,
+        dtype=_dtype(model),
+        bytes=cache_bytes(prefix.cache),
+        arrays={name: (list(array.shape), array.dtype.name) for name, array in arrays.items()},
+        checksum=_digest(arrays),
+        files=file_sizes(folder / "arrays"),
+    )
+    manifest = {"format": FORMAT, **saved._asdict(), "config": dataclasses.asdict(saved.config)}
+    manifest["manifest"] = _manifest_checksum(manifest)
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
 
 
 def load_prefix(path: str | FilePath, model: Llama, *, cache: CacheStrategy | str | None = None) -> Prefix:
@@ -201,8 +209,10 @@ def _checksum(array: Shaped[Array, "..."]) -> UInt32[Array, ""]:
 
 def _named(prefix: Prefix) -> dict[str, Any]:
     """Every array of a prefix by its path, but for the mark: the manifest names the model better."""
-    leaves = jax.tree_util.tree_leaves_with_path(dataclasses.replace(prefix, mark=None))
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+    leaves = jax.tree_util.tree_leaves_with_path(prefix)
+    named = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+    named.pop("mark", None)
+    return named
 
 
 def _dtype(model: Llama) -> str:

@@ -47,8 +47,12 @@ def encode(tokenizer: Tokenizer, text: str, *, begins: bool = True) -> list[int]
     """Token ids of a text that begins a row or, without special tokens, continues one.
 
     Raises:
-        ValueError: there is no tokenizer.
+        ValueError: there is no tokenizer, or the text has bytes or halves of characters that are no Unicode.
     """
+    if any("\ud800" <= sign <= "\udfff" for sign in text):
+        raise ValueError(
+            "the text holds what is no Unicode (half a character, or not UTF-8): convert it first"
+        )
     if tokenizer is None:
         raise ValueError(
             "there is no tokenizer: copy its files beside the weights, or pass token ids to kj.generate"

@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 
 from convert.command import convert
 from convert.hf import load_hf
-from convert.orbax import is_converted, load
+from convert.orbax import is_converted, load, read_manifest
 from kivi_jax.console import run
 from tests.convert.checkpoints import LLAMA, random_tensors, write_checkpoint, write_tokenizer
 
@@ -116,16 +116,21 @@ BROKEN = {
         lambda d: rope(d, rope_type="spiral", factor=2.0),
         "rope_type='spiral' is not supported: choose one of default, linear",
     ),
-    "unknown rope attribute": (
-        lambda d: rope(d, rope_type="linear", factor=2.0, twist=1),
-        "rope attributes that are not supported: twist",
+    "rope by layer": (
+        lambda d: rope(d, full_attention={"rope_type": "default"}),
+        "rope parameters by kind of layer are not supported: full_attention",
     ),
     "partial rope": (
         lambda d: rope(d, rope_type="default", rope_theta=1e4, partial_rotary_factor=0.5),
         "partial_rotary_factor=0.5 is not supported",
     ),
     "rope is no object": (lambda d: edit(d, rope_scaling="linear"), "rope"),
-    "unknown attribute": (lambda d: edit(d, logit_softcap=30.0), "logit_softcap=30.0"),
+    "chunked attention": (lambda d: edit(d, attention_chunk_size=8), "attention_chunk_size=8"),
+    "a million layers": (lambda d: edit(d, num_hidden_layers=10**6), "num_layers=1000000 must be at most"),
+    "no number": (
+        lambda d: reweigh(d, **{GATE: np.full((48, 32), np.nan, np.float32)}),
+        f"{GATE} has values that are infinite or no numbers",
+    ),
     "quantized": (lambda d: edit(d, quantization_config={"bits": 4}), "quantization_config={'bits': 4}"),
     "activation": (lambda d: edit(d, hidden_act="gelu"), "hidden_act='gelu'"),
     "size is text": (lambda d: edit(d, hidden_size="wide"), "hidden_size"),
@@ -173,9 +178,14 @@ def test_a_destination_in_use(command, tmp_path):
     destination.mkdir()
     (destination / "precious").touch()
     assert "is not empty: choose another directory" in fails(command, source, destination)
+    assert "did not write" in fails(command, source, destination, "--overwrite")
+    (destination / "precious").unlink()
+    assert command(source, destination)[0] == 0
+    (destination / "kivi_jax.json").write_text("{}")
     assert command(source, destination, "--overwrite")[0] == 0
-    assert is_converted(destination)
-    assert not (destination / "precious").exists()
+    assert read_manifest(destination).config.vocab_size == 61
+    for other in (source, tmp_path):
+        assert "cannot be replaced, as" in fails(command, source, other, "--overwrite")
 
 
 @pytest.mark.parametrize("under", ["", "below"])
@@ -249,7 +259,9 @@ def test_failure_while_writing_leaves_nothing(command, tmp_path, monkeypatch):
 
     monkeypatch.setattr("convert.orbax._copy_beside", fail)
     source = write_checkpoint(tmp_path / "source", tokens=61)
-    assert fails(command, source, tmp_path / "destination") == "no space left"
+    assert fails(command, source, tmp_path / "destination") == (
+        f"{tmp_path / 'destination'} cannot be written: no space left"
+    )
 
 
 def python(*arguments):

@@ -170,3 +170,9 @@ def test_load_gives_model_and_tokenizer(shared):
     model, tokenizer = kj.load(shared / "models" / "stories260K", dtype="bfloat16")
     assert model.embed.embedding[...].dtype == np.dtype("bfloat16")
     assert tokenizer("Once")["input_ids"][0] == 1
+
+
+@pytest.mark.parametrize("text", ["moon \ud83d owl", b"caf\xe9".decode("utf-8", "surrogateescape")])
+def test_what_is_no_unicode_is_one_line(text):
+    with pytest.raises(ValueError, match="the text holds what is no Unicode"):
+        encode(len, text)
