@@ -33,7 +33,9 @@ from kivi_jax.generation.prefix_files import load_prefix as load_prefix
 from kivi_jax.generation.prefix_files import save_prefix as save_prefix
 from kivi_jax.generation.sampling import Greedy as Greedy
 from kivi_jax.generation.sampling import Sample as Sample
+from kivi_jax.generation.text import Completion as Completion
 from kivi_jax.generation.text import complete as complete
+from kivi_jax.generation.text import completions as completions
 from kivi_jax.generation.text import read_prefix as read_prefix
 from kivi_jax.generation.text import stream as stream
 from kivi_jax.model.llama import Llama as Llama
