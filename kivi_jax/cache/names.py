@@ -1,8 +1,9 @@
 """Cache strategies by name, for command lines and configuration strings.
 
     full                              kivi2                             kivi4:group_size=64
-    scope:window=512:recent=256       kivi2+scope:prompt=snapkv:prompt_budget=2048
+    scope:window=512:recent=256       kivi2r+scope:prompt=snapkv:prompt_budget=2048
 
+kivi1, kivi2, kivi4 and kivi8 pack in so many bits; an r after it is for rotated keys, and sinks=4.
 A name is followed by fields, separated by colons (no commas or brackets, so that a name survives shells
 and comma-separated lists). Fields of KIVI are those of `kivi()`. With `scope`, `decode=` and `prompt=` name
 selectors; `prompt_NAME` is a field of the prompt selector, `pool_NAME` (pool_bits=4) one of the pool's
@@ -21,8 +22,11 @@ from kivi_jax.cache.stores import PoolQuantization
 from kivi_jax.cache.strategy import CacheStrategy, full, kivi, scope
 from kivi_jax.cache.unified_selectors import H2O, StreamingLLM
 
-KIVI_BITS = {"kivi1": 1, "kivi2": 2, "kivi4": 4, "kivi8": 8}
-NAMES = ("full", *KIVI_BITS, "scope", *(f"{name}+scope" for name in KIVI_BITS))
+_KIVI: dict[str, dict[str, Any]] = {
+    **{f"kivi{bits}": {"bits": bits} for bits in (1, 2, 4, 8)},
+    **{f"kivi{bits}r": {"bits": bits, "rotate_keys": True, "sinks": 4} for bits in (1, 2, 4, 8)},
+}
+NAMES = ("full", *_KIVI, "scope", *(f"{name}+scope" for name in _KIVI))
 DECODE = {
     "slide": Slide,
     "adaptive": Adaptive,
@@ -43,7 +47,7 @@ WORDS = {  # fields whose values are not numbers
     "scale_dtype": ("float16", "bfloat16", "float32"),
     "pooling": ("average", "max"),
 }
-_KIVI_FIELDS = set(inspect.signature(kivi).parameters) - {"bits", "prompt", "decode", "pool"}
+_KIVI_FIELDS = set(inspect.signature(kivi).parameters) - {"bits", "rotate_keys", "prompt", "decode", "pool"}
 
 
 def parse_cache(text: str) -> CacheStrategy:
@@ -57,7 +61,7 @@ def parse_cache(text: str) -> CacheStrategy:
         raise ValueError(f"unknown cache {name!r}: choose one of {', '.join(NAMES)}")
     options = _read_fields(fields, text)
     base, _, plus = name.partition("+")
-    quantized = {key: options.pop(key) for key in list(options) if base in KIVI_BITS and key in _KIVI_FIELDS}
+    quantized = {key: options.pop(key) for key in list(options) if base in _KIVI and key in _KIVI_FIELDS}
     selectors: dict[str, Any] = {}
     if "scope" in (base, plus):
         prompt = _take(options, "prompt_")
@@ -67,11 +71,11 @@ def parse_cache(text: str) -> CacheStrategy:
         selectors["decode"] = _selector(DECODE, options.pop("decode", "slide"), options, text)
         options = {}
     if options:
-        known = ", ".join(sorted(_KIVI_FIELDS)) if base in KIVI_BITS else "none"
+        known = ", ".join(sorted(_KIVI_FIELDS)) if base in _KIVI else "none"
         raise ValueError(f"cache {text!r}: {name} has no field {', '.join(options)}; its fields: {known}")
-    if base in KIVI_BITS:
+    if base in _KIVI:
         _check_values(quantized, text)
-        return kivi(KIVI_BITS[base], **quantized, **selectors)
+        return kivi(**{**_KIVI[base], **quantized}, **selectors)
     return scope(**selectors) if base == "scope" else full()
 
 
@@ -83,8 +87,8 @@ def cache_name(strategy: CacheStrategy) -> str:
     """
     name, fields = "", []
     if (packed := strategy.quantization) is not None:
-        name = f"kivi{packed.key_bits}"
-        fields += _changed(_kivi_fields(packed), _kivi_fields(kivi(packed.key_bits).quantization), "")
+        name = f"kivi{packed.key_bits}{'r' if packed.rotate_keys else ''}"
+        fields += _changed(_kivi_fields(packed), _kivi_fields(kivi(**_KIVI[name]).quantization), "")
     keeps_all = KeepAll()
     if strategy.prompt != keeps_all or strategy.decode != keeps_all or strategy.pool is not None:
         name = f"{name}+scope" if name else "scope"

@@ -10,6 +10,7 @@ from kivi_jax.commands.generate import generate
 from kivi_jax.commands.inspect import inspect
 from kivi_jax.console import run
 from kivi_jax.demo.command import demo, evaluation
+from kivi_jax.eval.choosing import choosing
 from kivi_jax.eval.command import evaluate
 
 HELP = """2-bit KV caches (KIVI) and token selection (SCOPE) for Llama and Mistral in JAX.
@@ -26,7 +27,7 @@ A model is a directory, a hub name, or demo: the small one in this package.
 
 A cache is a name, and fields after colons:
 full keeps every token as it is;
-kivi2:group_size=64:residual_length=64 packs in 2 bits, kivi4 in 4;
+kivi2:group_size=64:residual_length=64 packs in 2 bits, kivi4 in 4; kivi2r and kivi4r also turn keys;
 scope:window=512:recent=256 bounds what is generated;
 kivi2+scope:prompt=snapkv:prompt_budget=2048 also selects from the prompt.
 """
@@ -43,6 +44,7 @@ app = typer.Typer(
 for command in (demo, generate, chat, inspect, convert):
     app.command()(command)
 evaluate.add_typer(evaluation)
+evaluate.add_typer(choosing)
 for name, group in {"cache": cache_files, "eval": evaluate, "bench": bench}.items():
     app.add_typer(group, name=name)
 

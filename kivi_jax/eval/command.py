@@ -59,7 +59,7 @@ def perplexity(
     from kivi_jax.generation.loading import open_model
 
     llama, tokenizer = open_model(model, dtype)
-    windows = read_windows(tokenizer, _read_text(data), length)[:limit]
+    windows = read_windows(tokenizer, read_text(data), length)[:limit]
 
     def compute(name: str, path: Path, settings: dict[str, Any], progress: Progress) -> None:
         score_windows(
@@ -73,7 +73,7 @@ def perplexity(
         )
 
     settings: dict[str, Any] = dict(
-        eval="perplexity", model=model, data=data, length=length, dtype=_name(dtype)
+        eval="perplexity", model=model, data=data, length=length, dtype=dtype_name(dtype)
     )
     _compare(compute, llama, cache, out, settings)
 
@@ -119,7 +119,7 @@ def longbench(
     settings: dict[str, Any] = dict(
         eval="longbench", model=model, data=data, max_length=max_length, chat=chat
     )
-    settings |= dict(dtype=_name(dtype))
+    settings |= dict(dtype=dtype_name(dtype))
     _generate((llama, tokenizer), samples, cache, out, settings, batch=batch)
 
 
@@ -185,7 +185,7 @@ def longgenbench(
     settings: dict[str, Any] = dict(
         eval="longgenbench", model=model, data=data, max_new_tokens=max_new_tokens, chat=chat
     )
-    settings |= dict(dtype=_name(dtype), questions=questions)
+    settings |= dict(dtype=dtype_name(dtype), questions=questions)
     if build is not None:
         settings |= dict(build=build, examples=examples)
     _generate(loaded, samples, cache, out, settings, batch=batch)
@@ -222,7 +222,7 @@ def needle(
     settings: dict[str, Any] = dict(
         eval="needle", model=model, data=data or "made-up text", max_new_tokens=max_new_tokens
     )
-    settings |= dict(dtype=_name(dtype))
+    settings |= dict(dtype=dtype_name(dtype))
     if data is not None and data.endswith(".jsonl"):
         samples = read_samples(tokenizer, read_rows(data, "input", "target"), max_new_tokens=max_new_tokens)
     else:
@@ -232,7 +232,7 @@ def needle(
             lengths=lengths,
             depths=depths,
             repeats=repeats,
-            haystack=None if data is None else _read_text(data),
+            haystack=None if data is None else read_text(data),
             max_new_tokens=max_new_tokens,
         )
         settings |= dict(depths=depths)
@@ -259,7 +259,7 @@ def ruler(
 
     samples = read_samples(data, limit=limit, max_new_tokens=max_new_tokens)
     settings: dict[str, Any] = dict(
-        eval="ruler", model=model, data=data, max_new_tokens=max_new_tokens, dtype=_name(dtype)
+        eval="ruler", model=model, data=data, max_new_tokens=max_new_tokens, dtype=dtype_name(dtype)
     )
     _generate(open_model(model, dtype), samples, cache, out, settings, batch=batch)
 
@@ -293,7 +293,7 @@ def gsm8k(
     settings: dict[str, Any] = dict(
         eval="gsm8k", model=model, data=data, examples=examples, max_new_tokens=max_new_tokens
     )
-    settings |= dict(dtype=_name(dtype))
+    settings |= dict(dtype=dtype_name(dtype))
     _generate(open_model(model, dtype), samples, cache, out, settings, batch=batch)
 
 
@@ -329,13 +329,13 @@ def study(
         group_sizes=group_size or [32],
         residual_lengths=residual_length or [32, 128],
     )
-    texts = read_windows(tokenizer, _read_text(data), length)[:windows]
+    texts = read_windows(tokenizer, read_text(data), length)[:windows]
     rows = [(context + tokens)[:length] for _, context, tokens in texts]
     measured = Study(llama, jnp.asarray(rows, jnp.int32))
     settings = dict(
-        eval="study", model=model, data=data, length=length, windows=len(rows), dtype=_name(dtype)
+        eval="study", model=model, data=data, length=length, windows=len(rows), dtype=dtype_name(dtype)
     )
-    with _progress() as progress:
+    with show_progress() as progress:
         finish(
             out / "study" / "study.jsonl",
             settings,
@@ -344,7 +344,7 @@ def study(
             identify=lambda setting: setting.name,
             progress=progress,
         )
-    _report([out / "study"])
+    show_report([out / "study"])
 
 
 @evaluate.command()
@@ -379,7 +379,7 @@ def kept(
     caches = {name: parse_cache(name) for name in names}
     for strategy in caches.values():  # a mistake in the last one should not cost the time of the first
         strategy.check(llama.config)
-    with _progress() as progress:
+    with show_progress() as progress:
         bar = progress.add_task("decoding", total=len(caches) * len(answer))
         weights, held = study(llama, prompt, answer, caches, lambda: progress.advance(bar))
     Console().print(table({name: kept_weight(weights, seen) for name, seen in held.items()}))
@@ -400,7 +400,7 @@ def report(
 
     Example:  kivi-jax eval report results
     """
-    _report(folders)
+    show_report(folders)
 
 
 def _generate(
@@ -445,19 +445,21 @@ def _compare(
     names = list(dict.fromkeys(caches or DEFAULT_CACHES))
     for cache in names:  # a mistake in the last one should not cost the time of the first
         parse_cache(cache).check(llama.config)
-    with _progress() as progress:
+    with show_progress() as progress:
         for cache in names:
             path = out / settings["eval"] / f"{cache.replace(':', ',')}.jsonl"
             compute(cache, path, settings | {"cache": cache}, progress)
-    _report([out / settings["eval"]])
+    show_report([out / settings["eval"]])
 
 
-def _progress() -> Progress:
+def show_progress() -> Progress:
+    """Bars of jobs, on stderr."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     return Progress(*columns, console=Console(stderr=True), transient=True)
 
 
-def _report(folders: Sequence[Path]) -> None:
+def show_report(folders: Sequence[Path]) -> None:
+    """Print and draw what the records in `folders` say."""
     from kivi_jax.eval.report import plot, read_comparisons, tables
 
     console = Console()
@@ -469,11 +471,17 @@ def _report(folders: Sequence[Path]) -> None:
     console.print(machine(), style="dim", highlight=False)
 
 
-def _name(dtype: Dtype | None) -> str | None:
+def dtype_name(dtype: Dtype | None) -> str | None:
+    """As settings name it."""
     return None if dtype is None else dtype.value
 
 
-def _read_text(path: str) -> str:
+def read_text(path: str) -> str:
+    """A text file.
+
+    Raises:
+        ValueError: it is none, or absent.
+    """
     try:
         return Path(path).read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from kivi_jax.eval import gsm8k, longbench, longgenbench, needle, perplexity, ruler, study
+from kivi_jax.eval import frontier, gsm8k, longbench, longgenbench, needle, perplexity, ruler, study
 from kivi_jax.eval.jobs import Record, read_records
 from kivi_jax.eval.statistics import Estimate, bootstrap
 from kivi_jax.figures import new_figure, save_figure
@@ -78,9 +78,15 @@ def tables(comparison: Comparison) -> list[Table]:
     """One table per way to score."""
     if comparison.evaluation == "perplexity":
         return [_perplexity_table(comparison)]
+    if comparison.evaluation == "frontier":
+        return [frontier.table(comparison.title, _points(comparison))]
     if comparison.evaluation == "study":
         return [study.table(comparison.title, records) for records in comparison.by_cache.values()]
     return [_score_table(comparison, name, score) for name, score in SCORES[comparison.evaluation].items()]
+
+
+def _points(comparison: Comparison) -> dict[str, frontier.Point]:
+    return frontier.points(comparison.by_cache, comparison.folder)
 
 
 def _perplexity_table(comparison: Comparison) -> Table:
@@ -156,9 +162,12 @@ def _noise(estimate: Estimate) -> str:
 
 def plot(comparison: Comparison) -> Path | None:
     """Save a picture of what there is to see beside the records: perplexity by position, heat maps, bars."""
-    draw = {"perplexity": _plot_perplexity, "needle": _plot_needle, "study": _plot_study}.get(
-        comparison.evaluation
-    )
+    draw = {
+        "perplexity": _plot_perplexity,
+        "needle": _plot_needle,
+        "study": _plot_study,
+        "frontier": _plot_frontier,
+    }.get(comparison.evaluation)
     if draw is None:
         return None
     figure = draw(comparison)
@@ -181,6 +190,10 @@ def _plot_perplexity(comparison: Comparison) -> Any:
     below.set_ylabel(f"perplexity vs {baseline} (%)")
     below.set_xlabel("position in the window (tokens in the cache)")
     return figure
+
+
+def _plot_frontier(comparison: Comparison) -> Any:
+    return frontier.draw(comparison.title, _points(comparison))
 
 
 def _plot_study(comparison: Comparison) -> Any:

@@ -271,8 +271,12 @@ def _prefill_layer(
 def _decode(
     model: Llama, token: Int[Array, "B"], cache: KVCache, active: Bool[Array, "B"]
 ) -> tuple[Float[Array, "B V"], KVCache]:
-    rotate = _rotation(model.config, cache.lengths + 1, cache.lengths[:, None])
+    rope = _rotation(model.config, cache.lengths + 1, cache.lengths[:, None])
     x = model.embed(token)[:, None]
+
+    def rotate(queries_and_keys: Array) -> Array:
+        return cache.strategy.turn(rope(queries_and_keys))
+
     layers: list[tuple[Segment, ...]] = []
     for layer, segments in zip(model.layers, cache.layers, strict=True):
         query, key, value = (part[:, 0] for part in layer.project(x, rotate))

@@ -76,7 +76,7 @@ def attend(
     case = plan(query, key, value, scale, tuning, interpret)
     splits = _partials(case, *operands(case, query, key, value, start, end))
     recent = () if residual is None else _residual_operands(case, query, residual, start)
-    out, top, denom = _merge(case, *splits, *recent)
+    out, top, denom = _merge(case, 0 if residual is None else residual.sinks, *splits, *recent)
     return AttentionPartial(
         out.reshape(query.shape), top.reshape(query.shape[:2]), denom.reshape(query.shape[:2])
     )
@@ -249,7 +249,7 @@ def _residual_operands(
     return query.reshape(-1, case.heads, case.dim), keys, values, *limits
 
 
-def _merge(case: Case, *arrays: Array) -> tuple[Array, Array, Array]:
+def _merge(case: Case, sinks: int, *arrays: Array) -> tuple[Array, Array, Array]:
     """Combine the splits, and attend to the residual if there is one: one launch.
 
     The maximum comes back in natural logarithms.
@@ -267,7 +267,7 @@ def _merge(case: Case, *arrays: Array) -> tuple[Array, Array, Array]:
     outputs = ((case.dim,), (), ())
     query, recent = arrays[3:4], arrays[4:]
     return triton_call(
-        functools.partial(_merge_splits, case),
+        functools.partial(_merge_splits, case, sinks),
         name="quantized_attention_merge",
         grid=(programs, case.heads, -(-case.dim // MERGED_CHANNELS)),
         in_specs=[
@@ -282,7 +282,7 @@ def _merge(case: Case, *arrays: Array) -> tuple[Array, Array, Array]:
     )(*arrays)
 
 
-def _merge_splits(case: Case, out_ref: Any, top_ref: Any, denom_ref: Any, *refs: Any) -> None:
+def _merge_splits(case: Case, sinks: int, out_ref: Any, top_ref: Any, denom_ref: Any, *refs: Any) -> None:
     """One program: some channels of a query head. Splits without tokens weigh nothing."""
     *recent, merged_ref, merged_top_ref, merged_denom_ref = refs
     split = jnp.arange(power_of_two(case.tuning.splits), dtype=jnp.int32)
@@ -299,22 +299,26 @@ def _merge_splits(case: Case, out_ref: Any, top_ref: Any, denom_ref: Any, *refs:
     out = jnp.sum(outs.astype(jnp.float32) * weights[:, None], axis=0)
     denom = jnp.sum(weights, axis=0)
     if recent:
-        out, top, denom = _attend_residual(case, recent, channel, out, top, denom)
+        out, top, denom = _attend_residual(case, sinks, recent, channel, out, top, denom)
     plt.store(merged_ref.at[channel], out, mask=inside)
     merged_top_ref[...] = jnp.where(denom > 0, top / _LOG2E, NO_SCORE)  # the same from every program
     merged_denom_ref[...] = denom
 
 
 def _attend_residual(
-    case: Case, refs: Any, channel: Array, out: Array, top: Array, denom: Array
+    case: Case, sinks: int, refs: Any, channel: Array, out: Array, top: Array, denom: Array
 ) -> tuple[Array, Array, Array]:
-    """Fold the residual's tokens into (out of some channels, max in powers of two, denom) of a head."""
+    """Fold the residual's tokens into (out of some channels, max in powers of two, denom) of a head.
+
+    Its last `sinks` slots hold tokens -sinks to -1, before those of the ring (see `Ring`).
+    """
     query_ref, key_ref, value_ref, start_ref, end_ref = refs
     slots, dims = key_ref.shape[0], power_of_two(case.dim)
     block = min(_RESIDUAL_TOKENS, power_of_two(slots))
     query = _load(query_ref, (), (dims,)).astype(jnp.float32) * (case.scale * _LOG2E)
     dim = jnp.arange(dims, dtype=jnp.int32)
-    start, last = jnp.maximum(start_ref[0], 0), end_ref[0] - 1
+    start, last, ring = start_ref[0], end_ref[0] - 1, slots - sinks
+    last_in_ring = jnp.maximum(last, -1)
 
     def rows(ref: Any, slot: Array, at: Array) -> Array:
         mask = (slot < slots)[:, None] & (at < case.dim)[None, :]
@@ -324,9 +328,12 @@ def _attend_residual(
     def visit(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         out, top, denom = carry
         slot = i * block + jnp.arange(block, dtype=jnp.int32)
-        token = last - jax.lax.rem(last - slot + slots, jnp.full_like(slot, slots))
+        newest = last_in_ring - jax.lax.rem(last_in_ring - slot + ring, jnp.full_like(slot, ring))
+        token = jnp.where(slot < ring, newest, slot - slots)
+        lowest = jnp.where(slot < ring, jnp.maximum(start, 0), start)
+        seen = (slot < slots) & (token >= lowest) & (token <= last)
         score = jnp.sum(rows(key_ref, slot, dim) * query[None, :], axis=1)
-        score = jnp.where((slot < slots) & (token >= start), score, NO_SCORE)
+        score = jnp.where(seen, score, NO_SCORE)
         new_top = jnp.maximum(top, score.max(0))
         weight, fade = _exp2(score - new_top, case), jnp.exp2(top - new_top)
         added = jnp.sum(rows(value_ref, slot, channel) * weight[:, None], axis=0)

@@ -32,7 +32,7 @@ CACHES = {
         pool=kj.PoolQuantization(bits=4, group_size=8),
     ),
     "unified": kj.scope(prompt=kj.H2O(budget=16, recent=4), decode=kj.H2O(budget=24, recent=4)),
-    "selected kivi": kj.kivi(4, 8, 8, prompt=kj.SnapKV(budget=20, window=4)),
+    "selected kivi": kj.kivi(4, 8, 8, rotate_keys=True, sinks=3, prompt=kj.SnapKV(budget=20, window=4)),
 }
 P, LENGTHS, Q, QUESTIONS, NEW = 40, np.array([40, 17]), 7, np.array([7, 0]), 12
 ENOUGH = P + Q + NEW

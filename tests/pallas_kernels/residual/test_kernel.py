@@ -16,7 +16,7 @@ from kivi_jax.cache.segments import Step
 BATCH, KV_HEADS = 3, 2
 
 
-def tokens_of(lengths, *, residual, dim, bits, group, value_group, dtype, scale_dtype, window=None):
+def tokens_of(lengths, *, residual, dim, bits, group, value_group, dtype, scale_dtype, window=None, sinks=0):
     shape = (BATCH, KV_HEADS, max(lengths), dim)
     key, value = jax.random.normal(jax.random.key(0), (2, *shape), dtype)
     return KiviTokens.from_prompt(
@@ -30,6 +30,7 @@ def tokens_of(lengths, *, residual, dim, bits, group, value_group, dtype, scale_
             value_group_size=value_group,
             residual_length=residual,
             scale_dtype=scale_dtype,
+            sinks=sinks,
         ),
         capacity=max(lengths) + 2 * residual,
         window=window,
@@ -62,6 +63,8 @@ def with_xla(tokens: KiviTokens, step: Step) -> KiviTokens:
         {"residual": 64, "dim": 32, "bits": 1, "group": 64, "value_group": 16, "scale_dtype": "bfloat16"},
         {"residual": 32, "dim": 16, "bits": 8, "group": 16, "value_group": 4, "dtype": jnp.bfloat16},
         {"residual": 32, "dim": 64, "bits": 2, "group": 32, "value_group": 32, "window": 40},
+        {"residual": 32, "dim": 16, "bits": 2, "group": 16, "value_group": 16, "sinks": 4},
+        {"residual": 32, "dim": 16, "bits": 2, "group": 32, "value_group": 16, "sinks": 31},
     ],
     ids=str,
 )
