@@ -5,11 +5,19 @@ model, tokenizer = kj.load("path/to/checkpoint")
 texts = kj.complete(model, tokenizer, ["Once upon a time"], cache=kj.kivi(bits=2), max_new_tokens=64)
 """
 
+from kivi_jax.cache.decode_selectors import GKV as GKV
 from kivi_jax.cache.decode_selectors import Adaptive as Adaptive
 from kivi_jax.cache.decode_selectors import DecodeSelector as DecodeSelector
 from kivi_jax.cache.decode_selectors import Discontinuous as Discontinuous
+from kivi_jax.cache.decode_selectors import Random as Random
 from kivi_jax.cache.decode_selectors import Slide as Slide
+from kivi_jax.cache.decode_selectors import Slots as Slots
+from kivi_jax.cache.decode_selectors import VaSE as VaSE
+from kivi_jax.cache.prompt_selectors import ExpectedAttention as ExpectedAttention
+from kivi_jax.cache.prompt_selectors import ExpectedQueries as ExpectedQueries
 from kivi_jax.cache.prompt_selectors import KeepAll as KeepAll
+from kivi_jax.cache.prompt_selectors import KeyDiff as KeyDiff
+from kivi_jax.cache.prompt_selectors import Prompt as Prompt
 from kivi_jax.cache.prompt_selectors import PromptSelector as PromptSelector
 from kivi_jax.cache.prompt_selectors import PyramidInfer as PyramidInfer
 from kivi_jax.cache.prompt_selectors import PyramidKV as PyramidKV

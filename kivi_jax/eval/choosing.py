@@ -2,7 +2,7 @@
 
 import math
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -76,3 +76,54 @@ def frontier(
                     **options,
                 )
     show_report([out / "frontier"])
+
+
+@choosing.command()
+def select(
+    out: Out,
+    model: Model = "demo",
+    percent: Annotated[
+        list[int] | None,
+        typer.Option(help="Of the output that is kept; may be repeated; by default 12, 25, 50."),
+    ] = None,
+    base: Annotated[str, typer.Option(help="scope, or kivi2+scope and its fields.")] = "scope",
+    questions: Annotated[int, typer.Option(min=1, help="Of a problem.")] = 30,
+    problems: Annotated[int, typer.Option(min=1, help="How many.")] = 96,
+    seed: Annotated[int, typer.Option(min=0, help="Of the first problem.")] = 0,
+    batch: Batch = 32,
+    dtype: DtypeOption = None,
+) -> None:
+    """What selectors of the output lose at equal budgets, in SCOPE's setting, with intervals.
+
+    Example:  kivi-jax eval select --problems 96 --out out
+    """
+    from kivi_jax.demo import tasks
+    from kivi_jax.eval.select import caches, measure
+    from kivi_jax.generation.loading import open_model
+
+    llama, tokenizer = open_model(model, dtype)
+    made = {str(number): tasks.questions(number, questions) for number in range(seed, seed + problems)}
+    longest = max(len(tokenizer(problem.answer)["input_ids"]) for problem in made.values())
+    named = caches(longest, percent or [12, 25, 50], base)
+    for name in named.values():
+        parse_cache(name).check(llama.config)
+    settings: dict[str, Any] = dict(
+        eval="select", model=model, data=f"{questions} questions", output_tokens=longest, base=base
+    )
+    settings |= dict(dtype=dtype_name(dtype))
+
+    with show_progress() as progress:
+        for choice, name in named.items():
+            measure(
+                llama,
+                tokenizer,
+                made,
+                choice=choice,
+                cache=name,
+                path=out / "select" / f"{name.replace(':', ',')}.jsonl",
+                settings=settings | {"cache": name},
+                batch_size=batch,
+                max_new_tokens=longest,
+                progress=progress,
+            )
+    show_report([out / "select"])

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from kivi_jax.eval import frontier, gsm8k, longbench, longgenbench, needle, perplexity, ruler, study
+from kivi_jax.eval import frontier, gsm8k, longbench, longgenbench, needle, perplexity, ruler, select, study
 from kivi_jax.eval.jobs import Record, read_records
 from kivi_jax.eval.statistics import Estimate, bootstrap
 from kivi_jax.figures import new_figure, save_figure
@@ -80,6 +80,8 @@ def tables(comparison: Comparison) -> list[Table]:
         return [_perplexity_table(comparison)]
     if comparison.evaluation == "frontier":
         return [frontier.table(comparison.title, _points(comparison))]
+    if comparison.evaluation == "select":
+        return [select.table(comparison.title, select.scores(comparison.by_cache))]
     if comparison.evaluation == "study":
         return [study.table(comparison.title, records) for records in comparison.by_cache.values()]
     return [_score_table(comparison, name, score) for name, score in SCORES[comparison.evaluation].items()]
@@ -167,6 +169,7 @@ def plot(comparison: Comparison) -> Path | None:
         "needle": _plot_needle,
         "study": _plot_study,
         "frontier": _plot_frontier,
+        "select": _plot_select,
     }.get(comparison.evaluation)
     if draw is None:
         return None
@@ -194,6 +197,10 @@ def _plot_perplexity(comparison: Comparison) -> Any:
 
 def _plot_frontier(comparison: Comparison) -> Any:
     return frontier.draw(comparison.title, _points(comparison))
+
+
+def _plot_select(comparison: Comparison) -> Any:
+    return select.draw(comparison.title, select.scores(comparison.by_cache))
 
 
 def _plot_study(comparison: Comparison) -> Any:

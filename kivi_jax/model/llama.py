@@ -18,9 +18,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from kivi_jax.cache import strategy as caches
-from kivi_jax.cache.prompt_selectors import ALL_QUERIES
+from kivi_jax.cache.prompt_selectors import ALL_QUERIES, Prompt
 from kivi_jax.cache.segments import Segment, Step, attend_token
-from kivi_jax.cache.strategy import CacheStrategy, KVCache, Prompt
+from kivi_jax.cache.strategy import CacheStrategy, KVCache
 from kivi_jax.checks import whole
 from kivi_jax.config import ModelConfig
 from kivi_jax.model.attention import add_weights, block_attention, causal_attention

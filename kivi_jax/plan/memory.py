@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from kivi_jax.cache.strategy import CacheStrategy, KVCache, Prompt, cache_bytes
+from kivi_jax.cache.prompt_selectors import ExpectedQueries, Prompt
+from kivi_jax.cache.strategy import CacheStrategy, KVCache, cache_bytes
 from kivi_jax.config import ModelConfig
 from kivi_jax.model.llama import Llama
 
@@ -43,8 +44,12 @@ def zero_cache(
     """The cache of prompts of `width` tokens, which are all zeros."""
     shape = (batch, config.num_kv_heads, width, config.head_dim)
     lengths = jnp.full(batch, width, jnp.int32)
+    heads = (batch, config.num_heads, config.head_dim)
+    queries = ExpectedQueries(
+        jnp.zeros(heads, jnp.float32), jnp.zeros((*heads, config.head_dim), jnp.float32)
+    )
     prompt = Prompt(
-        jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros(shape[:3], jnp.float32), lengths
+        jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros(shape[:3], jnp.float32), lengths, queries
     )
     layers = tuple(
         strategy.hold_prompt(
