@@ -169,7 +169,9 @@ def filled_cache(
         key, value = jax.random.normal(jax.random.key(index), (2, *shape), dtype)
         weights = jax.random.uniform(jax.random.key(index), shape[:3])
         heads = (1, config.num_heads, config.head_dim)
-        queries = ExpectedQueries(jnp.zeros(heads), jnp.zeros((*heads, config.head_dim)))
+        queries = ExpectedQueries(
+            jnp.zeros(heads, jnp.float32), jnp.zeros((*heads, config.head_dim), jnp.float32)
+        )
         held = strategy.hold_prompt(
             Prompt(key, value, weights, jnp.full(1, context, jnp.int32), queries),
             capacity=capacity,

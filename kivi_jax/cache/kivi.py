@@ -56,7 +56,14 @@ class KiviQuantization:
         Raises:
             ValueError: a field is out of its range, or the key group does not divide the residual.
         """
-        for name in ("key_bits", "value_bits", "key_group_size", "value_group_size", "residual_length"):
+        for name in (
+            "key_bits",
+            "value_bits",
+            "key_group_size",
+            "value_group_size",
+            "residual_length",
+            "sinks",
+        ):
             whole(name, getattr(self, name))
         for name in ("key_bits", "value_bits"):
             if getattr(self, name) not in (1, 2, 4, 8):

@@ -111,7 +111,11 @@ def _compare(
     rows, width = tokens.shape
     one = jnp.ones(rows, jnp.int32)
     starts = [model.prefill(tokens[:, :1], one, cache=cache, capacity=width) for cache in (strategy, full())]
-    nothing = (jnp.zeros((rows, width), jnp.float32), jnp.zeros(rows), jnp.zeros(rows))
+    nothing = (
+        jnp.zeros((rows, width), jnp.float32),
+        jnp.zeros(rows, jnp.float32),
+        jnp.zeros(rows, jnp.float32),
+    )
 
     def score(i: Array, logits: list[Array], scored: tuple) -> tuple:
         ours, reference = (jax.nn.log_softmax(x) for x in logits)

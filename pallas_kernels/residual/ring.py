@@ -50,7 +50,7 @@ def held_tokens(end: Int[Array, "B"], slots: int, sinks: int = 0) -> Int[Array, 
     """The token in each slot of a `Ring`, `NO_TOKEN` where there is none."""
     newest = newest_token(end, slots - sinks)
     newest = jnp.where(newest >= 0, newest, NO_TOKEN)
-    first = jnp.arange(-sinks, 0)[None]
+    first = jnp.arange(-sinks, 0, dtype=end.dtype)[None]
     return jnp.concatenate([newest, jnp.where(first < end[:, None], first, NO_TOKEN)], axis=1)
 
 
