@@ -211,7 +211,8 @@ class VaSE(Slide):
         """See `DecodeSelector`."""
         assert slots.memory is not None
         widest = jax.lax.top_k(jnp.where(slots.positions >= 0, slots.memory, -jnp.inf), self.reserve)[1]
-        reserved = (widest[..., None] == jnp.arange(slots.positions.shape[2])).any(2)
+        slot = jnp.arange(slots.positions.shape[2], dtype=widest.dtype)[None, None, None]
+        reserved = (widest[..., None] == slot).any(2)
         return jnp.where(reserved, jnp.inf, slots.weights)
 
 

@@ -3,7 +3,8 @@
     full                              kivi2                             kivi4:group_size=64
     scope:window=512:recent=256       kivi2r+scope:prompt=snapkv:prompt_budget=2048
 
-kivi1, kivi2, kivi4 and kivi8 pack in so many bits; an r after it is for rotated keys, and sinks=4.
+kivi1, kivi2, kivi4 and kivi8 pack in so many bits; an r after it is for rotated keys, and sinks=4. kivi42r
+has keys of 4 and values of 2 bits, and sinks=32.
 A name is followed by fields, separated by colons (no commas or brackets, so that a name survives shells
 and comma-separated lists). Fields of KIVI are those of `kivi()`. With `scope`, `decode=` and `prompt=` name
 selectors; `prompt_NAME` is a field of the prompt selector, `pool_NAME` (pool_bits=4) one of the pool's
@@ -32,6 +33,7 @@ from kivi_jax.cache.unified_selectors import H2O, StreamingLLM
 _KIVI: dict[str, dict[str, Any]] = {
     **{f"kivi{bits}": {"bits": bits} for bits in (1, 2, 4, 8)},
     **{f"kivi{bits}r": {"bits": bits, "rotate_keys": True, "sinks": 4} for bits in (1, 2, 4, 8)},
+    "kivi42r": {"key_bits": 4, "value_bits": 2, "rotate_keys": True, "sinks": 32},
 }
 NAMES = ("full", *_KIVI, "scope", *(f"{name}+scope" for name in _KIVI))
 DECODE = {
@@ -99,8 +101,7 @@ def cache_name(strategy: CacheStrategy) -> str:
     """
     name, fields = "", []
     if (packed := strategy.quantization) is not None:
-        name = f"kivi{packed.key_bits}{'r' if packed.rotate_keys else ''}"
-        fields += _changed(_kivi_fields(packed), _kivi_fields(kivi(**_KIVI[name]).quantization), "")
+        name, fields = _kivi_name(packed)
     keeps_all = KeepAll()
     if strategy.prompt != keeps_all or strategy.decode != keeps_all or strategy.pool is not None:
         name = f"{name}+scope" if name else "scope"
@@ -119,6 +120,17 @@ def _selector_name(kinds: dict[str, Any], selector: Any, default: str, prefix: s
     named = f"{default.partition('=')[0]}={kind}"
     usual = {field.name: field.default for field in dataclasses.fields(selector)}
     return [named] * (named != default) + _changed(vars(selector), usual, prefix)
+
+
+def _kivi_name(packed: Any) -> tuple[str, list[str]]:
+    """The name that needs the fewest fields beside it, of equals that with the keys' bits; and the fields."""
+    usual = {name: kivi(**fields).quantization for name, fields in _KIVI.items()}
+    changed = {
+        name: _changed(_kivi_fields(packed), _kivi_fields(base), "")
+        for name, base in usual.items()
+        if base is not None and base.rotate_keys == packed.rotate_keys
+    }
+    return min(changed.items(), key=lambda item: (len(item[1]), f"{packed.key_bits}" not in item[0]))
 
 
 def _kivi_fields(quantization: Any) -> dict[str, Any]:

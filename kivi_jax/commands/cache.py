@@ -27,13 +27,13 @@ def save(
     model: options.ModelArgument,
     prompt_file: Annotated[str, typer.Argument(help="The text to read; - reads it from standard input.")],
     destination: Annotated[FilePath, typer.Argument(help="Directory to write; complete or absent.")],
-    cache: options.CacheOption = "kivi2",
+    cache: options.CacheOption = options.DEFAULT_CACHE,
     dtype: options.DtypeOption = None,
     overwrite: Annotated[bool, typer.Option(help="Replace what is at the destination.")] = False,
 ) -> None:
     """Read a text into a cache and write that to disk.
 
-    Example:  kivi-jax cache save ./llama-8b novel.txt novel.prefix --cache kivi2
+    Example:  kivi-jax cache save ./llama-8b novel.txt novel.prefix --cache kivi42r
     """
     import jax
 

@@ -20,7 +20,7 @@ COMMANDS = "/stats shows what the cache weighs, /reset forgets everything, /quit
 
 def chat(
     model: options.ModelArgument,
-    cache: options.CacheOption = "kivi2",
+    cache: options.CacheOption = options.DEFAULT_CACHE,
     context: Annotated[
         int | None,
         typer.Option(help="Tokens of the whole conversation; by default the model's, at most 8192."),
@@ -40,7 +40,7 @@ def chat(
     /stats shows what the cache weighs, /reset forgets everything, /quit ends.
     demo is no chat model. Type one of its tasks, such as  Copy: moon owl. Copied:
 
-    Example:  kivi-jax chat ./llama-8b-instruct --cache kivi2 --context 32768
+    Example:  kivi-jax chat ./llama-8b-instruct --cache kivi42r --context 32768
 
     Example:  kivi-jax chat demo
     """

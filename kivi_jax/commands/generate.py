@@ -56,7 +56,7 @@ def generate(
 
         start = {"prefix": load_prefix(prefix, llama, **start)}
     elif not start:
-        start = {"cache": parse_cache("kivi2")}
+        start = {"cache": parse_cache(options.DEFAULT_CACHE)}
     text = sys.stdin.read() if prompt == "-" else prompt
     ids = encode(tokenizer, text, begins=prefix is None)
     moments = [time.perf_counter()]

@@ -60,7 +60,8 @@ def frontier(
     asked = dict(eval="needle", data="made-up text", max_new_tokens=8, depths=depths) | common
     with show_progress() as progress:
         for name in names:
-            file, options = f"{name.replace(':', ',')}.jsonl", dict(batch_size=batch, progress=progress)
+            file = f"{name.replace(':', ',')}.jsonl"
+            options: dict[str, Any] = dict(batch_size=batch, progress=progress)
             settings = shared | {"cache": name}
             measure(llama, texts, cache=name, path=out / "frontier" / file, settings=settings, **options)
             if samples:

@@ -229,7 +229,7 @@ def draw(title: str, found: Mapping[str, Point]) -> Any:
     costs = {name: 100 * max(point.cost, 0.0) for name, point in found.items()}
     front = pareto(found)
     axes.plot([sizes[name] for name in front], [costs[name] for name in front], zorder=1)
-    axes.scatter(sizes.values(), costs.values(), zorder=2)
+    axes.scatter(list(sizes.values()), list(costs.values()), zorder=2)
     for name, size in sizes.items():
         axes.annotate(name, (size, costs[name]), xytext=(4, 4), textcoords="offset points", fontsize=8)
     axes.set_xscale("log")

@@ -31,7 +31,7 @@ SELECTORS = {
     "random, blocks of 8": "decode=random:window={w}:recent={r}:block=8",
 }
 BASELINE = "slide"
-FULL = ("full", 100)
+FULL: tuple[str, int] = ("full", 100)
 
 
 Choice = tuple[str, int]  # a selector, and the percentage of the output that it keeps
@@ -43,7 +43,7 @@ def caches(output_tokens: int, percents: Sequence[int], base: str) -> dict[Choic
     Raises:
         ValueError: a share is no percentage, or so small that nothing is selected.
     """
-    named = {FULL: "full"}
+    named: dict[Choice, str] = {FULL: "full"}
     for percent in percents:
         window = output_tokens * percent // 100
         if not 4 <= window <= output_tokens:

@@ -24,6 +24,7 @@ from kivi_jax.cache.strategy import CacheStrategy, KVCache
 from kivi_jax.checks import whole
 from kivi_jax.config import ModelConfig
 from kivi_jax.model.attention import add_weights, block_attention, causal_attention
+from kivi_jax.model.expected_queries import add_queries, expected_queries, no_queries
 from kivi_jax.model.inputs import PerRow, Prompts, note_room, read_prompts, read_token, room_left
 from kivi_jax.model.ordering import after
 from kivi_jax.model.rope import apply_rope, rope_frequencies
@@ -213,7 +214,9 @@ def _prefill(
     for index, layer in enumerate(model.layers):
         # A layer starts when the one before is packed: else many layers' keys and values are kept.
         blocks = after(layers[-1:], jnp.int32(tokens.shape[1] // block))
-        x, prompt = _prefill_layer(layer, x, lengths, blocks, model.config, block, strategy.observed)
+        x, prompt = _prefill_layer(
+            layer, x, lengths, blocks, model.config, block, strategy.observed, strategy.expects
+        )
         layers.append(hold(prompt, window=model.config.sliding_window, layer=index))
     last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)
     return model._logits(last[:, 0]), KVCache(tuple(layers), lengths, strategy, capacity)
@@ -227,12 +230,13 @@ def _prefill_layer(
     config: ModelConfig,
     block: int,
     observed: int,
+    expects: bool,
 ) -> tuple[Array, Prompt]:
     """The residual stream after one layer, and what it holds of the prompt, block by block.
 
     A block attends only to itself and what is before it, so one pass over the blocks computes keys and
     values, attends and replaces the stream in place. Of the last `observed` queries of a row (0: none,
-    `ALL_QUERIES`) it also sums the weights.
+    `ALL_QUERIES`) it also sums the weights, and if a selector `expects` it, queries before RoPE.
     """
     batch, padded = x.shape[:2]
     # Zeros, but computed from `blocks`: the compiler makes constants of all layers at the start.
@@ -242,13 +246,17 @@ def _prefill_layer(
     weights = jnp.full(store.shape[:3], blank.astype(jnp.float32))
     oldest = jnp.zeros_like(lengths) if observed == ALL_QUERIES else lengths - observed
 
-    def advance(i: Array, state: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
-        x, keys, values, weights = state
+    sums = no_queries(batch, config.num_heads, config.head_dim) if expects else None
+
+    def advance(i: Array, state: tuple) -> tuple:
+        x, keys, values, weights, sums = state
         first = i * block
         position = first + jnp.arange(block)[None]
         rotate = _rotation(config, lengths, position)
         here = jax.lax.dynamic_slice_in_dim(x, first, block, axis=1)
         query, key, value = layer.project(here, rotate)
+        if sums is not None:  # the same product again: XLA computes it once
+            sums = add_queries(sums, layer.project(here, lambda x: x)[0], position < lengths[:, None])
         keys, values = (
             jax.lax.dynamic_update_slice_in_dim(held, new.swapaxes(1, 2), first, axis=2)
             for held, new in ((keys, key), (values, value))
@@ -261,10 +269,14 @@ def _prefill_layer(
             seen = (position >= oldest[:, None]) & (position < lengths[:, None])
             weights = add_weights(weights, query, keys, log_sum_exp, seen, first=first)
         here = layer.finish(here, attended)
-        return jax.lax.dynamic_update_slice_in_dim(x, here, first, axis=1), keys, values, weights
+        return jax.lax.dynamic_update_slice_in_dim(x, here, first, axis=1), keys, values, weights, sums
 
-    x, keys, values, weights = jax.lax.fori_loop(0, blocks, advance, (x, store, store, weights))
-    return x, Prompt(keys, values, weights, lengths)
+    state = (x, store, store, weights, sums)
+    x, keys, values, weights, sums = jax.lax.fori_loop(0, blocks, advance, state)
+    queries = None
+    if sums is not None:
+        queries = expected_queries(sums, lengths, functools.partial(_rotation, config, lengths))
+    return x, Prompt(keys, values, weights, lengths, queries)
 
 
 @functools.partial(jax.jit, donate_argnames=("cache",))

@@ -265,6 +265,10 @@ NAMED = {
     "mixed": kj.kivi(4, value_bits=2, key_group_size=64, scale_dtype="bfloat16"),
     "default pool": kj.kivi(8, decode=SLIDE, pool=kj.PoolQuantization()),
     "unused pool": kj.kivi(2, pool=kj.PoolQuantization(bits=8)),
+    "random": kj.scope(prompt=kj.KeyDiff(budget=99), decode=kj.Random(block=32, seed=7)),
+    "remembered": kj.scope(prompt=kj.ExpectedAttention(budget=99, sinks=0), decode=kj.GKV(decay=0.5)),
+    "reserved": kj.kivi(4, rotate_keys=True, sinks=0, decode=kj.VaSE(reserve=9)),
+    "keys and values": kj.kivi(key_bits=4, value_bits=2, rotate_keys=True, sinks=8),
     "sinks": kj.scope(prompt=kj.StreamingLLM(sinks=2, recent=8), decode=kj.Slide()),
     "infer": kj.scope(prompt=kj.PyramidInfer(budget=99, beta=10), decode=kj.KeepAll()),
     "max": kj.scope(prompt=kj.SnapKV(budget=99, pooling="max"), decode=kj.Adaptive(max_new_tokens=4096)),
@@ -277,9 +281,14 @@ def test_a_cache_is_read_from_its_name(kind):
 
 
 def test_names_are_short():
-    assert [cache_name(parse_cache(name)) for name in ("full", "kivi2", "scope", "kivi4+scope")] == [
+    assert [
+        cache_name(parse_cache(name))
+        for name in ("full", "kivi2", "kivi2r", "kivi42r", "scope", "kivi4+scope")
+    ] == [
         "full",
         "kivi2",
+        "kivi2r",
+        "kivi42r",
         "scope",
         "kivi4+scope",
     ]

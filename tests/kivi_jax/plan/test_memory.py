@@ -123,6 +123,7 @@ def test_plans_check_the_strategy():
         ("kivi8", kj.kivi(8)),
         ("kivi2:group_size=64:residual_length=64", kj.kivi(2, 64, 64)),
         ("kivi2r", kj.kivi(2, rotate_keys=True, sinks=4)),
+        ("kivi42r", kj.kivi(key_bits=4, value_bits=2, rotate_keys=True, sinks=32)),
         ("kivi4r:sinks=0", kj.kivi(4, rotate_keys=True)),
         ("kivi2:sinks=8", kj.kivi(2, sinks=8)),
         ("kivi2r+scope", kj.kivi(2, rotate_keys=True, sinks=4, decode=kj.Slide())),
