@@ -201,8 +201,10 @@ def _checksum(array: Shaped[Array, "..."]) -> UInt32[Array, ""]:
 
 def _named(prefix: Prefix) -> dict[str, Any]:
     """Every array of a prefix by its path, but for the mark: the manifest names the model better."""
-    leaves = jax.tree_util.tree_leaves_with_path(dataclasses.replace(prefix, mark=None))
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+    leaves = jax.tree_util.tree_leaves_with_path(prefix)
+    named = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+    named.pop("mark", None)
+    return named
 
 
 def _dtype(model: Llama) -> str:
