@@ -126,7 +126,10 @@ BROKEN = {
     ),
     "rope is no object": (lambda d: edit(d, rope_scaling="linear"), "rope"),
     "unknown attribute": (lambda d: edit(d, logit_softcap=30.0), "logit_softcap=30.0"),
-    "quantized": (lambda d: edit(d, quantization_config={"bits": 4}), "quantization_config={'bits': 4}"),
+    "quantized": (
+        lambda d: edit(d, quantization_config={"quant_method": "bitsandbytes"}),
+        "weights quantized by 'bitsandbytes' are not supported",
+    ),
     "activation": (lambda d: edit(d, hidden_act="gelu"), "hidden_act='gelu'"),
     "size is text": (lambda d: edit(d, hidden_size="wide"), "hidden_size"),
     "no heads": (lambda d: edit(d, num_attention_heads=0), "config.json does not describe a llama model"),
