@@ -10,6 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from kivi_jax.bench.command import machine
 from kivi_jax.cache.names import parse_cache
+from kivi_jax.console import print_table
 from kivi_jax.options import Dtype, DtypeOption
 
 if TYPE_CHECKING:
@@ -382,7 +383,7 @@ def kept(
     with _progress() as progress:
         bar = progress.add_task("decoding", total=len(caches) * len(answer))
         weights, held = study(llama, prompt, answer, caches, lambda: progress.advance(bar))
-    Console().print(table({name: kept_weight(weights, seen) for name, seen in held.items()}))
+    print_table(Console(), table({name: kept_weight(weights, seen) for name, seen in held.items()}))
     last = llama.config.num_layers - 1
     heads = [(0, 0), (last // 2, 0), (last, 0)]
     short = {name.split(":recent")[0]: seen for name, seen in held.items()}
@@ -463,9 +464,9 @@ def _report(folders: Sequence[Path]) -> None:
     console = Console()
     for comparison in read_comparisons(folders):
         for table in tables(comparison):
-            console.print(table)
+            print_table(console, table)
         if picture := plot(comparison):
-            console.print(f"plot: {picture}", soft_wrap=True, highlight=False)
+            console.print(f"plot: {picture}", soft_wrap=True, highlight=False, markup=False)
     console.print(machine(), style="dim", highlight=False)
 
 

@@ -96,7 +96,7 @@ def load_prefix(path: str | FilePath, model: Llama, *, cache: CacheStrategy | No
     path = FilePath(path)
     saved = read_manifest(path)
     strategy = parse_cache(saved.cache)
-    if cache is not None and cache != strategy:
+    if cache is not None and cache != strategy and cache.fit(model.config) != strategy:
         raise ValueError(
             f"{path} holds a {saved.cache} cache, not {cache_name(cache)}: ask for that one, or save it anew"
         )
@@ -110,6 +110,7 @@ def load_prefix(path: str | FilePath, model: Llama, *, cache: CacheStrategy | No
             f"{path} was read by another model ({_describe(saved.config)}; this one: "
             f"{_describe(model.config)}): load that one, or save the prefix anew"
         )
+    strategy = strategy.fit(model.config)
     if damage := find_damage(path / "arrays", saved.files):
         raise _damaged(path, damage)
     wanted = {

@@ -29,10 +29,8 @@ def plan_cache(
     width = context if prompt_tokens is None else prompt_tokens
     if batch < 1 or not 0 < width <= context:
         raise ValueError(f"{batch=} must be positive, and the prompt's {width} tokens from 1 to {context=}")
-    strategy.check(config)
-
     hold = functools.partial(
-        zero_cache, config, strategy, batch=batch, width=width, capacity=context, dtype=dtype
+        zero_cache, config, strategy.fit(config), batch=batch, width=width, capacity=context, dtype=dtype
     )
     return cache_bytes(jax.eval_shape(hold))
 
