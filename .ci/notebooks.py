@@ -1,8 +1,7 @@
-"""Check that every notebook's two files hold the same cells and lead to Colab, then execute it."""
+"""Check that every notebook's two files hold the same cells, then execute it."""
 
 import sys
 import time
-import tomllib
 from pathlib import Path
 
 import jupytext
@@ -11,7 +10,6 @@ from nbformat import NotebookNode
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = ROOT / "notebooks"
-COLAB = "https://colab.research.google.com/"
 
 
 def cells(notebook: NotebookNode) -> list[tuple[str, str]]:
@@ -19,23 +17,11 @@ def cells(notebook: NotebookNode) -> list[tuple[str, str]]:
     return [(cell.cell_type, cell.source) for cell in notebook.cells]
 
 
-def badge(path: Path) -> str:
-    """The link to a notebook on Colab, in Markdown.
-
-    It leads to the file in the repository that pyproject.toml names (project.urls.Repository, on GitHub).
-    While there is none, it leads to Colab, which takes an upload.
-    """
-    urls = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"].get("urls", {})
-    _, github, repository = urls.get("Repository", "").rstrip("/").partition("https://github.com/")
-    link = f"{COLAB}github/{repository}/blob/main/notebooks/{path.name}" if github else COLAB
-    return f"[![Open in Colab]({COLAB}assets/colab-badge.svg)]({link})"
-
-
 def main() -> None:
     """Check and execute every notebook.
 
     Raises:
-        SystemExit: a file of a pair is missing, its cells differ from the other's, or its badge is wrong.
+        SystemExit: a file of a pair is missing, or its cells differ from the other's.
     """
     files = [*NOTEBOOKS.glob("*.py"), *NOTEBOOKS.glob("*.ipynb")]
     for stem in sorted({path.with_suffix("") for path in files}):
@@ -45,8 +31,6 @@ def main() -> None:
         notebook = jupytext.read(text)
         if cells(notebook) != cells(jupytext.read(rendered)):
             sys.exit(f"{text.name} and {rendered.name} hold different cells: run `jupytext --sync`")
-        if badge(rendered) not in notebook.cells[0].source:
-            sys.exit(f"{text.name}: the first cell must show {badge(rendered)}")
         start = time.monotonic()
         NotebookClient(
             notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(NOTEBOOKS)}}
