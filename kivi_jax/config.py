@@ -1,4 +1,4 @@
-"""What a Llama or Mistral *is*, as frozen values. Read `model/` next.
+"""What a model *is*, as frozen values: families differ in fields, never in classes. Read `model/` next.
 
 Every field changes the compiled program, so the whole config is static under `jax.jit`. Translating a
 Hugging Face `config.json` into these values is the converter's job (`convert/rules.py`).
@@ -9,7 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn"]
+QueryKeyNorm = Literal["head", "projection"]
+NormPlacement = Literal["pre", "post", "both"]
+Activation = Literal["silu", "gelu_tanh"]
+RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,21 +22,25 @@ class RopeConfig:
     Fields that a `kind` does not use keep their defaults. Units: `*_position_embeddings` are tokens.
 
     Source: RoFormer (arXiv 2104.09864); YaRN (arXiv 2309.00071) for `dynamic` and `yarn`;
-    the Llama 3.1 release for `llama3`.
+    the Llama 3.1 release for `llama3`; LongRoPE (arXiv 2402.13753) for `longrope`.
     """
 
     kind: RopeKind = "default"
     theta: float = 10000.0
+    partial: float = 1.0  # of a head's channels, the first that are rotated
     factor: float = 1.0
     original_max_position_embeddings: int = 0  # 0: the model's max_position_embeddings
     low_freq_factor: float = 1.0  # llama3
     high_freq_factor: float = 4.0  # llama3
     beta_fast: float = 32.0  # yarn
     beta_slow: float = 1.0  # yarn
-    attention_factor: float | None = None  # yarn; None: derived from factor and the mscales
+    attention_factor: float | None = None  # yarn, longrope; None: derived from factor and the mscales
     mscale: float | None = None  # yarn
     mscale_all_dim: float | None = None  # yarn
     truncate: bool = True  # yarn: round the correction range to whole dimensions
+    short_factor: tuple[float, ...] = ()  # longrope: by pair, for rows of up to the original length
+    long_factor: tuple[float, ...] = ()  # longrope: for longer ones
+    query_beta: float = 0.0  # queries grow by beta * log(1 + position // original length)
 
     def __post_init__(self) -> None:
         """Refuse numbers that make positions infinite or not a number.
@@ -57,10 +64,11 @@ class RopeConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Architecture of a Llama-like decoder: RMSNorm, RoPE, grouped-query attention, SwiGLU MLP.
+    """Architecture of a Llama-like decoder: RMSNorm, RoPE, grouped-query attention, gated MLP.
 
     `num_heads` query heads share `num_kv_heads` KV heads (equal: MHA; 1: MQA). `sliding_window` is in
-    tokens, the current one included; `None` attends to everything.
+    tokens, the current one included; `None` attends to everything. `windowed` and `rotated` say of every
+    layer whether it has the window and whether it has RoPE; shorter ones are repeated over the layers.
     """
 
     vocab_size: int
@@ -73,11 +81,24 @@ class ModelConfig:
     max_position_embeddings: int
     rms_norm_eps: float = 1e-5
     rope: RopeConfig = field(default_factory=RopeConfig)
-    attention_bias: bool = False  # on q, k, v and o
+    attention_bias: bool = False  # on q, k and v, and on o if output_bias is None
+    output_bias: bool | None = None  # on o
     mlp_bias: bool = False  # on gate, up and down
     tie_word_embeddings: bool = False
     sliding_window: int | None = None
     eos_ids: tuple[int, ...] = ()
+    windowed: tuple[bool, ...] = (True,)
+    rotated: tuple[bool, ...] = (True,)
+    window_rope: RopeConfig | None = None  # of layers with the window; None: as the others
+    qk_norm: QueryKeyNorm | None = None  # RMSNorm of queries and keys before RoPE
+    norm_placement: NormPlacement = "pre"  # before attention and MLP, on their output, or both
+    norm_offset: float = 0.0  # added to norms' weights
+    activation: Activation = "silu"  # of the MLP's gate
+    embedding_multiplier: float = 1.0
+    attention_multiplier: float | None = None  # of scores; None: 1 / sqrt(head_dim)
+    residual_multiplier: float = 1.0  # of what a block adds to the residual stream
+    logits_multiplier: float = 1.0
+    logits_softcap: float | None = None  # c: logits become c * tanh(logits / c)
 
     def __post_init__(self) -> None:
         """Refuse impossible shapes.
@@ -110,6 +131,18 @@ class ModelConfig:
             raise ValueError(f"{self.rms_norm_eps=} must be a finite number, not negative")
         if self.sliding_window is not None and self.sliding_window <= 0:
             raise ValueError(f"{self.sliding_window=} must be positive, or None for no window")
+        if not self.windowed or not self.rotated:
+            raise ValueError(f"{self.windowed=} and {self.rotated=} must say something of at least one layer")
+
+    def window_of(self, layer: int) -> int | None:
+        """The window of layer number `layer`."""
+        return self.sliding_window if self.windowed[layer % len(self.windowed)] else None
+
+    def rope_of(self, layer: int) -> RopeConfig | None:
+        """How layer number `layer` rotates; None: it does not."""
+        if not self.rotated[layer % len(self.rotated)]:
+            return None
+        return self.rope if self.window_of(layer) is None else self.window_rope or self.rope
 
 
 def config_from_dict(fields: Mapping[str, Any]) -> ModelConfig:
@@ -119,5 +152,14 @@ def config_from_dict(fields: Mapping[str, Any]) -> ModelConfig:
         KeyError, TypeError: fields are missing, unknown, or of another type.
         ValueError: see `ModelConfig`.
     """
-    rope, eos_ids = RopeConfig(**fields["rope"]), tuple(fields["eos_ids"])
-    return ModelConfig(**{**fields, "rope": rope, "eos_ids": eos_ids})
+    ropes = {name: _rope(rope) for name, rope in fields.items() if name in ("rope", "window_rope")}
+    return ModelConfig(**{**_with_tuples(fields), **ropes})
+
+
+def _rope(fields: Mapping[str, Any] | None) -> RopeConfig | None:
+    return None if fields is None else RopeConfig(**_with_tuples(fields))
+
+
+def _with_tuples(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON has lists for tuples."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}

@@ -170,7 +170,7 @@ def filled_cache(
         held = strategy.hold_prompt(
             Prompt(key, value, weights, jnp.full(1, context, jnp.int32)),
             capacity=capacity,
-            window=config.sliding_window,
+            window=config.window_of(index),
             layer=index,
             layers=config.num_layers,
         )

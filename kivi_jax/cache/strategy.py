@@ -1,5 +1,7 @@
 """Cache strategies (values that say how tokens are held) and the cache itself. Read `model/llama.py` next."""
 
+import functools
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -19,6 +21,8 @@ from kivi_jax.config import ModelConfig
 from pallas_kernels.pytree import pytree, static
 from pallas_kernels.quantize.packing import words_per_token
 from pallas_kernels.quantize.quantization import check_groups
+
+_log = logging.getLogger(__name__)
 
 
 class Prompt(NamedTuple):
@@ -69,15 +73,11 @@ class CacheStrategy:
         """Refuse a model that this strategy does not fit, before anything is computed.
 
         Raises:
-            ValueError: a group does not divide the model's head_dim, codes do not fill bytes, or tokens
-                are selected on a model whose attention has a sliding window.
+            ValueError: a group does not divide the model's head_dim, or codes do not fill bytes.
         """
         selects = self.prompt != KeepAll() or self.decode != KeepAll()
-        if selects and config.sliding_window is not None:
-            raise ValueError(
-                f"the model attends within sliding_window={config.sliding_window} tokens, on which selecting "
-                "tokens is not supported: use full() or kivi() without prompt= and decode="
-            )
+        if selects and all(config.window_of(layer) for layer in range(config.num_layers)):
+            _say_that_nothing_is_selected(config.sliding_window)
         head_dim = config.head_dim
         if (pool := self.pool) is not None:
             if head_dim % pool.group_size:
@@ -102,18 +102,20 @@ class CacheStrategy:
     ) -> tuple[Segment, ...]:
         """The segments of layer number `layer` of `layers` after a prompt, for rows of up to `capacity`.
 
+        A layer with a window holds the newest tokens that fit into it; nothing is selected there.
+
         Raises:
             ValueError: a unified selector's pool is smaller than what the prompt selector keeps.
         """
         width = prompt.keys.shape[2]
         most = width
         keys, values, kept, positions = prompt.keys, prompt.values, prompt.lengths, None
-        if not self.prompt.keeps_all(width):
+        if window is None and not self.prompt.keeps_all(width):
             most = self.prompt.most(layer, layers, width)
             positions, kept = self.prompt.select(prompt.weights, prompt.lengths, layer, layers)
             index = positions[..., None]
             keys, values = (jnp.take_along_axis(x, index, axis=2) for x in (keys, values))
-        if isinstance(self.decode, KeepAll):
+        if window is not None or isinstance(self.decode, KeepAll):
             return (self._hold(keys, values, kept, capacity=capacity - width + most, window=window),)
         if self.decode.unified:
             if most >= self.decode.slots:
@@ -248,10 +250,20 @@ def append(segments: tuple[Segment, ...], step: Step) -> tuple[Segment, ...]:
 def settle(
     layers: Sequence[tuple[Segment, ...]], active: Bool[Array, "B"]
 ) -> tuple[tuple[Segment, ...], ...]:
-    """All layers after what a step made due is done in the segments that grow."""
-    growing = [segments[-1] for segments in layers]
-    settled = type(growing[0]).settle(growing, active)
-    return tuple((*segments[:-1], last) for segments, last in zip(layers, settled, strict=True))
+    """All layers after what a step made due is done in the segments that grow.
+
+    What is due in one layer is due in all that hold their tokens alike; layers with a window may not.
+    """
+    settled = list(layers)
+    alike: dict[Any, list[int]] = {}
+    for index, segments in enumerate(layers):
+        kind = type(segments[-1]), getattr(segments[-1], "window", None)
+        alike.setdefault(kind, []).append(index)
+    for (segment_type, _), indices in alike.items():
+        growing = segment_type.settle([layers[index][-1] for index in indices], active)
+        for index, last in zip(indices, growing, strict=True):
+            settled[index] = (*layers[index][:-1], last)
+    return tuple(settled)
 
 
 def grow(cache: KVCache, tokens: int) -> KVCache:
@@ -288,6 +300,14 @@ def cache_bytes(cache: KVCache) -> dict[str, int]:
             named = [names[key.name] for key in path if key.name in names]
             parts[named[-1] if named else "metadata"] += _nbytes(leaf)
     return {**parts, "total": sum(parts.values())}
+
+
+@functools.cache
+def _say_that_nothing_is_selected(window: int | None) -> None:
+    _log.warning(
+        "every layer of the model has a window of %s tokens, which bounds its cache: nothing is selected",
+        window,
+    )
 
 
 def _nbytes(array: Any) -> int:

@@ -25,17 +25,20 @@ from kivi_jax.model.llama import Llama
 
 @jax.jit
 def attention_weights(model: Llama, tokens: Int[Array, "T"]) -> Float[Array, "L K T T"]:
-    """Weights of full causal attention: query position, then token; means over a KV head's query heads.
+    """Weights of full attention: query position, then token; means over a KV head's query heads.
 
-    Memory grows with the square of T.
+    A layer with a window has none outside of it. Memory grows with the square of T.
     """
     found: list[Array] = []
 
-    def attend(query: Array, key: Array, value: Array) -> Array:
+    def attend(query: Array, key: Array, value: Array, window: int | None) -> Array:
         batch, length, _, dim = query.shape
         grouped = query.reshape(batch, length, key.shape[2], -1, dim)
         score = jnp.einsum("btkgh,bskh->bkgts", grouped, key, preferred_element_type=jnp.float32) * dim**-0.5
-        weight = jax.nn.softmax(jnp.where(jnp.tri(length, dtype=bool), score, -jnp.inf), axis=-1)
+        visible = jnp.tri(length, dtype=bool)
+        if window is not None:
+            visible &= ~jnp.tri(length, k=-window, dtype=bool)
+        weight = jax.nn.softmax(jnp.where(visible[None, None, None], score, -jnp.inf), axis=-1)
         found.append(weight[0].mean(1))
         return jnp.einsum("bkgts,bskh->btkgh", weight, value.astype(jnp.float32)).reshape(query.shape)
 

@@ -24,12 +24,12 @@ from rich.table import Table
 from kivi_jax.config import ModelConfig
 from kivi_jax.figures import new_figure
 from kivi_jax.model.llama import Llama
-from kivi_jax.model.rope import apply_rope, rope_frequencies
+from kivi_jax.model.rope import rotation
 from pallas_kernels.quantize.packing import PAGE
 from pallas_kernels.quantize.quantization import dequantize, quantize
 
 Axis = Literal["channel", "token"]
-Attend = Callable[[Array, Array, Array], Array]
+Attend = Callable[[Array, Array, Array, int | None], Array]  # query, key, value, the layer's window
 SCALE_BITS = 2 * 16  # a float16 scale and zero per group
 
 
@@ -105,11 +105,12 @@ class Study:
                 f"texts of {tokens.shape[1]} tokens are no whole pages: choose a multiple of {PAGE}"
             )
         self.model, self.tokens = model, tokens
+        self.windows = tuple(map(model.config.window_of, range(model.config.num_layers)))
         self.activations, self.logits = _full(model, tokens)
 
     def measure(self, setting: Setting) -> dict[str, Any]:
         """The setting's numbers: attention error by layer and on average, and logit KL."""
-        errors = _attention_errors(self.activations, setting, self.model.config.sliding_window)
+        errors = _attention_errors(self.activations, setting, self.windows)
         divergence = _logit_divergence(self.model, self.tokens, self.logits, setting)
         return asdict(setting) | {
             "bits_per_element": setting.bits_per_element(self.model.config.head_dim),
@@ -124,20 +125,20 @@ def _full(model: Llama, tokens: Int[Array, "B T"]) -> tuple[list[tuple[Array, Ar
     """Query, key and value of every layer in full precision, and the logits."""
     seen: list[tuple[Array, Array, Array]] = []
 
-    def attend(query: Array, key: Array, value: Array) -> Array:
+    def attend(query: Array, key: Array, value: Array, window: int | None) -> Array:
         seen.append((query, key, value))
-        return attend_cached(query, key, value, key, value, model.config.sliding_window)
+        return attend_cached(query, key, value, key, value, window)
 
     logits = forward(model, tokens, attend)
     return seen, logits
 
 
-@functools.partial(jax.jit, static_argnames=("setting", "window"))
+@functools.partial(jax.jit, static_argnames=("setting", "windows"))
 def _attention_errors(
-    activations: Sequence[tuple[Array, Array, Array]], setting: Setting, window: int | None
+    activations: Sequence[tuple[Array, Array, Array]], setting: Setting, windows: tuple[int | None, ...]
 ) -> Float[Array, "L"]:
     errors: list[Array] = []
-    for query, key, value in activations:
+    for (query, key, value), window in zip(activations, windows, strict=True):
         full = attend_cached(query, key, value, key, value, window)
         quantized = attend_quantized(query, key, value, setting, window)
         late = slice(query.shape[1] // 2, None)
@@ -153,8 +154,8 @@ def _logit_divergence(
     logits: Float[Array, "B T V"],
     setting: Setting,
 ) -> Float[Array, ""]:
-    def attend(query: Array, key: Array, value: Array) -> Array:
-        return attend_quantized(query, key, value, setting, model.config.sliding_window)
+    def attend(query: Array, key: Array, value: Array, window: int | None) -> Array:
+        return attend_quantized(query, key, value, setting, window)
 
     half = tokens.shape[1] // 2
     expected, got = (jax.nn.log_softmax(x[:, half:]) for x in (logits, forward(model, tokens, attend)))
@@ -162,14 +163,13 @@ def _logit_divergence(
 
 
 def forward(model: Llama, tokens: Int[Array, "B T"], attend: Attend) -> Float[Array, "B T V"]:
-    """The model's logits, its layers attending by `attend(query, key, value)`."""
+    """The model's logits, its layers attending by `attend(query, key, value, window)`."""
     lengths = jnp.full(tokens.shape[:1], tokens.shape[1])
-    frequencies, scaling = rope_frequencies(model.config, lengths)
     positions = jnp.arange(tokens.shape[1])[None]
-    x = model.embed(tokens)
-    for layer in model.layers:
-        query, key, value = layer.project(x, lambda x: apply_rope(x, positions, frequencies, scaling))
-        x = layer.finish(x, attend(query, key, value))
+    x = model._embedded(tokens)
+    for index, layer in enumerate(model.layers):
+        query, key, value = layer.project(x, rotation(model.config, index, lengths, positions))
+        x = layer.finish(x, attend(query, key, value, model.config.window_of(index)))
     return model._logits(x)
 
 

@@ -1,4 +1,4 @@
-"""The Llama/Mistral decoder: parameters, and the three ways to run it. Read `generation/generate.py` next.
+"""The decoder of every family: parameters, and the three ways to run it. Read `generation/generate.py` next.
 
 Modules hold `nnx.Param`s and static config, are built once and then only read. The cache is an ordinary
 pytree that goes in and comes out: nothing here is mutated, so plain `jax.jit` is safe.
@@ -22,14 +22,34 @@ from kivi_jax.cache.prompt_selectors import ALL_QUERIES
 from kivi_jax.cache.segments import Segment, Step, attend_token
 from kivi_jax.cache.strategy import CacheStrategy, KVCache, Prompt
 from kivi_jax.checks import whole
-from kivi_jax.config import ModelConfig
+from kivi_jax.config import Activation, ModelConfig
 from kivi_jax.model.attention import add_weights, block_attention, causal_attention
 from kivi_jax.model.inputs import PerRow, Prompts, note_room, read_prompts, read_token, room_left
 from kivi_jax.model.ordering import after
-from kivi_jax.model.rope import apply_rope, rope_frequencies
+from kivi_jax.model.rope import Rotate, rotation
 from pallas_kernels.partials import merge, normalize
 
-Rotate = Callable[[Float[Array, "B T N H"]], Float[Array, "B T N H"]]
+ACTIVATIONS: dict[Activation, Callable[[Array], Array]] = {
+    "silu": nnx.silu,
+    "gelu_tanh": functools.partial(nnx.gelu, approximate=True),
+}
+
+
+class RMSNorm(nnx.Module):
+    """`x / rms(x) * (scale + offset)` in float32, over the last axis; a larger scale takes the last two."""
+
+    def __init__(self, config: ModelConfig, size: int, *, dtype: DTypeLike):
+        """Create a scale that changes nothing."""
+        self.epsilon, self.offset = config.rms_norm_eps, config.norm_offset
+        self.scale = nnx.Param(jnp.full(size, 1 - self.offset, dtype))
+
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        """`x` normalized, in its shape and dtype."""
+        scale = self.scale[...].astype(jnp.float32) + self.offset
+        wide = x.shape if x.shape[-1] == scale.size else (*x.shape[:-2], scale.size)
+        y = x.astype(jnp.float32).reshape(wide)
+        y *= jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.epsilon)
+        return (y * jnp.expand_dims(scale, range(y.ndim - 1))).reshape(x.shape).astype(x.dtype)
 
 
 def query_key_value_columns(config: ModelConfig) -> tuple[slice, slice, slice]:
@@ -49,75 +69,97 @@ class Attention(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         """Create both projections, kernels [in, out]."""
-        linear = _linear(config.attention_bias, dtype, rngs)
+        output_bias = config.attention_bias if config.output_bias is None else config.output_bias
         self.num_heads, self.num_kv_heads = config.num_heads, config.num_kv_heads
         self.head_dim = config.head_dim
-        self.query_key_value = linear(config.hidden_size, query_key_value_columns(config)[-1].stop)
-        self.output = linear(config.num_heads * config.head_dim, config.hidden_size)
+        columns = query_key_value_columns(config)
+        self.query_key_value = _linear(config.attention_bias, dtype, rngs)(
+            config.hidden_size, columns[-1].stop
+        )
+        self.output = _linear(output_bias, dtype, rngs)(columns[0].stop, config.hidden_size)
+        self.qk_norm = config.qk_norm
+        if config.qk_norm is not None:
+            whole = config.qk_norm == "projection"
+            self.query_norm, self.key_norm = (
+                RMSNorm(config, heads * config.head_dim if whole else config.head_dim, dtype=dtype)
+                for heads in (config.num_heads, config.num_kv_heads)
+            )
 
     def project(self, x: Float[Array, "B T D"], rotate: Rotate) -> tuple[Array, Array, Array]:
         """Query [B, T, N, H], key and value [B, T, K, H]; query and key rotated to their positions."""
         heads = self.query_key_value(x).reshape(*x.shape[:-1], -1, self.head_dim)
         queries_and_keys, value = jnp.split(heads, [self.num_heads + self.num_kv_heads], axis=-2)
+        if self.qk_norm is not None:
+            query, key = jnp.split(queries_and_keys, [self.num_heads], axis=-2)
+            queries_and_keys = jnp.concatenate([self.query_norm(query), self.key_norm(key)], axis=-2)
         query, key = jnp.split(rotate(queries_and_keys), [self.num_heads], axis=-2)
         return query, key, value
 
 
 class MLP(nnx.Module):
-    """SwiGLU: `down(silu(gate(x)) * up(x))`."""
+    """A gated MLP, `down(activation(gate(x)) * up(x))`: SwiGLU, GeGLU."""
 
     def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         """Create the three projections, kernels [in, out]."""
         linear = _linear(config.mlp_bias, dtype, rngs)
+        self.activate = ACTIVATIONS[config.activation]
         self.gate = linear(config.hidden_size, config.intermediate_size)
         self.up = linear(config.hidden_size, config.intermediate_size)
         self.down = linear(config.intermediate_size, config.hidden_size)
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Apply to every token."""
-        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+        return self.down(self.activate(self.gate(x)) * self.up(x))
 
 
 class Layer(nnx.Module):
-    """Pre-norm residual block: attention, then MLP."""
+    """Residual block: attention, then MLP, each with a norm before it, on its output, or both."""
 
     def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        """Create the two norms and the two sub-blocks."""
-        self.attention_norm = _norm(config, dtype, rngs)
+        """Create the norms and the two sub-blocks."""
+        norm = functools.partial(RMSNorm, config, config.hidden_size, dtype=dtype)
+        self.norms, self.multiplier = config.norm_placement, config.residual_multiplier
+        if self.norms != "post":
+            self.attention_norm, self.mlp_norm = norm(), norm()
+        if self.norms != "pre":
+            self.attention_output_norm, self.mlp_output_norm = norm(), norm()
         self.attention = Attention(config, dtype=dtype, rngs=rngs)
-        self.mlp_norm = _norm(config, dtype, rngs)
         self.mlp = MLP(config, dtype=dtype, rngs=rngs)
 
     def project(self, x: Float[Array, "B T D"], rotate: Rotate) -> tuple[Array, Array, Array]:
         """Query, key and value of the residual stream `x`; see `Attention.project`."""
-        return self.attention.project(self.attention_norm(x), rotate)
+        return self.attention.project(x if self.norms == "post" else self.attention_norm(x), rotate)
 
     def finish(self, x: Float[Array, "B T D"], attended: Float[Array, "B T N H"]) -> Float[Array, "B T D"]:
         """The residual stream after this layer, given what its queries attended to."""
-        x = x + self.attention.output(attended.reshape(*x.shape[:-1], -1).astype(x.dtype))
-        return x + self.mlp(self.mlp_norm(x))
+        out = self.attention.output(attended.reshape(*x.shape[:-1], -1).astype(x.dtype))
+        x += self._added(out if self.norms == "pre" else self.attention_output_norm(out))
+        out = self.mlp(x if self.norms == "post" else self.mlp_norm(x))
+        return x + self._added(out if self.norms == "pre" else self.mlp_output_norm(out))
+
+    def _added(self, out: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        return out if self.multiplier == 1 else (out.astype(jnp.float32) * self.multiplier).astype(out.dtype)
 
 
 class Llama(nnx.Module):
-    """A Llama-like decoder (Llama, Mistral): see `ModelConfig` for what varies."""
+    """A Llama-like decoder: see `ModelConfig` for what varies between families."""
 
     def __init__(self, config: ModelConfig, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs):
         """Create randomly initialized parameters of `dtype`; converters overwrite them."""
         self.config = config
         self.embed = nnx.Embed(config.vocab_size, config.hidden_size, param_dtype=dtype, rngs=rngs)
         self.layers = nnx.List[Layer](Layer(config, dtype=dtype, rngs=rngs) for _ in range(config.num_layers))
-        self.norm = _norm(config, dtype, rngs)
+        self.norm = RMSNorm(config, config.hidden_size, dtype=dtype)
         if not config.tie_word_embeddings:
             self.lm_head = _linear(False, dtype, rngs)(config.hidden_size, config.vocab_size)
 
     def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:
         """Float32 logits of every position. No cache; differentiable; memory grows with T * V."""
-        length = jnp.full(tokens.shape[:1], tokens.shape[1])
-        rotate = _rotation(self.config, length, jnp.arange(tokens.shape[1])[None])
-        window = self.config.sliding_window
-        x = self.embed(tokens)
-        for layer in self.layers:
-            query, key, value = layer.project(x, rotate)
+        length, position = jnp.full(tokens.shape[:1], tokens.shape[1]), jnp.arange(tokens.shape[1])[None]
+        x = self._embedded(tokens)
+        for index, layer in enumerate(self.layers):
+            query, key, value = layer.project(x, rotation(self.config, index, length, position))
+            window = self.config.window_of(index)
             attended = jax.nn.dot_product_attention(
                 query,
                 key,
@@ -188,10 +230,15 @@ class Llama(nnx.Module):
         logits, grown = _decode(self, token, cache, active)
         return logits, note_room(grown, None if room is None else room - 1)
 
+    def _embedded(self, tokens: Int[Array, "*B"]) -> Float[Array, "*B D"]:
+        x, multiplier = self.embed(tokens), self.config.embedding_multiplier
+        return x if multiplier == 1 else x * jnp.asarray(multiplier, x.dtype)  # rounded, as Gemma does
+
     def _logits(self, x: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
-        x = self.norm(x)
+        x, cap = self.norm(x), self.config.logits_softcap
         head = self.embed.attend if self.config.tie_word_embeddings else self.lm_head
-        return head(x).astype(jnp.float32)
+        logits = head(x).astype(jnp.float32) * self.config.logits_multiplier
+        return logits if cap is None else cap * jnp.tanh(logits / cap)
 
 
 @functools.partial(jax.jit, static_argnames=("strategy", "capacity", "block_tokens"))
@@ -207,20 +254,23 @@ def _prefill(
     # Padding may be anything, also what has no embedding: not a number times no weight is not nothing.
     tokens = jnp.where(jnp.arange(tokens.shape[1])[None] < lengths[:, None], tokens, 0)
     tokens = jnp.pad(tokens, ((0, 0), (0, -tokens.shape[1] % block)))
-    x = model.embed(tokens)
+    x = model._embedded(tokens)
     layers: list[tuple[Segment, ...]] = []
     hold = functools.partial(strategy.hold_prompt, capacity=capacity, layers=model.config.num_layers)
     for index, layer in enumerate(model.layers):
         # A layer starts when the one before is packed: else many layers' keys and values are kept.
         blocks = after(layers[-1:], jnp.int32(tokens.shape[1] // block))
-        x, prompt = _prefill_layer(layer, x, lengths, blocks, model.config, block, strategy.observed)
-        layers.append(hold(prompt, window=model.config.sliding_window, layer=index))
+        window = model.config.window_of(index)
+        observed = strategy.observed if window is None else 0
+        x, prompt = _prefill_layer(layer, index, x, lengths, blocks, model.config, block, observed)
+        layers.append(hold(prompt, window=window, layer=index))
     last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)
     return model._logits(last[:, 0]), KVCache(tuple(layers), lengths, strategy, capacity)
 
 
 def _prefill_layer(
     layer: Layer,
+    index: int,
     x: Float[Array, "B P D"],
     lengths: Int[Array, "B"],
     blocks: Int[Array, ""],
@@ -228,7 +278,7 @@ def _prefill_layer(
     block: int,
     observed: int,
 ) -> tuple[Array, Prompt]:
-    """The residual stream after one layer, and what it holds of the prompt, block by block.
+    """The residual stream after layer number `index`, and what it holds of the prompt, block by block.
 
     A block attends only to itself and what is before it, so one pass over the blocks computes keys and
     values, attends and replaces the stream in place. Of the last `observed` queries of a row (0: none,
@@ -246,14 +296,14 @@ def _prefill_layer(
         x, keys, values, weights = state
         first = i * block
         position = first + jnp.arange(block)[None]
-        rotate = _rotation(config, lengths, position)
+        rotate = rotation(config, index, lengths, position)
         here = jax.lax.dynamic_slice_in_dim(x, first, block, axis=1)
         query, key, value = layer.project(here, rotate)
         keys, values = (
             jax.lax.dynamic_update_slice_in_dim(held, new.swapaxes(1, 2), first, axis=2)
             for held, new in ((keys, key), (values, value))
         )
-        window = config.sliding_window
+        window = config.window_of(index)
         if not observed:
             attended = block_attention(query, keys, values, first=first, window=window)
         else:
@@ -271,10 +321,10 @@ def _prefill_layer(
 def _decode(
     model: Llama, token: Int[Array, "B"], cache: KVCache, active: Bool[Array, "B"]
 ) -> tuple[Float[Array, "B V"], KVCache]:
-    rotate = _rotation(model.config, cache.lengths + 1, cache.lengths[:, None])
-    x = model.embed(token)[:, None]
+    x = model._embedded(token)[:, None]
     layers: list[tuple[Segment, ...]] = []
-    for layer, segments in zip(model.layers, cache.layers, strict=True):
+    for index, (layer, segments) in enumerate(zip(model.layers, cache.layers, strict=True)):
+        rotate = rotation(model.config, index, cache.lengths + 1, cache.lengths[:, None])
         query, key, value = (part[:, 0] for part in layer.project(x, rotate))
         held = (segment.attend(query) for segment in segments)
         attended = merge(*held, attend_token(query, key, value))
@@ -291,17 +341,7 @@ def _decode(
     )
 
 
-def _rotation(config: ModelConfig, lengths: Int[Array, "B"], positions: Int[Array, "#B T"]) -> Rotate:
-    """RoPE at `positions`; `lengths`, the tokens of each row, matter to dynamic scaling only."""
-    frequencies, scaling = rope_frequencies(config, lengths)
-    return lambda x: apply_rope(x, positions, frequencies, scaling)
-
-
 def _linear(use_bias: bool, dtype: DTypeLike, rngs: nnx.Rngs) -> Callable[[int, int], nnx.Linear]:
     return lambda inputs, outputs: nnx.Linear(
         inputs, outputs, use_bias=use_bias, param_dtype=dtype, rngs=rngs
     )
-
-
-def _norm(config: ModelConfig, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.RMSNorm:
-    return nnx.RMSNorm(config.hidden_size, epsilon=config.rms_norm_eps, param_dtype=dtype, rngs=rngs)

@@ -48,7 +48,7 @@ def zero_cache(
     )
     layers = tuple(
         strategy.hold_prompt(
-            prompt, capacity=capacity, window=config.sliding_window, layer=layer, layers=config.num_layers
+            prompt, capacity=capacity, window=config.window_of(layer), layer=layer, layers=config.num_layers
         )
         for layer in range(config.num_layers)
     )

@@ -1,6 +1,7 @@
 """Prompt selectors: against the recorded original, plain NumPy definitions, and their budgets."""
 
 import itertools
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -233,12 +234,37 @@ def test_a_pyramid_has_the_budgets_of_the_original():
         assert [selector.most(layer, 2, 96) for layer in range(2)] == [79, 48]
 
 
+OPTIONS = dict(batch=2, context=64, prompt_tokens=40, dtype="float32")
+
+
 @pytest.mark.parametrize(
-    "name", ["scope", "scope:prompt=snapkv:prompt_budget=64:decode=keepall", "kivi2+scope"]
+    ("selecting", "plain"),
+    [
+        (kj.scope(decode=kj.Slide(window=8, recent=4)), kj.full()),
+        (kj.scope(decode=kj.H2O(budget=48, recent=8)), kj.full()),
+        (kj.kivi(2, 8, 16, decode=kj.Slide(window=8, recent=4)), kj.kivi(2, 8, 16)),
+    ],
 )
-def test_models_with_a_sliding_window_are_refused_before_anything_is_computed(name):
-    with pytest.raises(ValueError, match="within sliding_window=16 tokens, on which selecting tokens is not"):
-        plan_cache(config(sliding_window=16), parse_cache(name), batch=1, context=8, dtype="float32")
+def test_layers_with_a_window_hold_it_and_select_nothing(selecting, plain):
+    """Half of the layers weigh as without a selector, the others as without a window."""
+    model = config(num_layers=2, sliding_window=16)
+
+    def weigh(strategy, **changes):
+        return plan_cache(replace(model, **changes), strategy, **OPTIONS)
+
+    mixed = weigh(selecting, windowed=(True, False))
+    windows, selected = weigh(plain), weigh(selecting, sliding_window=None)
+    assert mixed == {part: (windows[part] + selected[part]) // 2 for part in mixed}
+
+
+def test_where_every_layer_has_a_window_it_is_said_once_that_nothing_is_selected(caplog):
+    model = config(sliding_window=17)
+    names = ("scope", "scope:prompt=snapkv:prompt_budget=64:decode=keepall")
+    plans = [plan_cache(model, parse_cache(name), **OPTIONS) for name in names]
+    assert plans == [plan_cache(model, kj.full(), **OPTIONS)] * 2
+    assert [record.getMessage() for record in caplog.records] == [
+        "every layer of the model has a window of 17 tokens, which bounds its cache: nothing is selected"
+    ]
 
 
 def test_a_prompt_that_fills_a_pool_that_it_shares_is_refused():

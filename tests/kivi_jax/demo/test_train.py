@@ -121,7 +121,7 @@ def test_the_circuit_is_in_place_before_training():
 def attention(model, tokens):
     """Layer 1's attention weights [N, T, T], written out plainly."""
     length = tokens.shape[1]
-    frequencies, scaling = rope_frequencies(model.config, jnp.array([length]))
+    frequencies, scaling = rope_frequencies(model.config, model.config.rope, jnp.array([length]))
     rotate = partial(apply_rope, positions=jnp.arange(length)[None], frequencies=frequencies, scaling=scaling)
     causal = np.tril(np.ones((length, length), bool))
 

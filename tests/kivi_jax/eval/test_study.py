@@ -24,7 +24,7 @@ def test_it_equals_decoding_with_the_cache(window):
     model = random_llama(config(num_layers=1, sliding_window=window))
     text = tokens()
 
-    def attend(query, key, value):
+    def attend(query, key, value, window):
         return attend_quantized(query, key, value, KIVI, window)
 
     logits = jax.jit(lambda model: forward(model, text, attend))(model)[0, :-1]
@@ -38,7 +38,7 @@ def test_it_equals_decoding_with_the_cache(window):
 def test_without_quantization_it_is_the_model():
     model = random_llama(config(num_layers=1, sliding_window=24))
     text = tokens(rows=2)
-    logits = forward(model, text, lambda q, k, v: attend_cached(q, k, v, k, v, 24))
+    logits = forward(model, text, lambda q, k, v, window: attend_cached(q, k, v, k, v, window))
     np.testing.assert_allclose(logits, model(text), atol=1e-5)
 
 

@@ -40,7 +40,7 @@ def test_frequencies_equal_transformers(name, length):
         max_position_embeddings=128,
         rope_parameters={"rope_type": kind, "rope_theta": 5000.0, **fields},
     )
-    frequencies, scaling = rope_frequencies(ours, jnp.asarray([length, length]))
+    frequencies, scaling = rope_frequencies(ours, ours.rope, jnp.asarray([length, length]))
     if kind == "default":
         expected, factor = 5000.0 ** (-np.arange(0, 32, 2) / 32), 1.0
     else:
@@ -53,8 +53,8 @@ def test_frequencies_equal_transformers(name, length):
 def test_dynamic_scaling_is_per_row():
     """A long neighbour does not change a row's frequencies."""
     rope = config(rope=RopeConfig(kind="dynamic", factor=2.0))
-    together, _ = rope_frequencies(rope, jnp.asarray([10, 1000]))
-    alone, _ = rope_frequencies(rope, jnp.asarray([10]))
+    together, _ = rope_frequencies(rope, rope.rope, jnp.asarray([10, 1000]))
+    alone, _ = rope_frequencies(rope, rope.rope, jnp.asarray([10]))
     np.testing.assert_array_equal(together[0], alone[0])
     assert (together[1, 1:] < together[0, 1:]).all()
 
@@ -62,7 +62,7 @@ def test_dynamic_scaling_is_per_row():
 def test_rotation_keeps_norms_and_depends_on_distance_only():
     generator = np.random.default_rng(0)
     query, key = (jnp.asarray(generator.normal(size=(1, 1, 1, 16)), jnp.float32) for _ in range(2))
-    frequencies, scaling = rope_frequencies(config(head_dim=16), jnp.asarray([64]))
+    frequencies, scaling = rope_frequencies(config(head_dim=16), RopeConfig(), jnp.asarray([64]))
 
     def rotate(x, position):
         return apply_rope(x, jnp.asarray([[position]]), frequencies, scaling)
