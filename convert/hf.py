@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float
 from convert.errors import CheckpointError
 from convert.rules import Path, is_derived, model_config, sources_of
 from convert.stored import Stored, read_json, stored_tensors
+from convert.tensors import named_as_llama
 from kivi_jax.config import ModelConfig
 from kivi_jax.model.llama import Llama
 
@@ -47,7 +48,7 @@ def load_hf(directory: FilePath, *, dtype: DTypeLike, progress: Progress | None 
     """
     config = read_config(directory)
     check_tokenizer(directory, config)
-    tensors = stored_tensors(directory)
+    tensors = named_as_llama(stored_tensors(directory), config)
     _check_layers(config, tensors)
     if config.tie_word_embeddings and _EMBEDDING not in tensors and _HEAD in tensors:
         tensors[_EMBEDDING] = tensors[_HEAD]  # some tools keep the one matrix under the head's name
