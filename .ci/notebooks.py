@@ -1,5 +1,7 @@
-"""Check that every notebook's two files hold the same cells and lead to Colab, then execute it."""
+"""Check that every notebook's two files hold the same cells and lead to Colab, then execute them side by side."""
 
+import asyncio
+import os
 import sys
 import time
 import tomllib
@@ -31,12 +33,29 @@ def badge(path: Path) -> str:
     return f"[![Open in Colab]({COLAB}assets/colab-badge.svg)]({link})"
 
 
+async def execute(notebooks: dict[str, NotebookNode]) -> None:
+    """Run all of them, as many at a time as there are cores."""
+    free = asyncio.Semaphore(os.cpu_count() or 1)
+
+    async def run(name: str, notebook: NotebookNode) -> None:
+        async with free:
+            start = time.monotonic()
+            resources = {"metadata": {"path": str(NOTEBOOKS)}}
+            await NotebookClient(
+                notebook, timeout=600, kernel_name="python3", resources=resources
+            ).async_execute()
+            print(f"{name}: {len(notebook.cells)} cells executed in {time.monotonic() - start:.0f} s")
+
+    await asyncio.gather(*(run(name, notebook) for name, notebook in notebooks.items()))
+
+
 def main() -> None:
     """Check and execute every notebook.
 
     Raises:
         SystemExit: a file of a pair is missing, its cells differ from the other's, or its badge is wrong.
     """
+    checked: dict[str, NotebookNode] = {}
     files = [*NOTEBOOKS.glob("*.py"), *NOTEBOOKS.glob("*.ipynb")]
     for stem in sorted({path.with_suffix("") for path in files}):
         text, rendered = stem.with_suffix(".py"), stem.with_suffix(".ipynb")
@@ -47,11 +66,8 @@ def main() -> None:
             sys.exit(f"{text.name} and {rendered.name} hold different cells: run `jupytext --sync`")
         if badge(rendered) not in notebook.cells[0].source:
             sys.exit(f"{text.name}: the first cell must show {badge(rendered)}")
-        start = time.monotonic()
-        NotebookClient(
-            notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(NOTEBOOKS)}}
-        ).execute()
-        print(f"{text.name}: {len(notebook.cells)} cells executed in {time.monotonic() - start:.0f} s")
+        checked[text.name] = notebook
+    asyncio.run(execute(checked))
 
 
 if __name__ == "__main__":

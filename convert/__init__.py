@@ -5,13 +5,20 @@ from pathlib import Path as FilePath
 import jax
 from jax.typing import DTypeLike
 
-from convert.errors import CheckpointError as CheckpointError
+from convert.errors import CheckpointError
 from convert.hf import Progress, load_hf, read_config
 from convert.hub import resolve
 from convert.orbax import is_converted, read_manifest
 from convert.orbax import load as load_converted
 from kivi_jax.config import ModelConfig
 from kivi_jax.model.llama import Llama
+
+__all__ = [
+    "CheckpointError",
+    "default_dtype",
+    "load_model",
+    "read_any_config",
+]
 
 
 def default_dtype() -> str:

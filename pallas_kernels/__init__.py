@@ -4,12 +4,19 @@ Start with `quantize/packing.py` (the bit layout), then `quantize/quantization.p
 `quantized_attention/`, and `residual/`, whose kernels write to a cache.
 """
 
-from pallas_kernels.partials import AttentionPartial as AttentionPartial
-from pallas_kernels.partials import merge as merge
-from pallas_kernels.partials import normalize as normalize
-from pallas_kernels.quantize.packing import pack as pack
-from pallas_kernels.quantize.packing import unpack as unpack
-from pallas_kernels.quantize.quantization import QuantizedTensor as QuantizedTensor
-from pallas_kernels.quantize.quantization import dequantize as dequantize
-from pallas_kernels.quantize.quantization import quantize as quantize
-from pallas_kernels.quantized_attention import quantized_attention as quantized_attention
+from pallas_kernels.partials import AttentionPartial, merge, normalize
+from pallas_kernels.quantize.packing import pack, unpack
+from pallas_kernels.quantize.quantization import QuantizedTensor, dequantize, quantize
+from pallas_kernels.quantized_attention import quantized_attention
+
+__all__ = [
+    "AttentionPartial",
+    "QuantizedTensor",
+    "dequantize",
+    "merge",
+    "normalize",
+    "pack",
+    "quantize",
+    "quantized_attention",
+    "unpack",
+]

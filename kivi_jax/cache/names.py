@@ -1,4 +1,4 @@
-"""Cache strategies by name, for command lines and configuration strings.
+"""Cache strategies by name: in calls (`cache="kivi2"`), on command lines and in configuration strings.
 
     full                              kivi2                             kivi4:group_size=64
     scope:window=512:recent=256       kivi2+scope:prompt=snapkv:prompt_budget=2048
@@ -73,6 +73,15 @@ def parse_cache(text: str) -> CacheStrategy:
         _check_values(quantized, text)
         return kivi(KIVI_BITS[base], **quantized, **selectors)
     return scope(**selectors) if base == "scope" else full()
+
+
+def strategy_of(cache: CacheStrategy | str) -> CacheStrategy:
+    """The strategy itself, or the one that a name means: what takes a cache takes either.
+
+    Raises:
+        ValueError: see `parse_cache`.
+    """
+    return parse_cache(cache) if isinstance(cache, str) else cache
 
 
 def cache_name(strategy: CacheStrategy) -> str:

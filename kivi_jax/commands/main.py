@@ -1,7 +1,10 @@
 """`kivi-jax`: the command line. Each command imports what it needs when it runs, to start fast."""
 
+from typing import Annotated
+
 import typer
 
+import kivi_jax
 from convert.command import convert
 from kivi_jax.bench.command import bench
 from kivi_jax.commands.cache import cache_files
@@ -34,9 +37,18 @@ kivi2+scope:prompt=snapkv:prompt_budget=2048 also selects from the prompt.
 app = typer.Typer(
     help=HELP,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+@app.callback()
+def options(
+    version: Annotated[bool, typer.Option("--version", is_eager=True, help="Print the version.")] = False,
+) -> None:
+    """What comes before a command."""
+    if version:
+        typer.echo(kivi_jax.__version__)
+        raise typer.Exit
 
 
 # In the order of a first hour; groups are listed after commands.

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Key
 
+from kivi_jax.cache.names import strategy_of
 from kivi_jax.cache.strategy import CacheStrategy
 from kivi_jax.generation.prefix import Prefix, prefill
 from kivi_jax.generation.sampling import Sampler
@@ -29,7 +30,7 @@ class Chat:
         model: Llama,
         tokenizer: Tokenizer,
         *,
-        cache: CacheStrategy,
+        cache: CacheStrategy | str,
         context: int,
         sampler: Sampler | None = None,
     ):
@@ -40,8 +41,8 @@ class Chat:
         """
         if context < 1:
             raise ValueError(f"{context=} must be positive")
-        cache.check(model.config)
-        self.model, self.tokenizer, self.cache = model, tokenizer, cache
+        self.model, self.tokenizer, self.cache = model, tokenizer, strategy_of(cache)
+        self.cache.check(model.config)
         self.context, self.sampler = context, sampler
         self.reset()
 

@@ -11,6 +11,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 
+from kivi_jax.cache.names import strategy_of
 from kivi_jax.cache.strategy import CacheStrategy, KVCache
 from kivi_jax.checks import whole
 from kivi_jax.generation.prefix import Prefix, extend, fork, prefill, weights_mark
@@ -49,7 +50,7 @@ def generate(
     tokens: Prompts,
     lengths: PerRow,
     *,
-    cache: CacheStrategy | None = None,
+    cache: CacheStrategy | str | None = None,
     prefix: Prefix | None = None,
     max_new_tokens: int,
     sampler: Sampler | None = None,
@@ -67,7 +68,7 @@ def generate(
         model: the model.
         tokens: prompts, right-padded; what stands at and after a row's length is ignored.
         lengths: tokens of each prompt, from 1 to P; after a `prefix` also 0.
-        cache: how keys and values are held.
+        cache: how keys and values are held: a strategy, or its name ("kivi2").
         prefix: instead of `cache`, what was read before: the prompts follow it, through decoding steps.
             It has a row per prompt, or one that all prompts follow, and can be used again.
         max_new_tokens: the most tokens to add to a row, at least 1.
@@ -88,12 +89,12 @@ def generate(
     tokens, lengths = read_prompts(
         tokens, lengths, vocab_size=model.config.vocab_size, least=0 if prefix is not None else 1
     )
-    check_start(model, cache, prefix)
+    strategy = check_start(model, cache, prefix)
     sampler = Greedy() if sampler is None else sampler
     eos_ids = end_ids(model, eos_ids)
     keys = row_keys(key, tokens.shape[0])
     out = _generate(
-        model, tokens, lengths, keys, prefix, cache, max_new_tokens, sampler, eos_ids, block_tokens
+        model, tokens, lengths, keys, prefix, strategy, max_new_tokens, sampler, eos_ids, block_tokens
     )
     warn_unless_finite(out.finite)
     return out
@@ -131,20 +132,23 @@ def warn_unless_finite(finite: Bool[Array, "..."]) -> None:
         )
 
 
-def check_start(model: Llama, cache: CacheStrategy | None, prefix: Prefix | None) -> None:
-    """Refuse a start that is not exactly one of a strategy and a prefix, or does not fit the model.
+def check_start(
+    model: Llama, cache: CacheStrategy | str | None, prefix: Prefix | None
+) -> CacheStrategy | None:
+    """The strategy to start with, if it is not a prefix that brings its own.
 
     A prefix' model is known outside of a trace.
 
     Raises:
-        ValueError: that is so.
+        ValueError: it is not exactly one of the two, its name is unknown, or it does not fit the model.
     """
     if (cache is None) == (prefix is None):
         raise ValueError("pass either cache=, a strategy, or prefix=, which brings its own")
     if cache is not None:
-        cache.check(model.config)
-    if prefix is None:
-        return
+        strategy = strategy_of(cache)
+        strategy.check(model.config)
+        return strategy
+    assert prefix is not None  # exactly one of the two
     if prefix.logits.shape[1] != model.config.vocab_size:
         raise ValueError(
             f"the prefix was read by a model of {prefix.logits.shape[1]} tokens, this one has "
@@ -152,6 +156,7 @@ def check_start(model: Llama, cache: CacheStrategy | None, prefix: Prefix | None
         )
     if prefix.mark is not None and not isinstance(prefix.mark, Tracer) and prefix.mark != weights_mark(model):
         raise ValueError("the prefix was read by a model with other weights: read it again with this model")
+    return None
 
 
 def read(

@@ -40,7 +40,7 @@ def prefill(
     tokens: Int[Array, "B P"],
     lengths: Int[Array, "B"],
     *,
-    cache: CacheStrategy,
+    cache: CacheStrategy | str,
     capacity: int,
     block_tokens: int = 512,
 ) -> Prefix:

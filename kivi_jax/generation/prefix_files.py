@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Shaped, UInt32
 
-from kivi_jax.cache.names import cache_name, parse_cache
+from kivi_jax.cache.names import cache_name, parse_cache, strategy_of
 from kivi_jax.cache.strategy import CacheStrategy, cache_bytes
 from kivi_jax.config import ModelConfig, config_from_dict
 from kivi_jax.generation.generate import check_start
@@ -81,7 +81,7 @@ def save_prefix(path: str | FilePath, prefix: Prefix, model: Llama, *, overwrite
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
 
 
-def load_prefix(path: str | FilePath, model: Llama, *, cache: CacheStrategy | None = None) -> Prefix:
+def load_prefix(path: str | FilePath, model: Llama, *, cache: CacheStrategy | str | None = None) -> Prefix:
     """The prefix that `save_prefix` wrote.
 
     Raises:
@@ -96,9 +96,9 @@ def load_prefix(path: str | FilePath, model: Llama, *, cache: CacheStrategy | No
     path = FilePath(path)
     saved = read_manifest(path)
     strategy = parse_cache(saved.cache)
-    if cache is not None and cache != strategy:
+    if cache is not None and (asked := strategy_of(cache)) != strategy:
         raise ValueError(
-            f"{path} holds a {saved.cache} cache, not {cache_name(cache)}: ask for that one, or save it anew"
+            f"{path} holds a {saved.cache} cache, not {cache_name(asked)}: ask for that one, or save it anew"
         )
     if saved.dtype != _dtype(model):
         raise ValueError(

@@ -88,7 +88,7 @@ def read_prefix(
     tokenizer: Tokenizer,
     prompts: Sequence[str],
     *,
-    cache: CacheStrategy,
+    cache: CacheStrategy | str,
     block_tokens: int = 512,
 ) -> Prefix:
     """Read texts once, to continue them many times: one for all questions, or one per question.
@@ -114,7 +114,7 @@ def complete(
     tokenizer: Tokenizer,
     prompts: Sequence[str],
     *,
-    cache: CacheStrategy | None = None,
+    cache: CacheStrategy | str | None = None,
     prefix: Prefix | None = None,
     max_new_tokens: int,
     sampler: Sampler | None = None,
@@ -154,7 +154,7 @@ def stream(
     tokenizer: Tokenizer,
     prompt: str,
     *,
-    cache: CacheStrategy | None = None,
+    cache: CacheStrategy | str | None = None,
     prefix: Prefix | None = None,
     max_new_tokens: int,
     sampler: Sampler | None = None,
@@ -206,7 +206,7 @@ def stream_tokens(
     model: Llama,
     prompt: Sequence[int],
     *,
-    cache: CacheStrategy | None = None,
+    cache: CacheStrategy | str | None = None,
     prefix: Prefix | None = None,
     max_new_tokens: int,
     sampler: Sampler | None = None,
@@ -221,12 +221,12 @@ def stream_tokens(
         ValueError: see `generate`.
     """
     max_new_tokens = check_count(max_new_tokens)
-    check_start(model, cache, prefix)
+    strategy = check_start(model, cache, prefix)
     least = 0 if prefix is not None else 1
     tokens, lengths = read_prompts(
         *pad_prompts([prompt], least=least), vocab_size=model.config.vocab_size, least=least
     )
-    start = read(model, tokens, lengths, cache=cache, prefix=prefix, room=max_new_tokens)
+    start = read(model, tokens, lengths, cache=strategy, prefix=prefix, room=max_new_tokens)
     yield from stream_after(
         model, start, max_new_tokens=max_new_tokens, sampler=sampler, eos_ids=eos_ids, key=key
     )

@@ -18,6 +18,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from kivi_jax.cache import strategy as caches
+from kivi_jax.cache.names import strategy_of
 from kivi_jax.cache.prompt_selectors import ALL_QUERIES
 from kivi_jax.cache.segments import Segment, Step, attend_token
 from kivi_jax.cache.strategy import CacheStrategy, KVCache, Prompt
@@ -133,7 +134,7 @@ class Llama(nnx.Module):
         tokens: Prompts,
         lengths: PerRow,
         *,
-        cache: CacheStrategy,
+        cache: CacheStrategy | str,
         capacity: int,
         block_tokens: int = 512,
     ) -> tuple[Float[Array, "B V"], KVCache]:
@@ -147,7 +148,7 @@ class Llama(nnx.Module):
         Args:
             tokens: token ids; what stands at and after a row's length is ignored.
             lengths: tokens of each row, from 1 to P.
-            cache: how to hold them.
+            cache: how to hold them: a strategy, or its name ("kivi2").
             capacity: the number of tokens a row may reach while decoding, at least P.
             block_tokens: tokens of a row that are processed together.
 
@@ -163,8 +164,9 @@ class Llama(nnx.Module):
             raise ValueError(f"{capacity=} must be at least the prompt's {tokens.shape[1]} tokens")
         if block_tokens <= 0:
             raise ValueError(f"{block_tokens=} must be positive")
-        cache.check(self.config)
-        return _prefill(self, tokens, lengths, cache, capacity, block_tokens)
+        strategy = strategy_of(cache)
+        strategy.check(self.config)
+        return _prefill(self, tokens, lengths, strategy, capacity, block_tokens)
 
     def decode(
         self, token: PerRow, cache: KVCache, active: Bool[Array, "B"] | None = None

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+from kivi_jax.cache.names import strategy_of
 from kivi_jax.cache.strategy import CacheStrategy, KVCache, Prompt, cache_bytes
 from kivi_jax.config import ModelConfig
 from kivi_jax.model.llama import Llama
@@ -14,21 +15,24 @@ from kivi_jax.model.llama import Llama
 
 def plan_cache(
     config: ModelConfig,
-    strategy: CacheStrategy,
+    cache: CacheStrategy | str,
     *,
     batch: int,
     context: int,
     dtype: DTypeLike,
     prompt_tokens: int | None = None,
 ) -> dict[str, int]:
-    """`cache_bytes` of a cache for rows of `context` tokens, the first `prompt_tokens` (all) from a prompt.
+    """`cache_bytes` of rows of `context` tokens, the first `prompt_tokens` (all) from a prompt.
+
+    `cache` is a strategy, or its name ("kivi2").
 
     Raises:
-        ValueError: a number is out of range, or the strategy does not fit the model.
+        ValueError: a number is out of range, the name is unknown, or the strategy does not fit the model.
     """
     width = context if prompt_tokens is None else prompt_tokens
     if batch < 1 or not 0 < width <= context:
         raise ValueError(f"{batch=} must be positive, and the prompt's {width} tokens from 1 to {context=}")
+    strategy = strategy_of(cache)
     strategy.check(config)
 
     hold = functools.partial(
@@ -57,7 +61,7 @@ def zero_cache(
 
 def largest_batch(
     config: ModelConfig,
-    strategy: CacheStrategy,
+    cache: CacheStrategy | str,
     *,
     context: int,
     dtype: DTypeLike,
@@ -68,9 +72,12 @@ def largest_batch(
 
     Counted: the weights, the caches, and per row the final logits in float32. Prefill works on one row
     or many; its own peak depends on `block_tokens` and is not counted.
+
+    Raises:
+        ValueError: see `plan_cache`.
     """
     weights = parameter_count(config) * jnp.dtype(dtype).itemsize
-    plan = plan_cache(config, strategy, batch=1, context=context, dtype=dtype, prompt_tokens=prompt_tokens)
+    plan = plan_cache(config, cache, batch=1, context=context, dtype=dtype, prompt_tokens=prompt_tokens)
     row = plan["total"] + 4 * config.vocab_size
     return max(0, (memory_bytes - weights) // row)
 
