@@ -1,4 +1,4 @@
-"""Check that every notebook's two files hold the same cells and lead to Colab, then execute them side by side."""
+"""Check that every notebook's two files hold the same cells and lead to Colab, then execute all at once."""
 
 import asyncio
 import os
