@@ -70,14 +70,23 @@ class TokenPool:
     def attend(self, query: Float[Array, "B N H"]) -> AttentionPartial:
         """See `Segment`."""
         keys, values = self.store.read()
-        scale = query.shape[-1] ** -0.5
-        return partials.attend(self.store.turn(query), keys, values, self.positions >= 0, scale=scale)
+        turned, seen = self._asked(query)
+        return partials.attend(turned, keys, values, seen, scale=query.shape[-1] ** -0.5)
+
+    def _asked(self, query: Float[Array, "B N H"]) -> tuple[Float[Array, "B N H"], Bool[Array, "B K S"]]:
+        """The query in the basis of the keys, and the slots that it may see.
+
+        The barrier hides that other segments are asked the same query: XLA:GPU would make one product of
+        both, and copy all of their keys side by side for it, in every step.
+        """
+        query, positions = jax.lax.optimization_barrier((self.store.turn(query), self.positions))
+        return query, positions >= 0
 
     def append(self, step: Step) -> "TokenPool":
         """See `Segment`: the token takes a free slot of every head."""
         keys, _ = self.store.read()
-        query, scale = self.store.turn(step.query), step.query.shape[-1] ** -0.5
-        seen = self.positions >= 0
+        query, seen = self._asked(step.query)
+        scale = step.query.shape[-1] ** -0.5
         weights = partials.attention_weights(query, keys, step.log_sum_exp, seen, scale=scale)
         batch, kv_heads, slots = self.positions.shape
         free = jnp.argmin(self.positions, axis=-1)

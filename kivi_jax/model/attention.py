@@ -1,14 +1,15 @@
-"""Causal attention of a block of prompt tokens, with bounded memory. Read `llama.py` next.
+"""Causal attention of prompts, with bounded memory. Read `llama.py` next.
 
 The prompt attends in full precision (KIVI quantizes only what is stored). Scores exist for one block of
 queries against one block of keys at a time; blocks of keys that no query may see are not visited.
-On NVIDIA GPUs, cuDNN's flash attention does the same without writing the scores down.
+On NVIDIA GPUs, cuDNN's flash attention does the same for a whole prompt without writing the scores down.
 """
 
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.device import compute_capability, default_device
@@ -17,61 +18,35 @@ from pallas_kernels.partials import NO_SCORE
 KEY_BLOCK = 512  # tokens; fixed, so that the order of summation does not depend on the query block
 
 
-def block_attention(
-    query: Float[Array, "B T N H"],
-    key: Float[Array, "B K S H"],
-    value: Float[Array, "B K S H"],
-    *,
-    first: Int[Array, ""],
-    window: int | None,
-) -> Float[Array, "B T N H"]:
-    """The output of `causal_attention`, by cuDNN where it can."""
-    attend = flash_attention if _has_flash(query) else _attend_in_blocks
-    return attend(query, key, value, first=first, window=window)
-
-
 def flash_attention(
-    query: Float[Array, "B T N H"],
-    key: Float[Array, "B K S H"],
-    value: Float[Array, "B K S H"],
+    query: Float[Array, "B P N H"],
+    key: Float[Array, "B K P H"],
+    value: Float[Array, "B K P H"],
     *,
-    first: Int[Array, ""],
     window: int | None,
     implementation: Literal["cudnn", "xla"] = "cudnn",
-) -> Float[Array, "B T N H"]:
-    """The output of `causal_attention` through `jax.nn.dot_product_attention`.
+) -> Float[Array, "B P N H"]:
+    """The output of `causal_attention` for a whole prompt, through `jax.nn.dot_product_attention`.
 
-    cuDNN's causal mask starts at token 0. A block that starts later brings its mask, [T, S] for all heads,
-    and only what is before its end is read. The log-sum-exp that cuDNN returns through jax.nn is rounded
+    Whole, because cuDNN's causal mask starts at token 0: a block that starts later would have to bring its
+    mask, and cost what all pairs of tokens cost. The log-sum-exp that cuDNN returns through jax.nn is rounded
     to the query's 16 bits, too coarse to recover weights from: selectors use `causal_attention`.
     """
-    batch, tokens = query.shape[:2]
-    slots = key.shape[2]
-    limits: dict[str, Any]
-    if tokens == slots:  # the only block: first is 0
-        local = None if window is None else (window - 1, 0)
-        limits = {"is_causal": True, "local_window_size": local}
-    else:
-        position, slot = first + jnp.arange(tokens)[:, None], jnp.arange(slots)[None, :]
-        visible = slot <= position
-        if window is not None:
-            visible &= slot > position - window
-        end = jnp.broadcast_to(first + tokens, (batch,)).astype(jnp.int32)
-        limits = {"mask": visible[None, None], "key_value_seq_lengths": end}
     return jax.nn.dot_product_attention(
-        query, key.swapaxes(1, 2), value.swapaxes(1, 2), implementation=implementation, **limits
+        query,
+        key.swapaxes(1, 2),
+        value.swapaxes(1, 2),
+        is_causal=True,
+        local_window_size=None if window is None else (window - 1, 0),
+        implementation=implementation,
     )
 
 
-def _has_flash(query: Float[Array, "B T N H"]) -> bool:
-    """Whether cuDNN has flash attention for such queries on the default device."""
-    capability, dim = compute_capability(default_device()), query.shape[-1]
+def has_flash(dtype: DTypeLike, dim: int) -> bool:
+    """Whether cuDNN has flash attention for heads of `dim` channels on the default device."""
+    capability = compute_capability(default_device())
     largest = 256 if capability >= 9 else 128
-    return capability >= 8 and query.dtype.itemsize == 2 and dim <= largest and dim % 8 == 0
-
-
-def _attend_in_blocks(*args: Array, first: Int[Array, ""], window: int | None) -> Array:
-    return causal_attention(*args, first=first, window=window)[0]
+    return capability >= 8 and jnp.dtype(dtype).itemsize == 2 and dim <= largest and dim % 8 == 0
 
 
 def causal_attention(

@@ -23,7 +23,7 @@ from kivi_jax.cache.segments import Segment, Step, attend_token
 from kivi_jax.cache.strategy import CacheStrategy, KVCache, Prompt
 from kivi_jax.checks import whole
 from kivi_jax.config import ModelConfig
-from kivi_jax.model.attention import add_weights, block_attention, causal_attention
+from kivi_jax.model.attention import add_weights, causal_attention, flash_attention, has_flash
 from kivi_jax.model.inputs import PerRow, Prompts, note_room, read_prompts, read_token, room_left
 from kivi_jax.model.ordering import after
 from kivi_jax.model.rope import apply_rope, rope_frequencies
@@ -141,8 +141,9 @@ class Llama(nnx.Module):
 
         Attention is over the full-precision prompt. Each layer's keys and values are compressed before
         the next layer runs, and everything inside a layer is done `block_tokens` tokens at a time, so the
-        peak is the compressed cache, one layer's keys and values, the hidden states and one block. The
-        result does not depend on `block_tokens`. Compiled once per shape and strategy.
+        peak is the compressed cache, one layer's keys and values, the hidden states and one block; with
+        cuDNN's flash attention also a layer's queries and what they attended to, each as large as the hidden
+        states. The result does not depend on `block_tokens`. Compiled once per shape and strategy.
 
         Args:
             tokens: token ids; what stands at and after a row's length is ignored.
@@ -213,7 +214,10 @@ def _prefill(
     for index, layer in enumerate(model.layers):
         # A layer starts when the one before is packed: else many layers' keys and values are kept.
         blocks = after(layers[-1:], jnp.int32(tokens.shape[1] // block))
-        x, prompt = _prefill_layer(layer, x, lengths, blocks, model.config, block, strategy.observed)
+        if not strategy.observed and has_flash(x.dtype, model.config.head_dim):
+            x, prompt = _prefill_layer_whole(layer, x, lengths, blocks, model.config, block)
+        else:
+            x, prompt = _prefill_layer(layer, x, lengths, blocks, model.config, block, strategy.observed)
         layers.append(hold(prompt, window=model.config.sliding_window, layer=index))
     last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)
     return model._logits(last[:, 0]), KVCache(tuple(layers), lengths, strategy, capacity)
@@ -254,16 +258,55 @@ def _prefill_layer(
             for held, new in ((keys, key), (values, value))
         )
         window = config.sliding_window
-        if not observed:
-            attended = block_attention(query, keys, values, first=first, window=window)
-        else:
-            attended, log_sum_exp = causal_attention(query, keys, values, first=first, window=window)
+        attended, log_sum_exp = causal_attention(query, keys, values, first=first, window=window)
+        if observed:
             seen = (position >= oldest[:, None]) & (position < lengths[:, None])
             weights = add_weights(weights, query, keys, log_sum_exp, seen, first=first)
         here = layer.finish(here, attended)
         return jax.lax.dynamic_update_slice_in_dim(x, here, first, axis=1), keys, values, weights
 
     x, keys, values, weights = jax.lax.fori_loop(0, blocks, advance, (x, store, store, weights))
+    return x, Prompt(keys, values, weights, lengths)
+
+
+def _prefill_layer_whole(
+    layer: Layer,
+    x: Float[Array, "B P D"],
+    lengths: Int[Array, "B"],
+    blocks: Int[Array, ""],
+    config: ModelConfig,
+    block: int,
+) -> tuple[Array, Prompt]:
+    """As `_prefill_layer` without observed queries, where flash attention reads a whole prompt at once.
+
+    Projections and the MLP are still done block by block. The queries of all tokens, and what they attended
+    to, are as large as the residual stream each.
+    """
+    batch, padded = x.shape[:2]
+    blank = jnp.where(blocks >= 0, 0, 1).astype(x.dtype)
+    held = jnp.full((batch, config.num_kv_heads, padded, config.head_dim), blank)
+    asked = jnp.full((batch, padded, config.num_heads, config.head_dim), blank)
+
+    def project(i: Array, state: tuple[Array, Array, Array]) -> tuple[Array, ...]:
+        first = i * block
+        rotate = _rotation(config, lengths, first + jnp.arange(block)[None])
+        here = jax.lax.dynamic_slice_in_dim(x, first, block, axis=1)
+        query, key, value = layer.project(here, rotate)
+        new = (query, key.swapaxes(1, 2), value.swapaxes(1, 2))
+        return tuple(
+            jax.lax.dynamic_update_slice_in_dim(all_blocks, one, first, axis)
+            for all_blocks, one, axis in zip(state, new, (1, 2, 2), strict=True)
+        )
+
+    query, keys, values = jax.lax.fori_loop(0, blocks, project, (asked, held, held))
+    attended = flash_attention(query, keys, values, window=config.sliding_window)
+
+    def finish(i: Array, x: Array) -> Array:
+        here, seen = (jax.lax.dynamic_slice_in_dim(a, i * block, block, axis=1) for a in (x, attended))
+        return jax.lax.dynamic_update_slice_in_dim(x, layer.finish(here, seen), i * block, axis=1)
+
+    x = jax.lax.fori_loop(0, blocks, finish, x)
+    weights = jnp.zeros(keys.shape[:3])
     return x, Prompt(keys, values, weights, lengths)
 
 

@@ -11,8 +11,8 @@ fast as its cores can look at them: the number of instructions per code decides 
         probability . value   = (probability * scale) . code + probability . zero
 3.  Codes are the matrix unit's left operand; the query heads of one KV head are its 8 or 16 columns.
 4.  A program is one warp. It owns a run of tiles of one (row, KV head), so nothing is exchanged between
-    warps, and the parallelism comes from splitting the tokens; `_merge` combines the splits. Their results
-    are written normalized, as float16: half the bytes, and the rounding errors of many splits cancel.
+    warps, and the parallelism comes from splitting the tokens; `merging.py` combines the splits. Their
+    results are written normalized, as float16: half the bytes, and rounding errors of many splits cancel.
 5.  Tiles whose tokens are all visible carry no mask; the few at the ends of the range have their own loop.
 
 Token t is in slot t % S, so the loops run over tiles of *tokens*, and a tile's place in the ring is its
@@ -22,7 +22,6 @@ Pallas' Triton backend is deprecated upstream (jax 0.11); `triton.py` is the sam
 """
 
 import functools
-import math
 from typing import Any
 
 import jax
@@ -31,11 +30,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.partials import NO_SCORE, AttentionPartial
+from pallas_kernels.online_softmax import assembly, exp2
+from pallas_kernels.partials import AttentionPartial
 from pallas_kernels.quantize.packing import PAGE
 from pallas_kernels.quantize.quantization import QuantizedTensor
+from pallas_kernels.quantized_attention.merging import merge
 from pallas_kernels.quantized_attention.split_kv import (
-    MERGED_CHANNELS,
+    LOG2E,
     TILE_ROWS,
     Case,
     Store,
@@ -50,8 +51,6 @@ from pallas_kernels.triton_call import triton_call
 _UNIT = 2.0**-24  # the value of float16's smallest subnormal: what a code's lowest bit is worth
 _LIFT = 8.0  # probabilities are kept times 2**8: float16 has room above 1, and none below 2**-24
 _LOWEST = -1e20  # no score, in units of `_UNIT`; finite, so that differences of maxima are
-_LOG2E = math.log2(math.e)
-_RESIDUAL_TOKENS = 128  # of the residual that are attended to at a time
 
 
 def attend(
@@ -75,8 +74,7 @@ def attend(
     """
     case = plan(query, key, value, scale, tuning, interpret)
     splits = _partials(case, *operands(case, query, key, value, start, end))
-    recent = () if residual is None else _residual_operands(case, query, residual, start)
-    out, top, denom = _merge(case, *splits, *recent)
+    out, top, denom = merge(case, splits, query, residual, start)
     return AttentionPartial(
         out.reshape(query.shape), top.reshape(query.shape[:2]), denom.reshape(query.shape[:2])
     )
@@ -116,7 +114,7 @@ def _attend_split(case: Case, *refs: Any) -> None:
     (start_ref, end_ref, q_ref, q_plain_ref, kw_ref, ks_ref, kz_ref, vw_ref, vs_ref, vz_ref) = refs[:10]
     out_ref, max_ref, denom_ref = refs[10:]
     lanes, pages, tile = case.lanes, case.tuning.pages, case.tile
-    up = case.scale * _LOG2E / _UNIT  # from units to powers of two: what exp2 wants
+    up = case.scale * LOG2E / _UNIT  # from units to powers of two: what exp2 wants
     parts = case.value_parts
     row16 = jnp.arange(TILE_ROWS, dtype=jnp.int32)
 
@@ -179,11 +177,11 @@ def _attend_split(case: Case, *refs: Any) -> None:
         slot = jnp.where(slot >= case.tiles, slot - case.tiles, slot)
         found = scores(t, slot, masked)
         new_top = jnp.maximum(top, functools.reduce(jnp.maximum, found).max(0))
-        fade = _exp2((top - new_top) * up, case)[None, :]
+        fade = exp2((top - new_top) * up, case.interpret)[None, :]
         accumulators, sums = [x * fade for x in accumulators], sums * fade
         offset = (new_top * up - _LIFT)[None, :]
         for page in range(pages):
-            weight = _exp2(found[page] * up - offset, case).astype(jnp.float16)
+            weight = exp2(found[page] * up - offset, case.interpret).astype(jnp.float16)
             # Zeros of the groups, and below them a row of ones: the denominator.
             zero = _load(vz_ref, (slot, page), (TILE_ROWS, PAGE)).astype(jnp.float16)
             zero = jnp.where((row16 == case.value_groups)[:, None], jnp.float16(1), zero)
@@ -239,102 +237,6 @@ def _attend_split(case: Case, *refs: Any) -> None:
     plt.store(denom_ref.at[head], denom, mask=head < case.heads)
 
 
-def _residual_operands(
-    case: Case, query: Float[Array, "B N H"], residual: Ring, start: Int[Array, "B"]
-) -> tuple[Array, ...]:
-    """The arrays that merging reads to attend to the residual, each with its rows in front."""
-    rows = residual.keys.shape[0] * residual.keys.shape[1]
-    keys, values = (x.reshape(rows, *x.shape[2:]) for x in (residual.keys, residual.values))
-    limits = (x.astype(jnp.int32)[:, None] for x in (start, residual.end))
-    return query.reshape(-1, case.heads, case.dim), keys, values, *limits
-
-
-def _merge(case: Case, *arrays: Array) -> tuple[Array, Array, Array]:
-    """Combine the splits, and attend to the residual if there is one: one launch.
-
-    The maximum comes back in natural logarithms.
-    """
-    programs, splits = arrays[1].shape[:2]
-
-    def of_head(*rest: int) -> pl.BlockSpec:
-        return pl.BlockSpec(
-            (None, splits, None, *rest), lambda i, head, block: (i, 0, head, *(0 for _ in rest))
-        )
-
-    def merged(*rest: int) -> pl.BlockSpec:
-        return pl.BlockSpec((None, None, *rest), lambda i, head, block: (i, head, *(0 for _ in rest)))
-
-    outputs = ((case.dim,), (), ())
-    query, recent = arrays[3:4], arrays[4:]
-    return triton_call(
-        functools.partial(_merge_splits, case),
-        name="quantized_attention_merge",
-        grid=(programs, case.heads, -(-case.dim // MERGED_CHANNELS)),
-        in_specs=[
-            *(of_head(*shape) for shape in outputs),
-            *(merged(case.dim) for _ in query),
-            *(_of_program(array, programs) for array in recent),
-        ],
-        out_specs=[merged(*shape) for shape in outputs],
-        out_shape=[jax.ShapeDtypeStruct((programs, case.heads, *s), jnp.float32) for s in outputs],
-        compiler_params=plt.CompilerParams(num_warps=4, num_stages=2),
-        interpret=case.interpret,
-    )(*arrays)
-
-
-def _merge_splits(case: Case, out_ref: Any, top_ref: Any, denom_ref: Any, *refs: Any) -> None:
-    """One program: some channels of a query head. Splits without tokens weigh nothing."""
-    *recent, merged_ref, merged_top_ref, merged_denom_ref = refs
-    split = jnp.arange(power_of_two(case.tuning.splits), dtype=jnp.int32)
-    channel = pl.program_id(2) * MERGED_CHANNELS + jnp.arange(MERGED_CHANNELS, dtype=jnp.int32)
-    present, inside = split < case.tuning.splits, channel < case.dim
-    lowest = jnp.full(split.shape, -jnp.inf, jnp.float32)
-    tops = plt.load(top_ref.at[split], mask=present, other=lowest)
-    denoms = plt.load(denom_ref.at[split], mask=present, other=jnp.zeros_like(lowest))
-    mask = present[:, None] & inside[None, :]
-    nothing = jnp.zeros(mask.shape, out_ref.dtype)
-    outs = plt.load(out_ref.at[split[:, None], channel[None, :]], mask=mask, other=nothing)
-    top = tops.max(0)
-    weights = denoms * _exp2(tops - top, case)
-    out = jnp.sum(outs.astype(jnp.float32) * weights[:, None], axis=0)
-    denom = jnp.sum(weights, axis=0)
-    if recent:
-        out, top, denom = _attend_residual(case, recent, channel, out, top, denom)
-    plt.store(merged_ref.at[channel], out, mask=inside)
-    merged_top_ref[...] = jnp.where(denom > 0, top / _LOG2E, NO_SCORE)  # the same from every program
-    merged_denom_ref[...] = denom
-
-
-def _attend_residual(
-    case: Case, refs: Any, channel: Array, out: Array, top: Array, denom: Array
-) -> tuple[Array, Array, Array]:
-    """Fold the residual's tokens into (out of some channels, max in powers of two, denom) of a head."""
-    query_ref, key_ref, value_ref, start_ref, end_ref = refs
-    slots, dims = key_ref.shape[0], power_of_two(case.dim)
-    block = min(_RESIDUAL_TOKENS, power_of_two(slots))
-    query = _load(query_ref, (), (dims,)).astype(jnp.float32) * (case.scale * _LOG2E)
-    dim = jnp.arange(dims, dtype=jnp.int32)
-    start, last = jnp.maximum(start_ref[0], 0), end_ref[0] - 1
-
-    def rows(ref: Any, slot: Array, at: Array) -> Array:
-        mask = (slot < slots)[:, None] & (at < case.dim)[None, :]
-        nothing = jnp.zeros(mask.shape, ref.dtype)
-        return plt.load(ref.at[slot[:, None], at[None, :]], mask=mask, other=nothing).astype(jnp.float32)
-
-    def visit(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        out, top, denom = carry
-        slot = i * block + jnp.arange(block, dtype=jnp.int32)
-        token = last - jax.lax.rem(last - slot + slots, jnp.full_like(slot, slots))
-        score = jnp.sum(rows(key_ref, slot, dim) * query[None, :], axis=1)
-        score = jnp.where((slot < slots) & (token >= start), score, NO_SCORE)
-        new_top = jnp.maximum(top, score.max(0))
-        weight, fade = _exp2(score - new_top, case), jnp.exp2(top - new_top)
-        added = jnp.sum(rows(value_ref, slot, channel) * weight[:, None], axis=0)
-        return out * fade + added, new_top, denom * fade + jnp.sum(weight, axis=0)
-
-    return jax.lax.fori_loop(0, -(-slots // block), visit, (out, top, denom))
-
-
 def _div(x: Array, by: int) -> Array:
     """Quotient of a number that is not negative (`//` would spend instructions on signs)."""
     return jax.lax.div(x, jnp.asarray(by, x.dtype))
@@ -369,7 +271,7 @@ def _widen(words: Array, case: Case) -> Array:
     if case.interpret:
         return words.astype(jnp.int16)
     code = "prmt.b32 $0, $2, 0, 0x4140; prmt.b32 $1, $2, 0, 0x4342;"
-    return _assembly(code, "=r,=r,r", words, jnp.int16, elements=4)
+    return assembly(code, "=r,=r,r", words, jnp.int16, elements=4)
 
 
 def _plane(halves: Array, j: int, store: Store, case: Case) -> Array:
@@ -377,19 +279,4 @@ def _plane(halves: Array, j: int, store: Store, case: Case) -> Array:
     mask = (2**store.bits - 1) << (store.bits * j)
     if case.interpret:
         return jax.lax.bitcast_convert_type(halves & jnp.int16(mask), jnp.float16)
-    return _assembly(f"and.b32 $0, $1, {mask * 0x10001};", "=r,r", halves, jnp.float16, elements=2)
-
-
-def _exp2(x: Array, case: Case) -> Array:
-    if case.interpret:
-        return jnp.exp2(x)
-    return _assembly("ex2.approx.ftz.f32 $0, $1;", "=f,f", x, jnp.float32, elements=1)
-
-
-def _assembly(code: str, constraints: str, x: Array, dtype: Any, *, elements: int) -> Array:
-    """Apply PTX to `elements` neighbouring elements at a time."""
-    result = jax.ShapeDtypeStruct(x.shape, dtype)
-    (out,) = plt.elementwise_inline_asm(
-        code, args=[x], constraints=constraints, pack=elements, result_shape_dtypes=[result]
-    )
-    return out
+    return assembly(f"and.b32 $0, $1, {mask * 0x10001};", "=r,r", halves, jnp.float16, elements=2)

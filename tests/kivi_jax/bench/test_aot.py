@@ -39,12 +39,15 @@ def test_kernels_keep_their_budget(kernel, case, sm):
 
 
 @pytest.mark.parametrize("sm", [80, 90])
-@pytest.mark.parametrize("dim", [64, 128, 256])
-def test_the_steps_other_kernels_do_not_spill(dim, sm):
-    """Merging with a residual, and writing to the cache."""
-    case = Case("a step's", 1, 8, 4, dim, 4096, query_dtype="bfloat16")
-    ring = jax.ShapeDtypeStruct((1, 8, 128, dim), jnp.bfloat16)
-    token, number = jax.ShapeDtypeStruct((1, 8, dim), jnp.bfloat16), jax.ShapeDtypeStruct((1,), jnp.int32)
+@pytest.mark.parametrize(("dim", "rows"), [(64, 1), (128, 1), (256, 1), (128, 64)])
+def test_the_steps_other_kernels_do_not_spill(dim, rows, sm):
+    """Merging with a residual, and writing to the cache; with many rows a program merges all channels."""
+    case = Case("a step's", rows, 8, 4, dim, 4096, query_dtype="bfloat16")
+    ring = jax.ShapeDtypeStruct((rows, 8, 128, dim), jnp.bfloat16)
+    token, number = (
+        jax.ShapeDtypeStruct((rows, 8, dim), jnp.bfloat16),
+        jax.ShapeDtypeStruct((rows,), jnp.int32),
+    )
 
     def step(query, key, value, ring, token, length):
         start, active = jnp.zeros_like(length), length > 0
