@@ -94,7 +94,7 @@ def test_inverse_frequencies_of_old_checkpoints_are_left_out(tmp_path):
     tensors = random_tensors(LLAMA)
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(4, np.float32)
     model = load_hf(write_checkpoint(tmp_path, tensors=tensors), dtype="float32")
-    assert rope_frequencies(model.config, jnp.array([1]))[0][0, 1] != 1
+    assert rope_frequencies(model.config, model.config.rope, jnp.array([1]))[0][0, 1] != 1
 
 
 def test_a_tied_head_may_be_saved_again_but_not_differ(tmp_path):

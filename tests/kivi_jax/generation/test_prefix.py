@@ -14,7 +14,7 @@ import kivi_jax as kj
 from kivi_jax.cache.names import cache_name, parse_cache
 from kivi_jax.cache.strategy import grow
 from kivi_jax.generation.generate import _generate
-from kivi_jax.generation.prefix import extend, fork, prefill
+from kivi_jax.generation.prefix import extend, fork, prefill, weights_mark
 from kivi_jax.generation.prefix_files import fingerprint
 from kivi_jax.generation.text import append
 from kivi_jax.plan.memory import plan_cache, zero_cache
@@ -68,6 +68,7 @@ def test_a_loaded_prefix_continues_as_if_just_read(name, window, capacity, tmp_p
     expected = say(model, logits, held)
 
     read = prefill(model, prompts, jnp.asarray(LENGTHS), cache=cache, capacity=capacity)
+    read = dataclasses.replace(read, mark=weights_mark(model))
     kj.save_prefix(tmp_path / "prefix", read, model)
     loaded = kj.load_prefix(tmp_path / "prefix", model, cache=cache)
     assert jax.tree.structure(loaded) == jax.tree.structure(read)
