@@ -287,6 +287,7 @@ import sys
 from pathlib import Path
 import jax, jax.numpy as jnp
 import convert, convert.command, orbax.checkpoint, rich.progress
+from kivi_jax.options import Dtype
 from transformers import LlamaConfig, MistralConfig
 
 def status(field):  # of this process, in bytes; ru_maxrss would include the parent's
