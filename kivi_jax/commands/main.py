@@ -41,14 +41,20 @@ app = typer.Typer(
 )
 
 
-@app.callback()
-def options(
-    version: Annotated[bool, typer.Option("--version", is_eager=True, help="Print the version.")] = False,
-) -> None:
-    """What comes before a command."""
-    if version:
+def print_version(asked: bool) -> None:
+    """Answer `--version`, before a command is missed."""
+    if asked:
         typer.echo(kivi_jax.__version__)
         raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """What comes before a command."""
 
 
 # In the order of a first hour; groups are listed after commands.

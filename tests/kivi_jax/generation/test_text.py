@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 import kivi_jax as kj
 from kivi_jax.generation.loading import load_tokenizer
-from kivi_jax.generation.text import Tokenizer, decode_stream, pad_prompts, stream_tokens
-from tests.models import config, random_llama, stories
+from kivi_jax.generation.text import Tokenizer, decode_stream, encode, pad_prompts, stream_tokens
+from tests.models import AsciiTokenizer, config, random_llama, stories
 
 PROMPTS = ["Once upon a time", "The cat", "Ünïcödé 日 🙂"]
 
@@ -175,4 +175,4 @@ def test_load_gives_model_and_tokenizer(shared):
 @pytest.mark.parametrize("text", ["moon \ud83d owl", b"caf\xe9".decode("utf-8", "surrogateescape")])
 def test_what_is_no_unicode_is_one_line(text):
     with pytest.raises(ValueError, match="the text holds what is no Unicode"):
-        encode(len, text)
+        encode(AsciiTokenizer(), text)
