@@ -41,11 +41,12 @@ app = typer.Typer(
 )
 
 
-def print_version(asked: bool) -> None:
+def print_version(asked: bool) -> bool:
     """Answer `--version`, before a command is missed."""
     if asked:
         typer.echo(kivi_jax.__version__)
         raise typer.Exit
+    return asked
 
 
 @app.callback()
