@@ -69,7 +69,9 @@ def rope_frequencies(
     dim = int(config.head_dim * rope.partial)
     if rope.kind == "dynamic":
         return _dynamic(rope, dim, config.max_position_embeddings, lengths), 1.0
-    frequency = rope.theta ** (-np.arange(0, dim, 2, dtype=np.float64) / dim)
+    # In float32 and in this order, as transformers has it: models are trained with these roundings.
+    exponent = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
+    frequency = np.float32(1) / np.float32(rope.theta) ** exponent
     original = rope.original_max_position_embeddings or config.max_position_embeddings
     scaling = 1.0
     if rope.kind == "linear":
