@@ -18,7 +18,7 @@ from kivi_jax.generation.loading import load
 from kivi_jax.generation.prefix import Prefix
 from kivi_jax.generation.prefix_files import load_prefix, save_prefix
 from kivi_jax.generation.sampling import Greedy, Sample
-from kivi_jax.generation.text import complete, read_prefix, stream, stream_tokens
+from kivi_jax.generation.text import Completion, complete, completions, read_prefix, stream, stream_tokens
 from kivi_jax.model.llama import Llama
 from kivi_jax.plan.memory import largest_batch, plan_cache
 
@@ -29,6 +29,7 @@ __all__ = [
     "Adaptive",
     "CacheStrategy",
     "Chat",
+    "Completion",
     "DecodeSelector",
     "Discontinuous",
     "Generation",
@@ -49,6 +50,7 @@ __all__ = [
     "StreamingLLM",
     "cache_bytes",
     "complete",
+    "completions",
     "full",
     "generate",
     "kivi",

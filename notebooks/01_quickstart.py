@@ -163,7 +163,7 @@ for name, cache in {"full": kj.full(), "kivi2": strategy}.items():
 
 # %%
 from kivi_jax.generation.chat import Chat
-from kivi_jax.generation.text import decode_stream
+from kivi_jax.generation.stops import decode_stream
 
 if MODEL:
     messages = ["Name three uses of a key/value cache.", "Which of them needs the most memory, and why?"]

@@ -3,7 +3,7 @@
 import functools
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -270,6 +270,22 @@ def grow(cache: KVCache, tokens: int) -> KVCache:
     """The same cache with a capacity of `tokens` more; only the last segment of a layer takes any."""
     layers = tuple((*segments[:-1], segments[-1].grow(tokens)) for segments in cache.layers)
     return KVCache(layers, cache.lengths, cache.strategy, cache.capacity + tokens)
+
+
+def shorten(cache: KVCache, length: int) -> KVCache | None:
+    """The cache of the first `length` tokens of its only row, none of which is read again.
+
+    None where the others cannot be taken back: tokens have been packed, selected or written over.
+    """
+    if length == int(cache.lengths[0]):
+        return cache
+    layers: list[tuple[Segment, ...]] = []
+    for segments in cache.layers:
+        dense = [part for part in segments if isinstance(part, DenseTokens) and part.window is None]
+        if len(dense) < len(segments):
+            return None
+        layers.append(tuple(replace(part, lengths=jnp.full_like(part.lengths, length)) for part in dense))
+    return replace(cache, layers=tuple(layers), lengths=jnp.full_like(cache.lengths, length))
 
 
 def repeat_row(cache: KVCache, rows: int) -> KVCache:

@@ -50,7 +50,7 @@ def chat(
     from kivi_jax.generation.chat import Chat
     from kivi_jax.generation.loading import open_model
     from kivi_jax.generation.sampling import make_sampler
-    from kivi_jax.generation.text import decode_stream
+    from kivi_jax.generation.stops import decode_stream
 
     if max_new_tokens < 1:
         raise ValueError(f"{max_new_tokens=} must be at least 1")

@@ -46,7 +46,8 @@ def generate(
     from kivi_jax.cache.names import parse_cache
     from kivi_jax.generation.loading import open_model
     from kivi_jax.generation.sampling import make_sampler
-    from kivi_jax.generation.text import decode_stream, encode, stream_tokens
+    from kivi_jax.generation.stops import decode_stream
+    from kivi_jax.generation.text import encode_prompt, stream_tokens, text_before
 
     start: dict[str, Any] = {} if cache is None else {"cache": parse_cache(cache)}
     sampler = make_sampler(temperature, top_k, top_p, min_p, repetition_penalty)
@@ -58,7 +59,8 @@ def generate(
     elif not start:
         start = {"cache": parse_cache("kivi2")}
     text = sys.stdin.read() if prompt == "-" else prompt
-    ids = encode(tokenizer, text, begins=prefix is None)
+    held_before = start.get("prefix")
+    ids = encode_prompt(tokenizer, text, held_before)
     moments = [time.perf_counter()]
     last: list[KVCache] = []
 
@@ -76,7 +78,7 @@ def generate(
             last[:] = [held]
             yield token
 
-    for piece in decode_stream(tokenizer, watched()):
+    for piece in decode_stream(tokenizer, watched(), text_before(ids, held_before)):
         sys.stdout.write(piece)
         sys.stdout.flush()
     sys.stdout.write("\n")

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from kivi_jax.cache.strategy import CacheStrategy
     from kivi_jax.demo.evaluate import Outcome
     from kivi_jax.demo.tasks import Problem
-    from kivi_jax.generation.text import Tokenizer
+    from kivi_jax.generation.tokens import Tokenizer
     from kivi_jax.model.llama import Llama
 
 evaluation = typer.Typer(help="Measure what a model gets right, through any caches.", no_args_is_help=True)

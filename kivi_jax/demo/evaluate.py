@@ -12,7 +12,7 @@ import numpy as np
 from kivi_jax.cache.strategy import CacheStrategy, cache_bytes
 from kivi_jax.demo.tasks import Problem
 from kivi_jax.generation.generate import generate
-from kivi_jax.generation.text import Tokenizer, pad_prompts
+from kivi_jax.generation.tokens import Tokenizer, pad_prompts
 from kivi_jax.model.llama import Llama
 
 

@@ -12,7 +12,7 @@ from kivi_jax.cache.strategy import CacheStrategy
 from kivi_jax.eval.jobs import Record, finish
 from kivi_jax.eval.samples import Sample
 from kivi_jax.generation.generate import generate
-from kivi_jax.generation.text import pad_prompts
+from kivi_jax.generation.tokens import pad_prompts
 from kivi_jax.model.llama import Llama
 
 Encoded = tuple[Sample, list[int]]

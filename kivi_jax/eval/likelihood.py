@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from kivi_jax.cache.strategy import CacheStrategy
-from kivi_jax.generation.text import pad_prompts
+from kivi_jax.generation.tokens import pad_prompts
 from kivi_jax.model.llama import Llama
 
 

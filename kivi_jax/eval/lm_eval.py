@@ -37,7 +37,7 @@ from kivi_jax.eval.likelihood import continuation_log_probs
 from kivi_jax.generation.generate import generate
 from kivi_jax.generation.loading import load
 from kivi_jax.generation.sampling import Greedy, Sample, Sampler
-from kivi_jax.generation.text import pad_prompts
+from kivi_jax.generation.tokens import pad_prompts
 
 Request = TypeVar("Request")
 Answer = TypeVar("Answer")

@@ -1,25 +1,28 @@
-"""A conversation that keeps its cache: a new turn is appended to what has been read, which is never re-read.
+"""A conversation that keeps its cache: a new turn is appended to what has been read.
 
-The first message is read as a prompt (a prompt selector of SCOPE selects from it); all that follows is
+Its tokens are always those of the tokenizer's chat template, applied to the whole conversation. Where a
+template writes earlier turns anew (it leaves out what a model thought, or spells a reply in other tokens than
+it was drawn in), what is held does not begin those tokens any more, and the conversation is read again.
+
+What is read first is read as a prompt (a prompt selector of SCOPE selects from it); all that follows is
 decoded, messages and replies alike.
 """
 
 import dataclasses
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Key
+from jaxtyping import Key
 
 from kivi_jax.cache.names import strategy_of
-from kivi_jax.cache.strategy import CacheStrategy
+from kivi_jax.cache.strategy import CacheStrategy, shorten
 from kivi_jax.generation.prefix import Prefix, prefill
 from kivi_jax.generation.sampling import Sampler
-from kivi_jax.generation.text import Tokenizer, append, encode, pad_prompts, stream_after
+from kivi_jax.generation.templates import Message, encode_conversation, has_template
+from kivi_jax.generation.text import append, decode_after, stream_after
+from kivi_jax.generation.tokens import CONTEXT, Tokenizer, encode, encode_after, ending_ids, pad_prompts
 from kivi_jax.model.llama import Llama
-
-REPLY = "\u241e"  # stands for a reply where only what a template writes after it is wanted
 
 
 class Chat:
@@ -33,62 +36,114 @@ class Chat:
         cache: CacheStrategy | str,
         context: int,
         sampler: Sampler | None = None,
+        system: str | None = None,
     ):
-        """Start a conversation of up to `context` tokens.
+        """Start a conversation of up to `context` tokens, which begins with what the `system` says.
 
         Raises:
-            ValueError: the strategy does not fit the model, or `context` is not positive.
+            ValueError: the strategy does not fit the model, `context` is not positive, or there is a system
+                message but no chat template.
         """
         if context < 1:
             raise ValueError(f"{context=} must be positive")
+        if system is not None and not has_template(tokenizer):
+            raise ValueError(
+                "the model's tokenizer has no chat template, which a system message needs: leave it out"
+            )
         self.model, self.tokenizer, self.cache = model, tokenizer, strategy_of(cache)
         self.cache.check(model.config)
-        self.context, self.sampler = context, sampler
+        self.context, self.sampler, self.system = context, sampler, system
+        self.ends = ending_ids(model.config, tokenizer)
         self.reset()
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Forget everything but the system's message."""
+        self.asked: list[Message] = (
+            [] if self.system is None else [{"role": "system", "content": self.system}]
+        )  # all up to the last reply
         self.tokens: list[int] = []
+        self.replied: int | None = None  # where the last reply begins in them
         self.prefix: Prefix | None = None  # the first `cached` tokens
         self.cached = 0
 
-    def reply(self, message: str, *, max_new_tokens: int, key: Key[Array, ""] | None = None) -> Iterator[int]:
+    @property
+    def messages(self) -> list[Message]:
+        """The conversation so far, as it was said."""
+        if self.replied is None:
+            return list(self.asked)
+        before, reply = self.tokens[: self.replied], self.tokens[self.replied :]
+        if reply and reply[-1] in self.ends:
+            reply.pop()
+        text = decode_after(self.tokenizer, before[-CONTEXT:], reply)
+        return [*self.asked, {"role": "assistant", "content": text}]
+
+    def reply(
+        self, message: str, *, max_new_tokens: int, key: Key[jnp.ndarray, ""] | None = None
+    ) -> Iterator[int]:
         """Tokens of the reply as they are generated, the one that ends it included.
 
-        It is cut short where the context ends.
+        It is cut short where the context ends, or where the caller stops asking: what was given until then is
+        the reply.
 
         Raises:
-            ValueError: the message leaves no room for a reply; the conversation is as it was.
+            ValueError: the message leaves no room for a reply, or the template refuses it; the conversation
+                is as it was.
         """
-        turn = turn_tokens(self.tokenizer, message, first=not self.tokens)
-        room = self.context - len(self.tokens) - len(turn)
+        asked = [*self.messages, {"role": "user", "content": message}]
+        wanted = self._spell(asked)
+        room = self.context - len(wanted)
         if room < 1:
             raise ValueError(
-                f"the conversation has {len(self.tokens)} tokens and the message {len(turn)}, which leaves "
-                f"no room for a reply in a context of {self.context}: reset the conversation (/reset), or "
-                "start one with a larger context (--context)"
+                f"the conversation has {len(self.tokens)} tokens and the message "
+                f"{len(wanted) - len(self.tokens)}, which leaves no room for a reply in a context of "
+                f"{self.context}: reset the conversation (/reset), or start one with a larger context "
+                "(--context)"
             )
-        eos_ids = self.model.config.eos_ids
-        if self.tokens and self.tokens[-1] in eos_ids and turn[0] in eos_ids:
-            self.tokens.pop()  # the template ends the reply by itself
-        self.tokens += turn
-        start = self._read()
+        start = self._read(wanted)
+        self.asked, self.tokens, self.replied = asked, wanted, len(wanted)
         tokens = stream_after(
-            self.model, start, max_new_tokens=min(max_new_tokens, room), sampler=self.sampler, key=key
+            self.model,
+            start,
+            max_new_tokens=min(max_new_tokens, room),
+            sampler=self.sampler,
+            eos_ids=self.ends,
+            key=key,
         )
         for token, held in tokens:
             self.prefix, self.cached = dataclasses.replace(start, cache=held), len(self.tokens)
             self.tokens.append(token)
             yield token
 
-    def _read(self) -> Prefix:
-        """Everything so far, of which only what is new is read."""
-        new = self.tokens[self.cached :]
-        if self.prefix is not None:
-            seen = np.zeros(self.prefix.seen.shape, bool)
-            seen[0, self.tokens] = True
-            return append(self.model, dataclasses.replace(self.prefix, seen=jnp.asarray(seen)), new)
-        tokens, lengths = (jnp.asarray(x) for x in pad_prompts([new]))
+    def _spell(self, asked: Sequence[Message]) -> list[int]:
+        """The tokens of the conversation up to where the reply to its last message begins.
+
+        Without a chat template a message stands on a line of its own after what was said.
+
+        Raises:
+            ValueError: the message has no tokens, or the template refuses it.
+        """
+        if has_template(self.tokenizer):
+            return encode_conversation(self.tokenizer, asked)
+        message = asked[-1]["content"]
+        new = (
+            encode_after(self.tokenizer, self.tokens, f"\n{message}")
+            if self.tokens
+            else encode(self.tokenizer, message)
+        )
+        if not new:
+            raise ValueError("the message has no tokens: write something")
+        return self.tokens + new
+
+    def _read(self, wanted: list[int]) -> Prefix:
+        """All of `wanted`, of which what is held already is not read again."""
+        held, self.prefix = self.prefix, None  # consumed
+        known = _common(self.tokens[: self.cached], wanted[:-1])  # the last one's logits are needed
+        if held is not None and (cache := shorten(held.cache, known)) is not None:
+            seen = np.zeros(held.seen.shape, bool)
+            seen[0, wanted[:known]] = True
+            held = dataclasses.replace(held, cache=cache, seen=jnp.asarray(seen))
+            return append(self.model, held, wanted[known:])
+        tokens, lengths = (jnp.asarray(x) for x in pad_prompts([wanted]))
         return prefill(
             self.model,
             tokens[:, : self.context],
@@ -98,29 +153,7 @@ class Chat:
         )
 
 
-def turn_tokens(tokenizer: Tokenizer, message: str, *, first: bool) -> list[int]:
-    """What a message adds to a conversation, up to where its reply begins.
-
-    With the tokenizer's chat template, if it has one: what that writes from the end of the last reply on.
-    Otherwise the message itself, on a line of its own.
-
-    Raises:
-        ValueError: the message has no tokens, or the template does not show replies as they are.
-    """
-    if not getattr(tokenizer, "chat_template", None):
-        ids = encode(tokenizer, message if first else f"\n{message}", begins=first)
-    else:
-        turns = [{"role": "user", "content": message}]
-        if not first:
-            past = [{"role": "user", "content": "."}, {"role": "assistant", "content": REPLY}]
-            turns = past + turns
-        templated: Any = tokenizer
-        text = templated.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        if not first and REPLY not in text:
-            raise ValueError(
-                "the tokenizer's chat template leaves replies out: a turn cannot be appended to it"
-            )
-        ids = encode(tokenizer, text if first else text.rpartition(REPLY)[2], begins=False)
-    if not ids:
-        raise ValueError("the message has no tokens: write something")
-    return ids
+def _common(first: Sequence[int], second: Sequence[int]) -> int:
+    """How many tokens two rows begin with alike."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((at for at, (a, b) in pairs if a != b), min(len(first), len(second)))

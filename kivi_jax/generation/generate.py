@@ -2,8 +2,8 @@
 
 import functools
 import logging
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Required, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -29,13 +29,30 @@ class Generation:
 
     `tokens` holds each row's new tokens, the end-of-sequence token included, then padding; `lengths`
     counts them. `cache` holds the prompt and all new tokens but each row's last. A row is `finite` if every
-    logit that chose one of its tokens was a finite number; else its tokens mean nothing.
+    logit that chose one of its tokens was a finite number; else its tokens mean nothing. `log_probs`, if asked
+    for, are the tokens' under the model: before penalties, temperature and filters; 0 in the padding.
     """
 
     tokens: Int[Array, "B M"]
     lengths: Int[Array, "B"]
     cache: KVCache
     finite: Bool[Array, "B"]
+    log_probs: Float[Array, "B M"] | None = None
+
+
+class Decoding(TypedDict, total=False):
+    """Arguments of `generate` that `complete`, `stream` and their like hand on to it."""
+
+    cache: CacheStrategy | str | None
+    prefix: Prefix | None
+    max_new_tokens: Required[int]
+    sampler: Sampler | None
+    eos_ids: Sequence[int] | int | None
+    key: Shaped[Array, "..."] | None
+
+
+Ends = Callable[[Int[np.ndarray, "B M"], Int[np.ndarray, "B"]], Bool[np.ndarray, "B"]]
+BURST = 32  # tokens between two looks at `ends`
 
 
 class Draw(NamedTuple):
@@ -56,13 +73,15 @@ def generate(
     sampler: Sampler | None = None,
     eos_ids: Sequence[int] | int | None = None,
     key: Shaped[Array, "..."] | None = None,
+    log_probs: bool = False,
+    ends: Ends | None = None,
     block_tokens: int = 512,
 ) -> Generation:
     """Continue every prompt by up to `max_new_tokens` tokens.
 
     Prefill and the whole decoding loop are one compiled program per shapes, strategy and sampler; the
-    host is not asked in between, and the loop ends when every row has. A row's tokens are the same
-    alone as in any batch.
+    host is not asked in between (but for `ends`), and the loop ends when every row has. A row's tokens are
+    the same alone as in any batch.
 
     Args:
         model: the model.
@@ -76,6 +95,9 @@ def generate(
         eos_ids: tokens that end a row, or the only one; by default the model's own.
         key: PRNG key for sampling, new style or old: one, from which rows derive theirs by index, or one
             per row.
+        log_probs: also give the log-probability of every token.
+        ends: is shown `tokens` and `lengths` so far, every 32 tokens, and says which rows have ended for
+            another reason, such as a stop string.
         block_tokens: see `Llama.prefill`.
 
     Inside a caller's `jit`, values are unknown: lengths, token ids and the prefix' model are the caller's to
@@ -91,11 +113,20 @@ def generate(
     )
     strategy = check_start(model, cache, prefix)
     sampler = Greedy() if sampler is None else sampler
-    eos_ids = end_ids(model, eos_ids)
-    keys = row_keys(key, tokens.shape[0])
-    out = _generate(
-        model, tokens, lengths, keys, prefix, strategy, max_new_tokens, sampler, eos_ids, block_tokens
+    program = _Program(strategy, max_new_tokens, sampler, end_ids(model, eos_ids), log_probs, block_tokens)
     )
+    keys = row_keys(key, tokens.shape[0])
+    if ends is None:
+        out = _generate(model, tokens, lengths, keys, prefix, program)
+    else:
+        loop = _start(model, tokens, lengths, keys, prefix, program)
+        for until in range(BURST, max_new_tokens + BURST, BURST):
+            loop = _advance(model, loop, jnp.int32(min(until, max_new_tokens)), program)
+            ended = ends(np.asarray(loop.tokens), np.asarray(loop.lengths))
+            loop = loop._replace(active=loop.active & ~jnp.asarray(ended))
+            if not loop.active.any():
+                break
+        out = loop.result()
     warn_unless_finite(out.finite)
     return out
 
@@ -229,6 +260,22 @@ def is_end(token: Int[Array, "B"], eos_ids: tuple[int, ...]) -> Bool[Array, "B"]
     return (token[:, None] == ends[None, :]).any(-1)
 
 
+class _Program(NamedTuple):
+    """What a compiled loop depends on besides shapes."""
+
+    strategy: CacheStrategy | None
+    max_new_tokens: int
+    sampler: Sampler
+    eos_ids: tuple[int, ...]
+    log_probs: bool
+    block_tokens: int
+
+    @property
+    def padding(self) -> int:
+        """What stands after a row's end."""
+        return self.eos_ids[0] if self.eos_ids else 0
+
+
 class _Loop(NamedTuple):
     """State of the decoding loop: `token` has been emitted but is not in the cache yet."""
 
@@ -236,68 +283,101 @@ class _Loop(NamedTuple):
     token: Int[Array, "B"]
     active: Bool[Array, "B"]  # rows that have not ended
     tokens: Int[Array, "B M"]
+    log_probs: Float[Array, "B M"] | None
     lengths: Int[Array, "B"]
     cache: KVCache
     state: Draw
     finite: Bool[Array, "B"]
 
+    def result(self) -> Generation:
+        """What is known of the rows by now."""
+        return Generation(self.tokens, self.lengths, self.cache, self.finite, self.log_probs)
 
-@functools.partial(
-    jax.jit, static_argnames=("strategy", "max_new_tokens", "sampler", "eos_ids", "block_tokens")
-)
-def _generate(
+
+def _begin(
     model: Llama,
     prompt: Int[Array, "B P"],
-    prompt_lengths: Int[Array, "B"],
+    lengths: Int[Array, "B"],
     keys: Key[Array, "B"] | None,
     prefix: Prefix | None,
-    strategy: CacheStrategy | None,
-    max_new_tokens: int,
-    sampler: Sampler,
-    eos_ids: tuple[int, ...],
-    block_tokens: int,
-) -> Generation:
+    program: _Program,
+) -> _Loop:
+    """The prompts read, and each row's first token drawn."""
+    most, eos_ids, sampler = program.max_new_tokens, program.eos_ids, program.sampler
     start = read(
         model,
         prompt,
-        prompt_lengths,
-        cache=strategy,
+        lengths,
+        cache=program.strategy,
         prefix=prefix,
-        room=max_new_tokens,
-        block_tokens=block_tokens,
+        room=most,
+        block_tokens=program.block_tokens,
     )
     token, state = draw(sampler, start.logits, start_drawing(sampler, keys, start.seen), 0)
-    rows, padding = prompt.shape[0], (eos_ids[0] if eos_ids else 0)
-    tokens = jnp.full((rows, max_new_tokens), padding, jnp.int32).at[:, 0].set(token)
-    first = _Loop(
+    rows = prompt.shape[0]
+    log_probs = jnp.zeros((rows, most)) if program.log_probs else None
+    return _Loop(
         emitted=jnp.int32(1),
         token=token,
         active=~is_end(token, eos_ids),
-        tokens=tokens,
+        tokens=jnp.full((rows, most), program.padding, jnp.int32).at[:, 0].set(token),
+        log_probs=None if log_probs is None else log_probs.at[:, 0].set(log_prob(start.logits, token)),
         lengths=jnp.ones(rows, jnp.int32),
         cache=start.cache,
         state=state,
         finite=is_finite(start.logits, token),
     )
 
-    def unfinished(loop: _Loop) -> Bool[Array, ""]:
-        return (loop.emitted < max_new_tokens) & loop.active.any()
 
-    def advance(loop: _Loop) -> _Loop:
+def _run(model: Llama, first: _Loop, until: Int[Array, ""] | int, program: _Program) -> _Loop:
+    """The loop after `until` tokens in all, or when every row has ended."""
+
+    def unfinished(loop: _Loop) -> Bool[Array, ""]:
+        return (loop.emitted < until) & loop.active.any()
+
+    def step(loop: _Loop) -> _Loop:
         logits, cache = model.decode(loop.token, loop.cache, loop.active)
-        token, state = draw(sampler, logits, loop.state, loop.emitted)
+        token, state = draw(program.sampler, logits, loop.state, loop.emitted)
         finite = loop.finite & (is_finite(logits, token) | ~loop.active)
-        token = jnp.where(loop.active, token, padding)
+        token = jnp.where(loop.active, token, program.padding)
+        log_probs = loop.log_probs
+        if log_probs is not None:
+            chosen = jnp.where(loop.active, log_prob(logits, token), 0)
+            log_probs = log_probs.at[:, loop.emitted].set(chosen)
         return _Loop(
             emitted=loop.emitted + 1,
             token=token,
-            active=loop.active & ~is_end(token, eos_ids),
+            active=loop.active & ~is_end(token, program.eos_ids),
             tokens=loop.tokens.at[:, loop.emitted].set(token),
+            log_probs=log_probs,
             lengths=loop.lengths + loop.active.astype(jnp.int32),
             cache=cache,
             state=state,
             finite=finite,
         )
 
-    last = jax.lax.while_loop(unfinished, advance, first)
-    return Generation(last.tokens, last.lengths, last.cache, last.finite)
+    return jax.lax.while_loop(unfinished, step, first)
+
+
+def log_prob(logits: Float[Array, "B V"], token: Int[Array, "B"]) -> Float[Array, "B"]:
+    """Each row's log-probability of its token."""
+    logits = logits.astype(jnp.float32)
+    return jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0] - jax.nn.logsumexp(logits, axis=1)
+
+
+@functools.partial(jax.jit, static_argnames=("program",))
+def _generate(
+    model: Llama,
+    prompt: Int[Array, "B P"],
+    lengths: Int[Array, "B"],
+    keys: Key[Array, "B"] | None,
+    prefix: Prefix | None,
+    program: _Program,
+) -> Generation:
+    loop = _begin(model, prompt, lengths, keys, prefix, program)
+    return _run(model, loop, program.max_new_tokens, program).result()
+
+
+_start = jax.jit(_begin, static_argnames=("program",))
+_advance = jax.jit(_run, static_argnames=("program",), donate_argnames=("first",))
+

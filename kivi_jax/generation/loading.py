@@ -6,7 +6,7 @@ from pathlib import Path
 from jax.typing import DTypeLike
 
 from kivi_jax.console import status
-from kivi_jax.generation.text import Tokenizer
+from kivi_jax.generation.tokens import Tokenizer
 from kivi_jax.model.llama import Llama
 from kivi_jax.options import Dtype
 

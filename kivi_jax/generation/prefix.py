@@ -13,8 +13,9 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from kivi_jax.cache.strategy import CacheStrategy, KVCache, grow, repeat_row
+from kivi_jax.generation.tokens import CONTEXT
 from kivi_jax.model.llama import Llama
-from pallas_kernels.pytree import pytree
+from pallas_kernels.pytree import pytree, static
 
 _MARKED = 16  # numbers of a parameter that `weights_mark` looks at
 _PRIME = 16777619
@@ -22,12 +23,17 @@ _PRIME = 16777619
 
 @pytree
 class Prefix:
-    """What is known after reading: everything that continuing needs, besides the model."""
+    """What is known after reading: everything that continuing needs, besides the model.
+
+    `turn` says that a user's turn of a chat template is open: texts that follow go on in it.
+    """
 
     cache: KVCache
     logits: Float[Array, "B V"]  # of each row's next token
     seen: Bool[Array, "B V"]  # which tokens a row has had, for repetition penalties
+    tail: Int[Array, "B C"]  # a row's last tokens, which decide how texts that follow are spelled; -1: none
     mark: UInt32[Array, ""] | None = None  # `weights_mark` of the model that read it, where it is to be kept
+    turn: bool = static(default=False)
 
     @property
     def rows(self) -> int:
@@ -50,7 +56,8 @@ def prefill(
         ValueError: see `Llama.prefill`.
     """
     logits, held = model.prefill(tokens, lengths, cache=cache, capacity=capacity, block_tokens=block_tokens)
-    return Prefix(held, logits, _seen(tokens, lengths, model.config.vocab_size))
+    seen = _seen(tokens, lengths, model.config.vocab_size)
+    return Prefix(held, logits, seen, _tail(jnp.full((tokens.shape[0], CONTEXT), -1), tokens, lengths))
 
 
 @functools.partial(jax.jit, static_argnames=("rows", "more"))
@@ -72,7 +79,9 @@ def fork(prefix: Prefix, *, rows: int, more: int) -> Prefix:
         grow(repeat_row(prefix.cache, times), more),
         jnp.tile(prefix.logits, (times, 1)),
         jnp.tile(prefix.seen, (times, 1)),
+        jnp.tile(prefix.tail, (times, 1)),
         prefix.mark,
+        prefix.turn,
     )
 
 
@@ -94,7 +103,8 @@ def extend(model: Llama, prefix: Prefix, tokens: Int[Array, "B T"], lengths: Int
 
     logits, cache = jax.lax.fori_loop(0, lengths.max(), advance, (prefix.logits, prefix.cache))
     seen = prefix.seen | _seen(tokens, lengths, prefix.seen.shape[1])
-    return Prefix(cache, logits, seen, prefix.mark)
+    tail = _tail(prefix.tail, tokens, lengths)
+    return Prefix(cache, logits, seen, tail, prefix.mark, prefix.turn)
 
 
 @jax.jit
@@ -119,3 +129,10 @@ def _seen(tokens: Int[Array, "B P"], lengths: Int[Array, "B"], vocab: int) -> Bo
     rows = jnp.arange(tokens.shape[0])[:, None]
     seen = jnp.zeros((tokens.shape[0], vocab), bool)
     return seen.at[rows, jnp.where(real, tokens, vocab)].set(True, mode="drop")
+
+
+def _tail(tail: Int[Array, "B C"], tokens: Int[Array, "B P"], lengths: Int[Array, "B"]) -> Int[Array, "B C"]:
+    """The last C tokens of each row, after `lengths` of `tokens` have followed `tail`."""
+    joined = jnp.concatenate([tail.astype(jnp.int32), tokens.astype(jnp.int32)], axis=1)
+    last = lengths[:, None] + jnp.arange(tail.shape[1])[None]
+    return jnp.take_along_axis(joined, last, axis=1)

@@ -27,7 +27,7 @@ from kivi_jax.generation.prefix import Prefix, weights_mark
 from kivi_jax.model.llama import Llama
 from kivi_jax.plan.memory import zero_cache
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "prefix.json"
 
 
@@ -37,6 +37,7 @@ class SavedPrefix(NamedTuple):
     cache: str  # by name, see `names.py`
     capacity: int
     tokens: list[int]  # of each row
+    turn: bool  # whether a user's turn is open
     model: str  # `fingerprint`
     config: ModelConfig
     dtype: str
@@ -76,6 +77,7 @@ def write_prefix(folder: FilePath, prefix: Prefix, model: Llama) -> None:
         cache=cache_name(prefix.cache.strategy),
         capacity=prefix.cache.capacity,
         tokens=prefix.cache.lengths.tolist(),
+        turn=prefix.turn,
         model=fingerprint(model),
         config=model.config,
         dtype=_dtype(model),
@@ -143,6 +145,8 @@ def load_prefix(path: str | FilePath, model: Llama, *, cache: CacheStrategy | st
             ),
             logits=jnp.zeros((1, 1)),
             seen=jnp.zeros((1, 1), bool),
+            tail=jnp.zeros((1, 1), jnp.int32),
+            turn=saved.turn,
         )
     )
     names = list(_named(structure))

@@ -35,7 +35,7 @@ class Greedy:
         """Check the range.
 
         Raises:
-            ValueError: `repetition_penalty` is not positive.
+            ValueError: `repetition_penalty` is not positive and finite.
         """
         _check_positive("repetition_penalty", self.repetition_penalty)
 
@@ -117,8 +117,8 @@ def penalize(logits: Float[Array, "B V"], seen: Bool[Array, "B V"], penalty: flo
 
 
 def _check_positive(name: str, number: float) -> None:
-    if number <= 0:
-        raise ValueError(f"{name}={number} must be positive")
+    if not 0 < number < float("inf"):  # NaN is neither
+        raise ValueError(f"{name}={number} must be positive and finite")
 
 
 def make_sampler(

@@ -1,9 +1,9 @@
-"""Strings in, strings out: `complete` a list of prompts, `stream` one, or read one to ask about it often."""
+"""Texts or conversations in, strings out: `complete` many, `stream` one, or read one to ask it often."""
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,9 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from kivi_jax.cache.strategy import CacheStrategy, KVCache
 from kivi_jax.generation.generate import (
+    Decoding,
     Draw,
+    Generation,
     check_count,
     check_start,
     draw,
@@ -26,82 +28,73 @@ from kivi_jax.generation.generate import (
 )
 from kivi_jax.generation.prefix import Prefix, extend, prefill, weights_mark
 from kivi_jax.generation.sampling import Greedy, Sampler
+from kivi_jax.generation.stops import check_stop, decode_stream, find_stop
+from kivi_jax.generation.templates import (
+    Conversation,
+    Prompt,
+    continue_turn,
+    encode_conversation,
+    open_turn,
+    user_turn,
+)
+from kivi_jax.generation.tokens import (
+    CONTEXT,
+    Tokenizer,
+    encode,
+    encode_after,
+    encode_as_is,
+    ending_ids,
+    pad_prompts,
+)
 from kivi_jax.model.inputs import read_prompts
 from kivi_jax.model.llama import Llama
 
-
-@runtime_checkable
-class Tokenizer(Protocol):
-    """What is used of a Hugging Face tokenizer."""
-
-    def __call__(self, text: str, *, add_special_tokens: bool = True) -> Any:
-        """A mapping with `input_ids`; text that continues another is read without special tokens."""
-        ...
-
-    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
-        """The text of token ids."""
-        ...
+FinishReason = Literal["stop", "length"]
 
 
-def encode(tokenizer: Tokenizer, text: str, *, begins: bool = True) -> list[int]:
-    """Token ids of a text that begins a row or, without special tokens, continues one.
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """What a prompt was continued by.
 
-    Raises:
-        ValueError: there is no tokenizer, or the text has bytes or halves of characters that are no Unicode.
+    `tokens` are the new ones, the one that ended the row or completed a stop string included. It finished for
+    "stop" at such a token, for "length" at `max_new_tokens`. `log_probs`, if asked for, are the tokens' under
+    the model, before penalties, temperature and filters.
     """
-    if any("\ud800" <= sign <= "\udfff" for sign in text):
-        raise ValueError(
-            "the text holds what is no Unicode (half a character, or not UTF-8): convert it first"
-        )
-    if tokenizer is None:
-        raise ValueError(
-            "there is no tokenizer: copy its files beside the weights, or pass token ids to kj.generate"
-        )
-    return list((tokenizer(text) if begins else tokenizer(text, add_special_tokens=False))["input_ids"])
 
-
-def pad_prompts(
-    prompts: Sequence[Sequence[int]], *, least: int = 1
-) -> tuple[Int[np.ndarray, "B P"], Int[np.ndarray, "B"]]:
-    """Right-pad token ids to one width, and their lengths, of which each is at least `least`.
-
-    The width is rounded up by at most an eighth (at least to a multiple of 32), so that prompts of similar
-    lengths share a compiled program.
-
-    Raises:
-        ValueError: there is no prompt, or one has too few tokens.
-    """
-    if not prompts:
-        raise ValueError("there must be at least one prompt")
-    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-    if lengths.min() < least:
-        raise ValueError(f"prompt {int(lengths.argmin())} has no tokens: pass at least one")
-    tokens = np.zeros((len(prompts), _width(int(lengths.max()))), np.int32)
-    for row, prompt in zip(tokens, prompts, strict=True):
-        row[: len(prompt)] = prompt
-    return tokens, lengths
-
-
-def _width(longest: int) -> int:
-    step = max(32, 1 << max(longest.bit_length() - 4, 0))
-    return -(-longest // step) * step
+    text: str
+    tokens: list[int]
+    finish_reason: FinishReason
+    prompt_tokens: int
+    log_probs: list[float] | None = None
 
 
 def read_prefix(
     model: Llama,
     tokenizer: Tokenizer,
-    prompts: Sequence[str],
+    prompts: Conversation | Sequence[Prompt],
     *,
     cache: CacheStrategy | str,
     block_tokens: int = 512,
 ) -> Prefix:
     """Read texts once, to continue them many times: one for all questions, or one per question.
 
+    The last turn of a conversation stays open: what follows goes on in it, as the tokenizer's chat template
+    writes that. So an instruct model is asked about `[{"role": "user", "content": document}]`.
+
     Raises:
-        ValueError: see `generate` and `pad_prompts`.
+        ValueError: see `generate` and `pad_prompts`; texts and conversations are mixed.
     """
-    _check_list(prompts)
-    tokens, lengths = pad_prompts([encode(tokenizer, prompt) for prompt in prompts])
+    batch = as_batch(prompts)
+    turn = not isinstance(batch[0], str) if batch else False
+    if any(isinstance(prompt, str) is turn for prompt in batch):
+        raise ValueError("a prefix is of texts or of conversations: read the others apart")
+    ids = [
+        encode(tokenizer, prompt)
+        if isinstance(prompt, str)
+        else encode_as_is(tokenizer, open_turn(tokenizer, prompt))
+        for prompt in batch
+    ]
+    tokens, lengths = pad_prompts(ids)
     prefix = prefill(
         model,
         jnp.asarray(tokens),
@@ -110,112 +103,181 @@ def read_prefix(
         capacity=tokens.shape[1],
         block_tokens=block_tokens,
     )
-    return dataclasses.replace(prefix, mark=weights_mark(model))
+    return dataclasses.replace(prefix, turn=turn, mark=weights_mark(model))
 
 
 def complete(
     model: Llama,
     tokenizer: Tokenizer,
-    prompts: Sequence[str],
+    prompts: Conversation | Sequence[Prompt],
     *,
-    cache: CacheStrategy | str | None = None,
-    prefix: Prefix | None = None,
-    max_new_tokens: int,
-    sampler: Sampler | None = None,
-    eos_ids: Sequence[int] | int | None = None,
-    key: Shaped[Array, "..."] | None = None,
+    stop: Sequence[str] = (),
+    **options: Unpack[Decoding],
 ) -> list[str]:
-    """The continuation of every prompt, special tokens left out. See `generate` for the arguments.
+    """The continuation of every prompt: what stands after it in the text of both, special tokens left out.
 
-    After a `prefix`, a prompt may be empty, and is read without the special tokens that begin a text.
+    Args:
+        model: the model.
+        tokenizer: its tokenizer.
+        prompts: texts, or conversations (lists of `{"role": ..., "content": ...}`), which the tokenizer's
+            chat template writes; or one conversation. After a `prefix` of an open turn they go on in it.
+        stop: strings that end a continuation; they are left out.
+        options: see `generate`. Rows end by default at the model's and the tokenizer's end of text.
 
     Raises:
-        ValueError: see `generate` and `pad_prompts`.
+        ValueError: see `generate`, `pad_prompts` and `encode_prompt`; a stop string is empty.
     """
-    _check_list(prompts)
-    ids = [encode(tokenizer, prompt, begins=prefix is None) for prompt in prompts]
+    return [out.text for out in completions(model, tokenizer, prompts, stop=stop, **options)]
+
+
+def completions(
+    model: Llama,
+    tokenizer: Tokenizer,
+    prompts: Conversation | Sequence[Prompt],
+    *,
+    stop: Sequence[str] = (),
+    log_probs: bool = False,
+    **options: Unpack[Decoding],
+) -> list[Completion]:
+    """`complete`, with tokens, why each row finished and, with `log_probs`, how likely its tokens were.
+
+    Raises:
+        ValueError: see `complete`.
+    """
+    prefix, stop = options.get("prefix"), check_stop(stop)
+    ids = [encode_prompt(tokenizer, prompt, prefix, row=row) for row, prompt in enumerate(as_batch(prompts))]
     tokens, lengths = pad_prompts(ids, least=0 if prefix is not None else 1)
+    ends = options["eos_ids"] = _ends(model, tokenizer, options)
+    before = [text_before(prompt, prefix, row=row) for row, prompt in enumerate(ids)]
+
+    def text(row: int, new: Sequence[int]) -> str:
+        return decode_after(tokenizer, before[row], new[:-1] if new and new[-1] in ends else new)
+
+    def stopped(new: Int[np.ndarray, "B M"], counts: Int[np.ndarray, "B"]) -> Bool[np.ndarray, "B"]:
+        texts = (text(row, new[row, :count].tolist()) for row, count in enumerate(counts))
+        return np.array([find_stop(found, stop) is not None for found in texts])
+
     out = generate(
         model,
         tokens,
         lengths,
-        cache=cache,
-        prefix=prefix,
-        max_new_tokens=max_new_tokens,
-        sampler=sampler,
-        eos_ids=eos_ids,
-        key=key,
+        **options,
+        log_probs=log_probs,
+        ends=stopped if stop else None,
     )
-    new, count = np.asarray(out.tokens), np.asarray(out.lengths)
     return [
-        tokenizer.decode(row[:n].tolist(), skip_special_tokens=True)
-        for row, n in zip(new, count, strict=True)
+        _completion(out, row, stop, ends, len(prompt), functools.partial(text, row))
+        for row, prompt in enumerate(ids)
     ]
+
+
+def _completion(
+    out: Generation,
+    row: int,
+    stop: tuple[str, ...],
+    ends: tuple[int, ...],
+    prompt_tokens: int,
+    text: functools.partial[str],
+) -> Completion:
+    """One row, cut at the stop string that is complete first."""
+    new = out.tokens[row, : int(out.lengths[row])].tolist()
+    shown = text(new)
+    reason: FinishReason = "stop" if new[-1] in ends else "length"
+    if (end := find_stop(shown, stop)) is not None:
+        # The fewest tokens whose text has it: text grows with tokens, so halving finds them.
+        low, high = 1, len(new)
+        while low < high:
+            middle = (low + high) // 2
+            low, high = (
+                (low, middle) if find_stop(text(new[:middle]), stop) is not None else (middle + 1, high)
+            )
+        new, shown, reason = new[:low], shown[:end], "stop"
+    log_probs = None if out.log_probs is None else out.log_probs[row, : len(new)].tolist()
+    return Completion(shown, new, reason, prompt_tokens, log_probs)
 
 
 def stream(
     model: Llama,
     tokenizer: Tokenizer,
-    prompt: str,
+    prompt: Prompt,
     *,
-    cache: CacheStrategy | str | None = None,
-    prefix: Prefix | None = None,
-    max_new_tokens: int,
-    sampler: Sampler | None = None,
-    eos_ids: Sequence[int] | int | None = None,
-    key: Shaped[Array, "..."] | None = None,
+    stop: Sequence[str] = (),
+    **options: Unpack[Decoding],
 ) -> Iterator[str]:
     """Pieces of the continuation as they are generated; together they are what `complete` gives.
 
+    `prompt` is one text or one conversation. What may begin a stop string is held back until it is known.
+
     Raises:
-        ValueError: see `generate`.
+        ValueError: see `complete`.
     """
-    tokens = stream_tokens(
-        model,
-        encode(tokenizer, prompt, begins=prefix is None),
-        cache=cache,
-        prefix=prefix,
-        max_new_tokens=max_new_tokens,
-        sampler=sampler,
-        eos_ids=eos_ids,
-        key=key,
+    prefix, stop = options.get("prefix"), check_stop(stop)
+    ids = encode_prompt(tokenizer, prompt, prefix)
+    ends = options["eos_ids"] = _ends(model, tokenizer, options)
+    tokens = stream_tokens(model, ids, **options)
+    before = text_before(ids, prefix)
+    return decode_stream(tokenizer, (token for token, _ in tokens), before, stop=stop, ends=ends)
+
+
+def as_batch(prompts: Conversation | Sequence[Prompt]) -> Sequence[Prompt]:
+    """A list of prompts; one conversation is a list of one.
+
+    Raises:
+        ValueError: it is one string.
+    """
+    if isinstance(prompts, str):
+        raise ValueError("prompts must be a list of strings, got one string: pass [prompt]")
+    conversation: Any = prompts
+    return [conversation] if prompts and isinstance(prompts[0], Mapping) else list(conversation)
+
+
+def encode_prompt(
+    tokenizer: Tokenizer, prompt: Prompt, prefix: Prefix | None = None, *, row: int = 0
+) -> list[int]:
+    """Token ids of a prompt that begins a row or follows row `row` of a prefix, as if the two were one text.
+
+    Raises:
+        ValueError: a conversation follows a prefix of plain text; or see `templates.write`.
+    """
+    if prefix is None:
+        if isinstance(prompt, str):
+            return encode(tokenizer, prompt)
+        return encode_conversation(tokenizer, prompt)
+    if prefix.turn:
+        said = user_turn(prompt) if isinstance(prompt, str) else prompt
+        return encode_after(tokenizer, _tail(prefix, row), continue_turn(tokenizer, said))
+    if not isinstance(prompt, str):
+        raise ValueError(
+            "the prefix is plain text, which no conversation can follow: pass text, or read the prefix as a "
+            "conversation (kivi-jax cache save --chat)"
+        )
+    return encode_after(tokenizer, _tail(prefix, row), prompt)
+
+
+def text_before(ids: Sequence[int], prefix: Prefix | None, *, row: int = 0) -> list[int]:
+    """The tokens before a continuation on which its first characters depend."""
+    return [*(() if prefix is None else _tail(prefix, row)), *ids][-CONTEXT:]
+
+
+def _tail(prefix: Prefix, row: int) -> list[int]:
+    return [token for token in np.asarray(prefix.tail[row % prefix.rows]).tolist() if token >= 0]
+
+
+def decode_after(tokenizer: Tokenizer, before: Sequence[int], new: Sequence[int]) -> str:
+    """What the tokens `new` add to the text of the tokens `before`: `Detokenizer`, all at once."""
+    whole, known = (
+        tokenizer.decode(ids, skip_special_tokens=True) for ids in ([*before, *new], list(before))
     )
-    return decode_stream(tokenizer, (token for token, _ in tokens))
+    return whole[len(known) :]
 
 
-def decode_stream(tokenizer: Tokenizer, tokens: Iterable[int]) -> Iterator[str]:
-    """The text of tokens that arrive one by one, in pieces of whole characters.
-
-    A token's text may depend on the one before it (a space that only the first word lacks), so a piece is
-    what new tokens add to the text of the previous piece's tokens.
-    """
-    new: list[int] = []
-    begin, shown = 0, 0  # the previous piece is new[begin:shown]
-
-    def text(first: int, last: int) -> str:
-        return tokenizer.decode(new[first:last], skip_special_tokens=True)
-
-    for token in tokens:
-        new.append(token)
-        piece = text(begin, len(new))[len(text(begin, shown)) :]
-        # A character may span tokens: its first bytes decode to a replacement character.
-        if piece and not piece.endswith("\ufffd"):
-            yield piece
-            begin, shown = shown, len(new)
-    if rest := text(begin, len(new))[len(text(begin, shown)) :]:
-        yield rest
+def _ends(model: Llama, tokenizer: Tokenizer, options: Decoding) -> tuple[int, ...]:
+    given = options.get("eos_ids")
+    return ending_ids(model.config, tokenizer) if given is None else end_ids(model, given)
 
 
 def stream_tokens(
-    model: Llama,
-    prompt: Sequence[int],
-    *,
-    cache: CacheStrategy | str | None = None,
-    prefix: Prefix | None = None,
-    max_new_tokens: int,
-    sampler: Sampler | None = None,
-    eos_ids: Sequence[int] | int | None = None,
-    key: Shaped[Array, "..."] | None = None,
+    model: Llama, prompt: Sequence[int], **options: Unpack[Decoding]
 ) -> Iterator[tuple[int, KVCache]]:
     """Each new token id, the one that ends the row included, with the cache it was drawn from.
 
@@ -224,15 +286,21 @@ def stream_tokens(
     Raises:
         ValueError: see `generate`.
     """
-    max_new_tokens = check_count(max_new_tokens)
-    strategy = check_start(model, cache, prefix)
+    max_new_tokens = check_count(options["max_new_tokens"])
+    prefix = options.get("prefix")
+    strategy = check_start(model, options.get("cache"), prefix)
     least = 0 if prefix is not None else 1
     tokens, lengths = read_prompts(
         *pad_prompts([prompt], least=least), vocab_size=model.config.vocab_size, least=least
     )
     start = read(model, tokens, lengths, cache=strategy, prefix=prefix, room=max_new_tokens)
     yield from stream_after(
-        model, start, max_new_tokens=max_new_tokens, sampler=sampler, eos_ids=eos_ids, key=key
+        model,
+        start,
+        max_new_tokens=max_new_tokens,
+        sampler=options.get("sampler"),
+        eos_ids=options.get("eos_ids"),
+        key=options.get("key"),
     )
 
 
@@ -282,8 +350,3 @@ def _draw(
     """`draw`, and whether all logits so far that chose a token were finite."""
     token, state = draw(sampler, logits, state, index)
     return token, state, finite & is_finite(logits, token)
-
-
-def _check_list(prompts: Sequence[str]) -> None:
-    if isinstance(prompts, str):
-        raise ValueError("prompts must be a list of strings, got one string: pass [prompt]")

@@ -7,7 +7,7 @@ import pytest
 
 import kivi_jax as kj
 from kivi_jax.eval.likelihood import continuation_log_probs
-from kivi_jax.generation.text import pad_prompts
+from kivi_jax.generation.tokens import pad_prompts
 from tests.models import config, random_llama
 
 FULL = kj.full()

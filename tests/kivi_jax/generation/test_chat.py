@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 
 import kivi_jax as kj
-from kivi_jax.generation.chat import Chat, turn_tokens
-from kivi_jax.generation.text import pad_prompts
+from kivi_jax.generation.chat import Chat
+from kivi_jax.generation.prefix import prefill
+from kivi_jax.generation.tokens import pad_prompts
 from kivi_jax.plan.memory import plan_cache
 from tests.models import AsciiTokenizer, config, random_llama
+from tests.tokenizers import TEMPLATES, VOCAB, build
 
-END = 3
 CONTEXT, TURNS, NEW = 512, 20, 6
 CACHES = {
     "kivi2": kj.kivi(2, 8, 16),
@@ -24,19 +25,8 @@ CACHES = {
 }
 
 
-class Templated(AsciiTokenizer):
-    """A tokenizer with a chat template; END ends every turn."""
-
-    chat_template = "yes"
-
-    def apply_chat_template(self, turns, *, tokenize, add_generation_prompt):
-        assert add_generation_prompt
-        assert not tokenize
-        return "".join(f"<{turn['role']}>{turn['content']}{chr(END)}" for turn in turns) + "<assistant>"
-
-
 def model_with(**fields):
-    return random_llama(config(vocab_size=256, num_layers=1, **fields))
+    return random_llama(config(**(dict(vocab_size=256, num_layers=1) | fields)))
 
 
 def messages():
@@ -70,37 +60,105 @@ def test_20_turns_say_what_one_long_prompt_would(name):
         assert chat.tokens[begin:end] == [next_tokens[position] for position in range(begin, end)]
 
 
-def test_turns_join_as_the_template_writes_them():
-    """Whether a reply ends by itself or is cut, the template's end of turn stands there once."""
-    endless = model_with()
-    ending = model_with(eos_ids=(END,))
-    tokenizer = Templated()
-    for model in (endless, ending):
-        chat = Chat(model, tokenizer, cache=kj.full(), context=128)
-        written = []
-        for message in ("one", "two"):
-            written += tokenizer(f"<user>{message}{chr(END)}<assistant>")["input_ids"]
-            reply = list(chat.reply(message, max_new_tokens=3))
-            assert chat.tokens == written + reply
-            chat.tokens[-1] = reply[-1] = (
-                END if model is ending else reply[-1]
-            )  # as if it had ended by itself
-            written += reply if model is ending else [*reply, END]
+@pytest.mark.parametrize(
+    ("name", "kind", "template"),
+    [
+        *(("full", kind, template) for kind in ("spaced", "bytes") for template in TEMPLATES),
+        ("kivi2", "spaced", "llama2"),
+    ],
+)
+def test_a_conversations_tokens_are_its_templates(name, kind, template):
+    """And each reply is what a new conversation of these messages is told: nothing stale was attended to."""
+    tokenizer = build(kind, template)
+    model = model_with(vocab_size=VOCAB)
+    cache = kj.full() if name == "full" else CACHES[name]
+    chat = Chat(model, tokenizer, cache=cache, context=512)
+    for message in ("hello there", " what is it? ", "[INST]"):
+        reply = list(chat.reply(message, max_new_tokens=NEW))
+        asked = chat.messages[:-1]
+        assert asked[-1] == {"role": "user", "content": message}
+        wanted = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=False)
+        assert chat.tokens == wanted + reply
+        assert chat.prefix.cache.lengths.tolist() == [len(chat.tokens) - 1]
+        if name == "full":
+            out = kj.completions(model, tokenizer, asked, cache=cache, max_new_tokens=NEW)[0]
+            assert reply == out.tokens
+            assert chat.messages[-1]["content"] == out.text
+    assert len(chat.messages) == 6
 
 
-def test_plain_text_is_read_as_it_is():
-    tokenizer = AsciiTokenizer()
-    assert turn_tokens(tokenizer, "one", first=True) == list(b"one")
-    assert turn_tokens(tokenizer, "two", first=False) == list(b"\ntwo")
+def replying(tokenizer, *texts):
+    """In the place of `stream_after`: a model that gives these replies, whatever it is asked."""
+    replies = iter(texts)
+
+    def after(model, start, *, eos_ids, **options):
+        ids = tokenizer(next(replies), add_special_tokens=False)["input_ids"]
+        cache = start.cache
+        for token in ids:
+            yield token, cache
+            _, cache = model.decode(jnp.asarray([token], jnp.int32), cache)
+        yield eos_ids[0], cache
+
+    return after
 
 
-def test_a_template_without_replies_is_refused():
-    class Forgetful(Templated):
-        def apply_chat_template(self, turns, **options):
-            return super().apply_chat_template(turns[-1:], **options)
+@pytest.mark.parametrize(("template", "again"), [("chatml", 0), ("llama2", 0), ("forgetful", 2)])
+def test_only_what_the_template_writes_anew_is_read_again(template, again, monkeypatch):
+    """Replies as models spell them: their turns are appended, however the template ends and begins turns."""
+    tokenizer = build("spaced", template)
+    model = model_with(vocab_size=VOCAB, eos_ids=(2,))
+    reads = []
+    monkeypatch.setattr(
+        "kivi_jax.generation.chat.prefill", lambda *a, **k: reads.append(a) or prefill(*a, **k)
+    )
+    said = ("the harbour", "a garden", "a bridge")
+    monkeypatch.setattr("kivi_jax.generation.chat.stream_after", replying(tokenizer, *said))
+    chat = Chat(model, tokenizer, cache=CACHES["kivi2"], context=512)
+    for message in ("hello there", "what is it?", "and then?"):
+        list(chat.reply(message, max_new_tokens=NEW))
+    assert len(reads) == 1 + again
+    assert [message["content"].strip() for message in chat.messages[1::2]] == list(said)
 
-    with pytest.raises(ValueError, match="template leaves replies out"):
-        turn_tokens(Forgetful(), "two", first=False)
+
+def test_a_reply_may_be_stopped():
+    """What was given until then is the reply, and the conversation goes on."""
+    tokenizer = build("bytes", "chatml")
+    model = model_with(vocab_size=VOCAB)
+    chat = Chat(model, tokenizer, cache=CACHES["kivi2"], context=512, system="say little")
+    tokens = chat.reply("hello", max_new_tokens=NEW)
+    heard = [next(tokens), next(tokens)]
+    tokens.close()
+    assert chat.tokens[-2:] == heard
+    list(chat.reply("go on", max_new_tokens=2))
+    roles = [message["role"] for message in chat.messages]
+    assert roles == ["system", "user", "assistant", "user", "assistant"]
+    wanted = tokenizer.apply_chat_template(chat.messages[:-1], add_generation_prompt=True, return_dict=False)
+    assert chat.tokens[:-2] == wanted
+    chat.reset()
+    assert [message["role"] for message in chat.messages] == ["system"]
+
+
+def test_what_a_template_refuses_leaves_the_conversation_as_it_was():
+    tokenizer = build("bytes", "mistral")
+    model = model_with(vocab_size=VOCAB)
+    chat = Chat(model, tokenizer, cache=kj.full(), context=64, system="be brief")
+    with pytest.raises(ValueError, match="refuses the conversation: only user and assistant take turns"):
+        list(chat.reply("hello", max_new_tokens=1))
+    assert chat.tokens == []
+    with pytest.raises(ValueError, match="no chat template, which a system message needs"):
+        Chat(model, build("bytes"), cache=kj.full(), context=64, system="be brief")
+
+
+def test_plain_text_stands_on_a_line_of_its_own():
+    tokenizer = build("spaced")
+    model = model_with(vocab_size=VOCAB)
+    chat = Chat(model, tokenizer, cache=kj.full(), context=128)
+    first = list(chat.reply("hello there", max_new_tokens=3))
+    assert chat.tokens == tokenizer("hello there")["input_ids"] + first
+    second = list(chat.reply("what is", max_new_tokens=3))
+    new = chat.tokens[len(tokenizer("hello there")["input_ids"]) + 3 : -3]
+    assert tokenizer.convert_ids_to_tokens(new)[0] == "<0x0A>"  # no space before it
+    assert second == chat.tokens[-3:]
 
 
 def test_a_full_context_says_what_to_do():

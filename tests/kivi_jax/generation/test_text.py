@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
@@ -10,8 +11,11 @@ from hypothesis import strategies as st
 
 import kivi_jax as kj
 from kivi_jax.generation.loading import load_tokenizer
-from kivi_jax.generation.text import Tokenizer, decode_stream, encode, pad_prompts, stream_tokens
+from kivi_jax.generation.stops import decode_stream
+from kivi_jax.generation.text import decode_after, stream_tokens
+from kivi_jax.generation.tokens import Tokenizer, encode, pad_prompts
 from tests.models import AsciiTokenizer, config, random_llama, stories
+from tests.tokenizers import VOCAB, build
 
 PROMPTS = ["Once upon a time", "The cat", "Ünïcödé 日 🙂"]
 
@@ -176,3 +180,56 @@ def test_load_gives_model_and_tokenizer(shared):
 def test_what_is_no_unicode_is_one_line(text):
     with pytest.raises(ValueError, match="the text holds what is no Unicode"):
         encode(AsciiTokenizer(), text)
+
+
+def test_details_of_a_completion():
+    """Tokens, why it finished, and log-probabilities: those of the model's own logits."""
+    tokenizer = build("bytes")
+    model = random_llama(config(vocab_size=VOCAB, num_layers=1))
+    options = dict(cache=kj.full(), max_new_tokens=40, log_probs=True)
+    sampler = kj.Sample(temperature=0.5, repetition_penalty=1.3)
+    outs = kj.completions(
+        model, tokenizer, ["hello", "a garden"], sampler=sampler, key=jax.random.key(1), **options
+    )
+    for prompt, out in zip(("hello", "a garden"), outs, strict=True):
+        ids = tokenizer(prompt)["input_ids"]
+        assert (out.prompt_tokens, len(out.tokens), out.finish_reason) == (len(ids), 40, "length")
+        logits = jax.nn.log_softmax(model(jnp.asarray([ids + out.tokens]))[0], axis=-1)
+        expected = logits[jnp.arange(len(ids) - 1, len(ids) + 39), jnp.asarray(out.tokens)]
+        np.testing.assert_allclose(out.log_probs, expected, atol=1e-4)
+    end = outs[0].tokens[3]
+    (ended,) = kj.completions(
+        model, tokenizer, ["hello"], sampler=sampler, key=jax.random.key(1), eos_ids=(end,), **options
+    )
+    assert (ended.tokens, ended.finish_reason) == (outs[0].tokens[:4], "stop")
+    assert ended.text == tokenizer.decode(outs[0].tokens[:3], skip_special_tokens=True)
+    assert ended.log_probs == pytest.approx(outs[0].log_probs[:4])
+
+
+@pytest.mark.parametrize("at", [2, 35])
+def test_stop_strings_end_rows(at):
+    """In the first burst of the compiled loop and in a later one; and a stream says the same."""
+    tokenizer = build("bytes")
+    model = random_llama(config(vocab_size=VOCAB, num_layers=1))
+    options = dict(cache=kj.full(), max_new_tokens=40)
+    prompts = ["hello", "a garden"]
+    plain = kj.completions(model, tokenizer, prompts, **options)
+    until = tokenizer.decode(plain[0].tokens[: at + 1], skip_special_tokens=True)
+    stop = until[-3:]
+    expected = until[: until.index(stop)]
+    outs = kj.completions(model, tokenizer, prompts, stop=[stop], **options)
+    assert outs[0].text == expected
+    assert outs[0].finish_reason == "stop"
+    assert outs[0].tokens == plain[0].tokens[: len(outs[0].tokens)]
+    assert stop in tokenizer.decode(outs[0].tokens, skip_special_tokens=True)
+    assert stop not in tokenizer.decode(outs[0].tokens[:-1], skip_special_tokens=True)
+    if stop not in plain[1].text:
+        assert outs[1] == plain[1]
+    assert "".join(kj.stream(model, tokenizer, prompts[0], stop=stop, **options)) == expected
+
+
+def test_a_first_space_belongs_to_the_completion():
+    tokenizer = build("spaced")
+    whole = tokenizer("hello there what")["input_ids"]
+    cut = len(tokenizer("hello")["input_ids"])
+    assert decode_after(tokenizer, whole[:cut], whole[cut:]) == " there what"

@@ -1,0 +1,94 @@
+"""Conversations become text as the tokenizer's chat template writes them, whole or up to inside a turn."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from kivi_jax.generation.tokens import Tokenizer, encode_as_is
+
+Message = Mapping[str, str]
+Conversation = Sequence[Message]
+Prompt = str | Conversation
+
+_MARK = "\u241e"  # stands where a turn is cut in two
+
+
+def has_template(tokenizer: Tokenizer) -> bool:
+    """Whether the tokenizer knows how a conversation is written."""
+    return bool(getattr(tokenizer, "chat_template", None))
+
+
+def user_turn(text: str, system: str | None = None) -> list[Message]:
+    """A conversation of one message, after what the system says if that is given."""
+    said = [] if system is None else [{"role": "system", "content": system}]
+    return [*said, {"role": "user", "content": text}]
+
+
+def encode_conversation(tokenizer: Tokenizer, messages: Conversation) -> list[int]:
+    """Token ids of a whole conversation, up to where the next reply begins.
+
+    Raises:
+        ValueError: see `write`.
+    """
+    return encode_as_is(tokenizer, write(tokenizer, messages))
+
+
+def write(tokenizer: Tokenizer, messages: Conversation) -> str:
+    """A conversation as the template writes it, up to where the next reply begins.
+
+    Raises:
+        ValueError: there is no template, it refuses the conversation, or a message is not one.
+    """
+    from jinja2 import TemplateError
+
+    if not has_template(tokenizer):
+        raise ValueError(
+            "the model's tokenizer has no chat template: pass text, and leave out --chat or --system"
+        )
+    _check(messages)
+    templated: Any = tokenizer
+    try:
+        return templated.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+    except TemplateError as error:
+        raise ValueError(f"the tokenizer's chat template refuses the conversation: {error}") from error
+
+
+def open_turn(tokenizer: Tokenizer, messages: Conversation) -> str:
+    """The conversation up to the end of its last message, whose turn stays open.
+
+    Raises:
+        ValueError: see `write`; or the template does not show the message.
+    """
+    _check(messages)
+    *before, last = messages
+    return _cut(write(tokenizer, [*before, {**last, "content": last["content"] + _MARK}]))[0]
+
+
+def continue_turn(tokenizer: Tokenizer, messages: Conversation) -> str:
+    """What follows an open turn when `messages` go on in it: the first one's text, and all that comes then.
+
+    Raises:
+        ValueError: see `write`; or the template does not show the message.
+    """
+    _check(messages)
+    first, *after = messages
+    return _cut(write(tokenizer, [{**first, "content": _MARK + first["content"]}, *after]), first=True)[1]
+
+
+def _check(messages: Conversation) -> None:
+    if not messages:
+        raise ValueError("there must be at least one message")
+    for message in messages:
+        if not isinstance(message, Mapping) or not all(
+            isinstance(message.get(name), str) for name in ("role", "content")
+        ):
+            raise ValueError(f"a message is a dict of the strings role and content, got {message!r}")
+
+
+def _cut(text: str, *, first: bool = False) -> tuple[str, str]:
+    before, mark, after = text.partition(_MARK) if first else text.rpartition(_MARK)
+    if not mark:
+        raise ValueError(
+            "the tokenizer's chat template does not show messages as they are, so a turn cannot be read in "
+            "two parts: pass whole conversations"
+        )
+    return before, after
