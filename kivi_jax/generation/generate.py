@@ -29,8 +29,8 @@ class Generation:
 
     `tokens` holds each row's new tokens, the end-of-sequence token included, then padding; `lengths`
     counts them. `cache` holds the prompt and all new tokens but each row's last. A row is `finite` if every
-    logit that chose one of its tokens was a finite number; else its tokens mean nothing. `log_probs`, if asked
-    for, are the tokens' under the model: before penalties, temperature and filters; 0 in the padding.
+    logit that chose one of its tokens was a finite number; else its tokens mean nothing. `log_probs`, if
+    asked for, are the tokens' under the model: before penalties, temperature and filters; 0 in the padding.
     """
 
     tokens: Int[Array, "B M"]
@@ -114,7 +114,6 @@ def generate(
     strategy = check_start(model, cache, prefix)
     sampler = Greedy() if sampler is None else sampler
     program = _Program(strategy, max_new_tokens, sampler, end_ids(model, eos_ids), log_probs, block_tokens)
-    )
     keys = row_keys(key, tokens.shape[0])
     if ends is None:
         out = _generate(model, tokens, lengths, keys, prefix, program)
@@ -380,4 +379,3 @@ def _generate(
 
 _start = jax.jit(_begin, static_argnames=("program",))
 _advance = jax.jit(_run, static_argnames=("program",), donate_argnames=("first",))
-

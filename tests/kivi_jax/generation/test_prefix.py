@@ -180,15 +180,15 @@ def flip_a_byte(path):
 
 DAMAGE = {
     "no manifest": (lambda path: (path / "prefix.json").unlink(), "is not a saved prefix"),
-    "half a manifest": (lambda path: (path / "prefix.json").write_text('{"format": 1'), "is damaged"),
+    "half a manifest": (lambda path: (path / "prefix.json").write_text('{"format": 2'), "is damaged"),
     "no field": (
-        lambda path: (path / "prefix.json").write_text('{"format": 1, "cache": "full"}'),
+        lambda path: (path / "prefix.json").write_text('{"format": 2, "cache": "full"}'),
         "is damaged",
     ),
     "no object": (lambda path: (path / "prefix.json").write_text("[]"), "is damaged"),
     "another format": (
-        lambda path: rewrite(path, format=2),
-        "has format 2, this version of kivi-jax reads 1",
+        lambda path: rewrite(path, format=3),
+        "has format 3, this version of kivi-jax reads 2",
     ),
     "no arrays": (lambda path: shutil.rmtree(path / "arrays"), "is damaged"),
     "a flipped byte": (flip_a_byte, "is damaged"),
