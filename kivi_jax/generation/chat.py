@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Key
+from jaxtyping import Array, Key
 
 from kivi_jax.cache.names import strategy_of
 from kivi_jax.cache.strategy import CacheStrategy, shorten
@@ -77,9 +77,7 @@ class Chat:
         text = decode_after(self.tokenizer, before[-CONTEXT:], reply)
         return [*self.asked, {"role": "assistant", "content": text}]
 
-    def reply(
-        self, message: str, *, max_new_tokens: int, key: Key[jnp.ndarray, ""] | None = None
-    ) -> Iterator[int]:
+    def reply(self, message: str, *, max_new_tokens: int, key: Key[Array, ""] | None = None) -> Iterator[int]:
         """Tokens of the reply as they are generated, the one that ends it included.
 
         It is cut short where the context ends, or where the caller stops asking: what was given until then is

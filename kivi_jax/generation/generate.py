@@ -40,15 +40,20 @@ class Generation:
     log_probs: Float[Array, "B M"] | None = None
 
 
-class Decoding(TypedDict, total=False):
+class Drawing(TypedDict, total=False):
+    """Arguments of `generate` that say how tokens are drawn, and which end a row."""
+
+    sampler: Sampler | None
+    eos_ids: Sequence[int] | int | None
+    key: Shaped[Array, "..."] | None
+
+
+class Decoding(Drawing, total=False):
     """Arguments of `generate` that `complete`, `stream` and their like hand on to it."""
 
     cache: CacheStrategy | str | None
     prefix: Prefix | None
     max_new_tokens: Required[int]
-    sampler: Sampler | None
-    eos_ids: Sequence[int] | int | None
-    key: Shaped[Array, "..."] | None
 
 
 Ends = Callable[[Int[np.ndarray, "B M"], Int[np.ndarray, "B"]], Bool[np.ndarray, "B"]]

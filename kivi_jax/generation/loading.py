@@ -6,7 +6,7 @@ from pathlib import Path
 from jax.typing import DTypeLike
 
 from kivi_jax.console import status
-from kivi_jax.generation.tokens import Tokenizer
+from kivi_jax.generation.tokens import Tokenizer, ending_ids
 from kivi_jax.model.llama import Llama
 from kivi_jax.options import Dtype
 
@@ -24,11 +24,7 @@ def load(path: str | Path, *, dtype: DTypeLike | None = None) -> tuple[Llama, To
 
     model, directory = load_model(path, dtype=dtype)
     tokenizer = load_tokenizer(directory)
-    end = getattr(tokenizer, "eos_token_id", None)
-    if end is not None and end < model.config.vocab_size:
-        # Fine-tunes of base models often keep the base's end in config.json: either of them ends a text.
-        ends = tuple(dict.fromkeys((*model.config.eos_ids, end)))
-        model.config = dataclasses.replace(model.config, eos_ids=ends)
+    model.config = dataclasses.replace(model.config, eos_ids=ending_ids(model.config, tokenizer))
     return model, tokenizer
 
 

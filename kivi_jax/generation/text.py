@@ -14,6 +14,7 @@ from kivi_jax.cache.strategy import CacheStrategy, KVCache
 from kivi_jax.generation.generate import (
     Decoding,
     Draw,
+    Drawing,
     Generation,
     check_count,
     check_start,
@@ -277,7 +278,13 @@ def _ends(model: Llama, tokenizer: Tokenizer, options: Decoding) -> tuple[int, .
 
 
 def stream_tokens(
-    model: Llama, prompt: Sequence[int], **options: Unpack[Decoding]
+    model: Llama,
+    prompt: Sequence[int],
+    *,
+    cache: CacheStrategy | str | None = None,
+    prefix: Prefix | None = None,
+    max_new_tokens: int,
+    **options: Unpack[Drawing],
 ) -> Iterator[tuple[int, KVCache]]:
     """Each new token id, the one that ends the row included, with the cache it was drawn from.
 
@@ -286,22 +293,14 @@ def stream_tokens(
     Raises:
         ValueError: see `generate`.
     """
-    max_new_tokens = check_count(options["max_new_tokens"])
-    prefix = options.get("prefix")
-    strategy = check_start(model, options.get("cache"), prefix)
+    max_new_tokens = check_count(max_new_tokens)
+    strategy = check_start(model, cache, prefix)
     least = 0 if prefix is not None else 1
     tokens, lengths = read_prompts(
         *pad_prompts([prompt], least=least), vocab_size=model.config.vocab_size, least=least
     )
     start = read(model, tokens, lengths, cache=strategy, prefix=prefix, room=max_new_tokens)
-    yield from stream_after(
-        model,
-        start,
-        max_new_tokens=max_new_tokens,
-        sampler=options.get("sampler"),
-        eos_ids=options.get("eos_ids"),
-        key=options.get("key"),
-    )
+    yield from stream_after(model, start, max_new_tokens=max_new_tokens, **options)
 
 
 def append(model: Llama, prefix: Prefix, tokens: Sequence[int], *, chunk_tokens: int = 128) -> Prefix:

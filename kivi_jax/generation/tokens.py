@@ -94,10 +94,14 @@ def _ids(encoding: Any) -> list[int]:
     return list(encoding["input_ids"])
 
 
-def ending_ids(config: ModelConfig, tokenizer: Tokenizer) -> tuple[int, ...]:
-    """The tokens that end a text: the model's, and the tokenizer's own where config.json does not name it."""
+def ending_ids(config: ModelConfig, tokenizer: Tokenizer | None) -> tuple[int, ...]:
+    """The tokens that end a text: the model's, and the tokenizer's own.
+
+    Fine-tunes of base models often keep the base's end in config.json, so either of them ends a text.
+    """
     own = getattr(tokenizer, "eos_token_id", None)
-    return config.eos_ids if own is None or own in config.eos_ids else (*config.eos_ids, int(own))
+    more = () if own is None or own >= config.vocab_size else (int(own),)
+    return tuple(dict.fromkeys((*config.eos_ids, *more)))
 
 
 def pad_prompts(
