@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from flax import nnx
 from rich.table import Table
 
-from kivi_jax.bench.decode import filled_cache, greedy_steps, room
+from kivi_jax.bench.decode import Workload, greedy_steps, room
 from kivi_jax.cache.strategy import CacheStrategy
 from kivi_jax.config import ModelConfig
 from kivi_jax.model.llama import Llama
@@ -142,10 +142,9 @@ def steps(
     model = nnx.eval_shape(lambda: Llama(config, dtype=dtype, rngs=nnx.Rngs(0)))
     token = jax.ShapeDtypeStruct((1,), jnp.int32)
     for name, strategy in strategies.items():
-        fill = functools.partial(
-            filled_cache, config, strategy, context=context, capacity=capacity, batch=1, dtype=dtype
-        )
-        found = launches(compile_for(device, greedy_steps, model, token, jax.eval_shape(fill)))
+        workload = Workload(config, strategy, context, capacity, 1, dtype)
+        cache = jax.eval_shape(workload.fill_cache)
+        found = launches(compile_for(device, greedy_steps, model, token, cache))
         kinds = collections.Counter(launch.kind for launch in found)
         yield {"cache": name, "kernels": len(found), "kinds": dict(kinds)}
 

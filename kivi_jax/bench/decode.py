@@ -1,6 +1,7 @@
 """Decoding speed of a whole model against its context, per cache, and against transformers on torch."""
 
 import concurrent.futures
+import dataclasses
 import functools
 import statistics
 import time
@@ -66,8 +67,8 @@ def run(
         capacity = room(context, new_tokens)
 
         def stepper(strategy: CacheStrategy) -> _Stepper:
-            compiled = _compile(model, strategy, context, capacity, batch, dtype)
-            return _Stepper(compiled, model, strategy, context, capacity, batch, dtype)
+            workload = Workload(config, strategy, context, capacity, batch, dtype)
+            return _Stepper(workload.compile(model), model, workload)
 
         for name, ours in zip(strategies, pool.map(stepper, strategies.values()), strict=True):
             steppers[name], sizes[name] = ours, ours.cache_bytes
@@ -119,25 +120,28 @@ def throughput(
             )
         return fitting
 
-    batches = {name: rows(name, strategy) for name, strategy in strategies.items()}
+    workloads = {
+        name: Workload(config, strategy, context, capacity, rows(name, strategy), dtype)
+        for name, strategy in strategies.items()
+    }
     model = Llama(config, dtype=dtype, rngs=nnx.Rngs(0))
 
-    def compiled(name: str) -> Any:
-        return _compile(model, strategies[name], context, capacity, batches[name], dtype, steps=new_tokens)
+    def compiled(workload: Workload) -> Any:
+        return workload.compile(model, steps=new_tokens)
 
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        programs = dict(zip(strategies, pool.map(compiled, strategies), strict=True))
-    for name, strategy in strategies.items():
-        stepper = _Stepper(programs[name], model, strategy, context, capacity, batches[name], dtype)
+        programs = dict(zip(workloads, pool.map(compiled, workloads.values()), strict=True))
+    for name, workload in workloads.items():
+        stepper = _Stepper(programs[name], model, workload)
         (samples,) = _take_turns({name: stepper}, PROGRAMS - 3, name=name).values()
         ms = statistics.median(samples) / new_tokens
         device_ms = _device_ms(stepper)
         yield {
             "cache": name,
-            "batch": batches[name],
+            "batch": workload.batch,
             "ms": ms,
             "device_ms": device_ms and device_ms / new_tokens,
-            "tokens_per_s": batches[name] / ms * 1e3,
+            "tokens_per_s": workload.batch / ms * 1e3,
             "cache_bytes": stepper.cache_bytes,
             "peak_bytes": (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use"),
         }
@@ -152,84 +156,65 @@ def _memory() -> int:
     return int(0.9 * stats["bytes_limit"])
 
 
-def filled_cache(
-    config: ModelConfig,
-    strategy: CacheStrategy,
-    *,
-    context: int,
-    capacity: int,
-    batch: int,
-    dtype: DTypeLike,
-) -> KVCache:
-    """A cache that holds `context` random tokens a row, the same in every row."""
-    shape = (1, config.num_kv_heads, context, config.head_dim)
-
-    def layer(index: int) -> Any:
-        key, value = jax.random.normal(jax.random.key(index), (2, *shape), dtype)
-        weights = jax.random.uniform(jax.random.key(index), shape[:3])
-        held = strategy.hold_prompt(
-            Prompt(key, value, weights, jnp.full(1, context, jnp.int32)),
-            capacity=capacity,
-            window=config.window_of(index),
-            layer=index,
-            layers=config.num_layers,
-        )
-        return jax.tree.map(lambda leaf: jnp.repeat(leaf, batch, axis=0), held)
-
-    # Layers that are shaped alike are copies of one another: what they hold does not change the time.
-    made: dict[Any, Any] = {}
-    layers = []
-    for index in range(config.num_layers):
-        leaves, tree = jax.tree.flatten(jax.eval_shape(functools.partial(layer, index)))
-        shapes = (tree, *((leaf.shape, leaf.dtype) for leaf in leaves))
-        if shapes in made:
-            layers.append(jax.tree.map(jnp.copy, made[shapes]))
-        else:
-            layers.append(made.setdefault(shapes, jax.jit(layer, static_argnums=0)(index)))
-    return KVCache(tuple(layers), jnp.full(batch, context, jnp.int32), strategy, capacity)
-
-
 def room(context: int, new_tokens: int, *, programs: int = 1) -> int:
     """Slots for the context, the steps of all programs that are timed, and some more to warm up."""
     return context + programs * new_tokens + 16
 
 
-def _compile(
-    model: Llama,
-    strategy: CacheStrategy,
-    context: int,
-    capacity: int,
-    batch: int,
-    dtype: DTypeLike,
-    *,
-    steps: int = 1,
-) -> Any:
-    """A program of so many steps, from the cache's shapes."""
-    fill = functools.partial(
-        filled_cache, model.config, strategy, context=context, capacity=capacity, batch=batch, dtype=dtype
-    )
-    token = jax.ShapeDtypeStruct((batch,), jnp.int32)
-    return greedy_steps.lower(model, token, jax.eval_shape(fill), steps).compile()
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """Rows that decode after `context` tokens each, in caches with room for `capacity`."""
+
+    config: ModelConfig
+    strategy: CacheStrategy
+    context: int
+    capacity: int
+    batch: int
+    dtype: DTypeLike
+
+    def fill_cache(self) -> KVCache:
+        """A cache that holds `context` random tokens a row, the same in every row."""
+        config = self.config
+        shape = (1, config.num_kv_heads, self.context, config.head_dim)
+
+        def layer(index: int) -> Any:
+            key, value = jax.random.normal(jax.random.key(index), (2, *shape), self.dtype)
+            weights = jax.random.uniform(jax.random.key(index), shape[:3])
+            held = self.strategy.hold_prompt(
+                Prompt(key, value, weights, jnp.full(1, self.context, jnp.int32)),
+                capacity=self.capacity,
+                window=config.window_of(index),
+                layer=index,
+                layers=config.num_layers,
+            )
+            return jax.tree.map(lambda leaf: jnp.repeat(leaf, self.batch, axis=0), held)
+
+        # Layers that are shaped alike are copies of one another: what they hold does not change the time.
+        made: dict[Any, Any] = {}
+        layers = []
+        for index in range(config.num_layers):
+            leaves, tree = jax.tree.flatten(jax.eval_shape(functools.partial(layer, index)))
+            shapes = (tree, *((leaf.shape, leaf.dtype) for leaf in leaves))
+            if shapes in made:
+                layers.append(jax.tree.map(jnp.copy, made[shapes]))
+            else:
+                layers.append(made.setdefault(shapes, jax.jit(layer, static_argnums=0)(index)))
+        lengths = jnp.full(self.batch, self.context, jnp.int32)
+        return KVCache(tuple(layers), lengths, self.strategy, self.capacity)
+
+    def compile(self, model: Llama, *, steps: int = 1) -> Any:
+        """`greedy_steps` of so many steps, from the cache's shapes."""
+        token = jax.ShapeDtypeStruct((self.batch,), jnp.int32)
+        return greedy_steps.lower(model, token, jax.eval_shape(self.fill_cache), steps).compile()
 
 
 class _Stepper:
     """Calls a compiled program again and again, with the cache that the last call returned, and awaits it."""
 
-    def __init__(
-        self,
-        compiled: Any,
-        model: Llama,
-        strategy: CacheStrategy,
-        context: int,
-        capacity: int,
-        batch: int,
-        dtype: DTypeLike,
-    ) -> None:
+    def __init__(self, compiled: Any, model: Llama, workload: Workload) -> None:
         self.compiled, self.model = compiled, model
-        self.cache = filled_cache(
-            model.config, strategy, context=context, capacity=capacity, batch=batch, dtype=dtype
-        )
-        self.token = jnp.zeros(batch, jnp.int32)
+        self.cache = workload.fill_cache()
+        self.token = jnp.zeros(workload.batch, jnp.int32)
         self.cache_bytes = cache_bytes(self.cache)["total"]
 
     def __call__(self) -> None:

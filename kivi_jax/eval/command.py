@@ -1,20 +1,18 @@
 """`kivi-jax eval`: the papers' evaluations, and their reports."""
 
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 
-from kivi_jax.bench.command import machine
 from kivi_jax.cache.names import parse_cache
-from kivi_jax.options import Dtype, DtypeOption
+from kivi_jax.eval.run import Run, print_report, progress_bar, read_text
+from kivi_jax.options import DtypeOption
 
 if TYPE_CHECKING:
     from kivi_jax.eval.samples import Sample
-    from kivi_jax.model.llama import Llama
 
 evaluate = typer.Typer(
     help="""Run the papers' evaluations, or the demo's tasks, through any caches.
@@ -37,8 +35,6 @@ Batch = Annotated[int, typer.Option(min=1, help="Rows computed together.")]
 NewTokens = Annotated[int, typer.Option(min=1, help="The most tokens of an answer.")]
 Chat = Annotated[bool, typer.Option(help="Put prompts into the tokenizer's chat template.")]
 
-DEFAULT_CACHES = ("full", "kivi4", "kivi2")
-
 
 @evaluate.command()
 def perplexity(
@@ -56,10 +52,10 @@ def perplexity(
     Example:  kivi-jax eval perplexity --model demo --data book.txt --out results
     """
     from kivi_jax.eval.perplexity import read_windows, score_windows
-    from kivi_jax.generation.loading import open_model
 
-    llama, tokenizer = open_model(model, dtype)
-    windows = read_windows(tokenizer, _read_text(data), length)[:limit]
+    run = Run("perplexity", model, data, out, dtype)
+    llama, tokenizer = run.loaded
+    windows = read_windows(tokenizer, read_text(data), length)[:limit]
 
     def compute(name: str, path: Path, settings: dict[str, Any], progress: Progress) -> None:
         score_windows(
@@ -72,10 +68,7 @@ def perplexity(
             progress=progress,
         )
 
-    settings: dict[str, Any] = dict(
-        eval="perplexity", model=model, data=data, length=length, dtype=_name(dtype)
-    )
-    _compare(compute, llama, cache, out, settings)
+    run.compare(compute, cache, length=length)
 
 
 @evaluate.command()
@@ -105,22 +98,17 @@ def longbench(
     Example:  kivi-jax eval longbench --model ./llama-8b --data ./data --out out
     """
     from kivi_jax.eval.longbench import LONGEST_ANSWER, read_samples
-    from kivi_jax.generation.loading import open_model
 
     samples = read_samples(data, prompts, limit=limit, tasks=task or ())
-    llama, tokenizer = open_model(model, dtype)
+    run = Run("longbench", model, data, out, dtype)
     if max_length is None:  # the same for all tasks, which may run one by one
-        max_length = llama.config.max_position_embeddings - LONGEST_ANSWER
+        positions = run.loaded[0].config.max_position_embeddings
+        max_length = positions - LONGEST_ANSWER
         if max_length < 2:
             raise ValueError(
-                f"the model has {llama.config.max_position_embeddings} positions, no more than answers need: "
-                "pass --max-length"
+                f"the model has {positions} positions, no more than answers need: pass --max-length"
             )
-    settings: dict[str, Any] = dict(
-        eval="longbench", model=model, data=data, max_length=max_length, chat=chat
-    )
-    settings |= dict(dtype=_name(dtype))
-    _generate((llama, tokenizer), samples, cache, out, settings, batch=batch)
+    run.generate(samples, cache, batch=batch, max_length=max_length, chat=chat)
 
 
 @evaluate.command()
@@ -159,7 +147,6 @@ def longgenbench(
     """
     from kivi_jax.eval import longgenbench as bench
     from kivi_jax.eval.samples import find_file, read_rows
-    from kivi_jax.generation.loading import open_model
 
     tasks = list(dict.fromkeys(task or ["gsm8k"]))
     if unknown := [name for name in tasks if name not in bench.TASKS]:
@@ -181,14 +168,10 @@ def longgenbench(
                 questions_per_prompt=count,
                 max_new_tokens=max_new_tokens,
             )[:limit]
-    loaded = open_model(model, dtype)
-    settings: dict[str, Any] = dict(
-        eval="longgenbench", model=model, data=data, max_new_tokens=max_new_tokens, chat=chat
-    )
-    settings |= dict(dtype=_name(dtype), questions=questions)
+    settings: dict[str, Any] = dict(max_new_tokens=max_new_tokens, chat=chat, questions=questions)
     if build is not None:
         settings |= dict(build=build, examples=examples)
-    _generate(loaded, samples, cache, out, settings, batch=batch)
+    Run("longgenbench", model, data, out, dtype).generate(samples, cache, batch=batch, **settings)
 
 
 @evaluate.command()
@@ -216,13 +199,10 @@ def needle(
     """
     from kivi_jax.eval.needle import build_samples, read_samples
     from kivi_jax.eval.samples import read_rows
-    from kivi_jax.generation.loading import open_model
 
-    llama, tokenizer = open_model(model, dtype)
-    settings: dict[str, Any] = dict(
-        eval="needle", model=model, data=data or "made-up text", max_new_tokens=max_new_tokens
-    )
-    settings |= dict(dtype=_name(dtype))
+    run = Run("needle", model, data or "made-up text", out, dtype)
+    _, tokenizer = run.loaded
+    settings: dict[str, Any] = dict(max_new_tokens=max_new_tokens)
     if data is not None and data.endswith(".jsonl"):
         samples = read_samples(tokenizer, read_rows(data, "input", "target"), max_new_tokens=max_new_tokens)
     else:
@@ -232,11 +212,11 @@ def needle(
             lengths=lengths,
             depths=depths,
             repeats=repeats,
-            haystack=None if data is None else _read_text(data),
+            haystack=None if data is None else read_text(data),
             max_new_tokens=max_new_tokens,
         )
         settings |= dict(depths=depths)
-    _generate((llama, tokenizer), samples[:limit], cache, out, settings, batch=batch)
+    run.generate(samples[:limit], cache, batch=batch, **settings)
 
 
 @evaluate.command()
@@ -255,13 +235,10 @@ def ruler(
     Example:  kivi-jax eval ruler --model ./llama-8b --data ./ruler --out results
     """
     from kivi_jax.eval.ruler import read_samples
-    from kivi_jax.generation.loading import open_model
 
     samples = read_samples(data, limit=limit, max_new_tokens=max_new_tokens)
-    settings: dict[str, Any] = dict(
-        eval="ruler", model=model, data=data, max_new_tokens=max_new_tokens, dtype=_name(dtype)
-    )
-    _generate(open_model(model, dtype), samples, cache, out, settings, batch=batch)
+    run = Run("ruler", model, data, out, dtype)
+    run.generate(samples, cache, batch=batch, max_new_tokens=max_new_tokens)
 
 
 @evaluate.command()
@@ -282,7 +259,6 @@ def gsm8k(
     """
     from kivi_jax.eval.gsm8k import build_samples
     from kivi_jax.eval.samples import read_rows
-    from kivi_jax.generation.loading import open_model
 
     path = Path(data)
     shown, asked = (
@@ -290,11 +266,8 @@ def gsm8k(
         for split in ("train", "test")
     )
     samples = build_samples(asked[:limit], examples=shown[:examples], max_new_tokens=max_new_tokens)
-    settings: dict[str, Any] = dict(
-        eval="gsm8k", model=model, data=data, examples=examples, max_new_tokens=max_new_tokens
-    )
-    settings |= dict(dtype=_name(dtype))
-    _generate(open_model(model, dtype), samples, cache, out, settings, batch=batch)
+    run = Run("gsm8k", model, data, out, dtype)
+    run.generate(samples, cache, batch=batch, examples=examples, max_new_tokens=max_new_tokens)
 
 
 @evaluate.command()
@@ -320,31 +293,28 @@ def study(
     from kivi_jax.eval.jobs import finish
     from kivi_jax.eval.perplexity import read_windows
     from kivi_jax.eval.study import Study, all_settings
-    from kivi_jax.generation.loading import open_model
 
-    llama, tokenizer = open_model(model, dtype)
+    run = Run("study", model, data, out, dtype)
+    llama, tokenizer = run.loaded
     wanted = all_settings(
         llama.config,
         bits=bits or [2, 4],
         group_sizes=group_size or [32],
         residual_lengths=residual_length or [32, 128],
     )
-    texts = read_windows(tokenizer, _read_text(data), length)[:windows]
+    texts = read_windows(tokenizer, read_text(data), length)[:windows]
     rows = [(context + tokens)[:length] for _, context, tokens in texts]
     measured = Study(llama, jnp.asarray(rows, jnp.int32))
-    settings = dict(
-        eval="study", model=model, data=data, length=length, windows=len(rows), dtype=_name(dtype)
-    )
-    with _progress() as progress:
+    with progress_bar() as progress:
         finish(
-            out / "study" / "study.jsonl",
-            settings,
+            run.folder / "study.jsonl",
+            run.settings(length=length, windows=len(rows)),
             [[setting] for setting in wanted],
             lambda batch: [measured.measure(setting) for setting in batch],
             identify=lambda setting: setting.name,
             progress=progress,
         )
-    _report([out / "study"])
+    print_report([run.folder])
 
 
 @evaluate.command()
@@ -379,7 +349,7 @@ def kept(
     caches = {name: parse_cache(name) for name in names}
     for strategy in caches.values():  # a mistake in the last one should not cost the time of the first
         strategy.check(llama.config)
-    with _progress() as progress:
+    with progress_bar() as progress:
         bar = progress.add_task("decoding", total=len(caches) * len(answer))
         weights, held = study(llama, prompt, answer, caches, lambda: progress.advance(bar))
     Console().print(table({name: kept_weight(weights, seen) for name, seen in held.items()}))
@@ -400,81 +370,4 @@ def report(
 
     Example:  kivi-jax eval report results
     """
-    _report(folders)
-
-
-def _generate(
-    loaded: "tuple[Llama, Any]",
-    samples: "Sequence[Sample]",
-    caches: Sequence[str] | None,
-    out: Path,
-    settings: dict[str, Any],
-    *,
-    batch: int,
-) -> None:
-    """Predict all samples under all caches, and report. `settings` are what predictions depend on."""
-    from kivi_jax.eval.generating import predict
-
-    llama, tokenizer = loaded
-
-    def compute(cache: str, path: Path, settings: dict[str, Any], progress: Progress) -> None:
-        predict(
-            llama,
-            tokenizer,
-            samples,
-            cache=parse_cache(cache),
-            path=path,
-            settings=settings,
-            batch_size=batch,
-            max_length=settings.get("max_length"),
-            chat=settings.get("chat", False),
-            progress=progress,
-        )
-
-    _compare(compute, llama, caches, out, settings)
-
-
-def _compare(
-    compute: Callable[[str, Path, dict[str, Any], Progress], None],
-    llama: "Llama",
-    caches: Sequence[str] | None,
-    out: Path,
-    settings: dict[str, Any],
-) -> None:
-    """Compute one file of records per cache, and report on them."""
-    names = list(dict.fromkeys(caches or DEFAULT_CACHES))
-    for cache in names:  # a mistake in the last one should not cost the time of the first
-        parse_cache(cache).check(llama.config)
-    with _progress() as progress:
-        for cache in names:
-            path = out / settings["eval"] / f"{cache.replace(':', ',')}.jsonl"
-            compute(cache, path, settings | {"cache": cache}, progress)
-    _report([out / settings["eval"]])
-
-
-def _progress() -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=Console(stderr=True), transient=True)
-
-
-def _report(folders: Sequence[Path]) -> None:
-    from kivi_jax.eval.report import plot, read_comparisons, tables
-
-    console = Console()
-    for comparison in read_comparisons(folders):
-        for table in tables(comparison):
-            console.print(table)
-        if picture := plot(comparison):
-            console.print(f"plot: {picture}", soft_wrap=True, highlight=False)
-    console.print(machine(), style="dim", highlight=False)
-
-
-def _name(dtype: Dtype | None) -> str | None:
-    return None if dtype is None else dtype.value
-
-
-def _read_text(path: str) -> str:
-    try:
-        return Path(path).read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} cannot be read as text: {error}") from None
+    print_report(folders)
