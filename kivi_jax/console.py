@@ -1,27 +1,121 @@
-"""What every command shares: how errors end, and how bytes and tables look."""
+"""What every command shares: how it starts and ends, and how bytes and tables look."""
 
+import io
+import logging
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
 from typing import Any
 
+import jax
+import platformdirs
 from rich.console import Console
 from rich.markup import escape
 from rich.status import Status
+from rich.table import Table
+
+INTERRUPTED = 128 + signal.SIGINT  # the exit code that typer gives a KeyboardInterrupt, too
+COMPILED = "KIVI_JAX_COMPILATION_CACHE"  # the directory of compiled programs, or off
+READABLE = 70  # columns of a terminal in which all tables can be read
+
+
+def main(app: Callable[[], Any]) -> None:
+    """`run` as this process: signals unwind it, programs once compiled are kept, and text always prints.
+
+    After an interruption nothing of the interpreter is torn down: XLA's threads may still compute, and crash.
+    """
+    stopped: list[int] = []
+
+    def stop(number: int, frame: object) -> None:
+        del frame
+        stopped.append(number)
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # an ASCII terminal shows ? for what it has no sign for
+    logging.getLogger("transformers").addFilter(_is_no_advice)
+    keep_compiled()
+    try:
+        run(app)
+    except (KeyboardInterrupt, SystemExit) as end:
+        if not stopped or getattr(end, "code", INTERRUPTED) != INTERRUPTED:
+            raise
+    if stopped:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(128 + stopped[0])
+
+
+def keep_compiled() -> None:
+    """Let JAX keep compiled programs on disk, where the user has not said what it should do."""
+    chosen = os.environ.get(COMPILED, "")
+    if chosen.lower() in ("off", "0") or jax.config.values["jax_compilation_cache_dir"] is not None:
+        return
+    directory = chosen or str(platformdirs.user_cache_path("kivi-jax", appauthor=False) / "compiled")
+    jax.config.update("jax_compilation_cache_dir", directory)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    jax.config.update("jax_compilation_cache_max_size", 2**30)  # the least recently used go first
+
+
+def _is_no_advice(record: logging.LogRecord) -> bool:
+    """Whether a message of transformers is not its advice to install PyTorch, which nothing here needs."""
+    return "PyTorch was not found" not in record.getMessage()
 
 
 def run(app: Callable[[], Any]) -> None:
     """Run a command line; a user's mistake becomes one line on stderr and exit code 2."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # nothing half-written stays
     try:
         app()
-    except (ValueError, NotImplementedError, OSError) as error:
-        if os.environ.get("KIVI_JAX_TRACEBACK"):  # for reporting a bug
+    except (ValueError, NotImplementedError, OSError, MemoryError, jax.errors.JaxRuntimeError) as error:
+        memory = out_of_memory(error)
+        unexpected = memory is None and isinstance(error, jax.errors.JaxRuntimeError)
+        if unexpected or os.environ.get("KIVI_JAX_TRACEBACK"):  # for reporting a bug
             raise
-        message = escape(" ".join(str(error).split()))  # a path may look like rich's markup: model[/a]
+        # A path may look like rich's markup: model[/a]
+        message = escape(memory or " ".join(str(error).split()))
         Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {message}", highlight=False)
         sys.exit(2)
+
+
+def out_of_memory(error: BaseException) -> str | None:
+    """What to do where memory has run out, in one line; None if `error` is about something else."""
+    text = str(error)
+    if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in text:
+        return None
+    found = re.search(r"(\d+) bytes|([\d.]+ ?[KMGT]iB)", text)
+    wanted = "" if found is None else f": {format_bytes(int(found[1])) if found[1] else found[2]} more wanted"
+    device = jax.devices()[0]
+    limit = (device.memory_stats() or {}).get("bytes_limit") if device.platform != "cpu" else None
+    if limit is None and hasattr(os, "sysconf"):
+        limit = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    there = "" if limit is None else f", {format_bytes(limit)} on this {device.platform.upper()} in all"
+    return (
+        f"out of memory{wanted}{there}: take fewer tokens, fewer rows, or fewer bits (--cache kivi2); "
+        "kivi-jax inspect plans what fits"
+    )
+
+
+def print_table(console: Console, table: Table) -> None:
+    """Print a table; in a narrow terminal without its last columns, rather than with broken numbers."""
+    left_out: list[str] = []
+    if console.width < READABLE:
+        for column in table.columns[1:]:
+            column.no_wrap = True
+        while len(table.columns) > 2 and _least_width(console, table) > console.width:
+            header = " ".join(str(table.columns.pop().header).split())
+            left_out.insert(0, header)
+    console.print(table)
+    if left_out:
+        console.print(f"a wider terminal also shows: {', '.join(left_out)}", style="dim", markup=False)
+
+
+def _least_width(console: Console, table: Table) -> int:
+    return table.__rich_measure__(console, console.options.update(width=10_000)).minimum
 
 
 def status(doing: str) -> Status:

@@ -29,4 +29,4 @@ TopKOption = Annotated[int, typer.Option(help="Keep the k most likely tokens; 0 
 TopPOption = Annotated[float, typer.Option(help="Keep the most likely tokens up to this probability.")]
 MinPOption = Annotated[float, typer.Option(help="Keep tokens this likely relative to the best.")]
 PenaltyOption = Annotated[float, typer.Option(help="Above 1 makes seen tokens less likely.")]
-SeedOption = Annotated[int, typer.Option(help="Of random sampling.")]
+SeedOption = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of random sampling.")]

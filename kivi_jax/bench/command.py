@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from kivi_jax.cache.names import parse_cache
-from kivi_jax.console import format_bytes, parse_bytes
+from kivi_jax.console import format_bytes, parse_bytes, print_table
 from kivi_jax.plan.shapes import SHAPES
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def decode(
             format_bytes(result.cache_bytes),
             *([f"{result.device_ms:.2f}"] if result.device_ms is not None else []),
         )
-    Console().print(table)
+    print_table(Console(), table)
 
 
 @bench.command()
@@ -120,7 +120,7 @@ def generation(
             f"{last / result.median_around(new_tokens):.2f}x",
             format_bytes(result.cache_bytes),
         )
-    Console().print(table)
+    print_table(Console(), table)
 
 
 @bench.command()
@@ -133,7 +133,7 @@ def attention(
     """
     from kivi_jax.bench.attention import run, table
 
-    Console().print(table(run(repeats=repeats)))
+    print_table(Console(), table(run(repeats=repeats)))
 
 
 @bench.command()
@@ -166,7 +166,7 @@ def prefix(
             f"{result.save_s:.2f}",
             format_bytes(result.disk_bytes),
         )
-    Console().print(table)
+    print_table(Console(), table)
 
 
 @bench.command()
@@ -212,7 +212,7 @@ def throughput(
             format_bytes(record["cache_bytes"]),
             format_bytes(record["peak_bytes"]) if record["peak_bytes"] else "",
         )
-    Console().print(table)
+    print_table(Console(), table)
 
 
 @bench.command()
@@ -238,8 +238,8 @@ def kernels(
         from kivi_jax.bench import aot as compiler
 
         wide = Console(width=120)
-        wide.print(compiler.table(stage("aot", compiler.run(chosen((*COMPILED, *GPU))))))
-        wide.print(compiler.packing_table(stage("aot-packing", compiler.packing())))
+        print_table(wide, compiler.table(stage("aot", compiler.run(chosen((*COMPILED, *GPU))))))
+        print_table(wide, compiler.packing_table(stage("aot-packing", compiler.packing())))
         return
     import jax
 
@@ -250,10 +250,10 @@ def kernels(
     console = Console(width=110)
     console.print(*stage("environment", gpu.environment()))
     if sweep:
-        console.print(gpu.best_tunings(stage("sweep", gpu.sweep(chosen(GPU)))))
+        print_table(console, gpu.best_tunings(stage("sweep", gpu.sweep(chosen(GPU)))))
         return
-    console.print(gpu.error_table(stage("correctness", gpu.correctness())))
-    console.print(gpu.table(stage("speed", gpu.speed(chosen(GPU)))))
+    print_table(console, gpu.error_table(stage("correctness", gpu.correctness())))
+    print_table(console, gpu.table(stage("speed", gpu.speed(chosen(GPU)))))
 
 
 @bench.command()
@@ -276,9 +276,9 @@ def compiled(
     strategies = {name: parse_cache(name) for name in cache or ["full", "kivi2", "scope", "kivi2+scope"]}
     console = Console(width=110)
     packed = list(_written(programs.packing(device), out and out / "packing.json"))
-    console.print(programs.packing_table(packed))
+    print_table(console, programs.packing_table(packed))
     found = programs.steps(device, config, strategies, context=context)
-    console.print(programs.steps_table(list(_written(found, out and out / "steps.json"))))
+    print_table(console, programs.steps_table(list(_written(found, out and out / "steps.json"))))
     console.print(f"{shape}, {layers} layers, {context:,} tokens; {device.device_kind}; {machine()}")
 
 
@@ -307,14 +307,14 @@ def gpu(
         if name == "environment":
             console.print(*records)
         if name.startswith("correctness") and records:
-            console.print(kernels.error_table(records))
+            print_table(console, kernels.error_table(records))
         if name == "speed" and records:
-            console.print(kernels.table(records))
+            print_table(console, kernels.table(records))
         if name == "packing" and records:
-            console.print(packing.table(records))
+            print_table(console, packing.table(records))
     measured = [record for name in ("speed", *stages.STEPS) for record in stages.read(out / f"{name}.json")]
     if compared := predictions.compare(stages.read(out / "predictions.json"), measured):
-        console.print(predictions.table(compared))
+        print_table(console, predictions.table(compared))
 
 
 def _written(records: Iterable[dict[str, Any]], path: Path | None) -> Iterator[dict[str, Any]]:

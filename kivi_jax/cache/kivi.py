@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from kivi_jax.cache.segments import Step, Tokens, first_visible, round_up, set_slot
-from kivi_jax.cache.stores import ScaleDtype, check_scale_dtype
+from kivi_jax.cache.stores import DEFAULT_GROUP, ScaleDtype, check_scale_dtype
 from kivi_jax.checks import whole
 from pallas_kernels.dispatch import by_kernel_or_xla
 from pallas_kernels.partials import AttentionPartial
@@ -39,7 +39,7 @@ class KiviQuantization:
     key_bits: int
     value_bits: int
     key_group_size: int
-    value_group_size: int
+    value_group_size: int | None  # None: `DEFAULT_GROUP`, or what of it divides the model's heads: see `fit`
     residual_length: int
     scale_dtype: ScaleDtype
 
@@ -49,13 +49,14 @@ class KiviQuantization:
         Raises:
             ValueError: a field is out of its range, or the key group does not divide the residual.
         """
-        for name in ("key_bits", "value_bits", "key_group_size", "value_group_size", "residual_length"):
+        counts = ["key_bits", "value_bits", "key_group_size", "residual_length"]
+        for name in counts if self.value_group_size is None else [*counts, "value_group_size"]:
             whole(name, getattr(self, name))
         for name in ("key_bits", "value_bits"):
             if getattr(self, name) not in (1, 2, 4, 8):
                 raise ValueError(f"{name}={getattr(self, name)} must be 1, 2, 4 or 8")
         for name in ("key_group_size", "value_group_size", "residual_length"):
-            if getattr(self, name) <= 0:
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be positive")
         if self.residual_length % self.key_group_size:
             raise ValueError(
@@ -63,6 +64,12 @@ class KiviQuantization:
                 f"key_group_size={self.key_group_size}: keys leave the residual in whole groups"
             )
         check_scale_dtype(self.scale_dtype)
+
+    def fit(self, head_dim: int) -> "KiviQuantization":
+        """The same with a size for groups of values, if none was given: a power of two, for the kernels."""
+        if self.value_group_size is not None:
+            return self
+        return dataclasses.replace(self, value_group_size=math.gcd(DEFAULT_GROUP, head_dim))
 
     def pack_keys(self, keys: Float[Array, "B K S H"]) -> QuantizedTensor:
         """Keys in groups of tokens of one channel."""
@@ -76,6 +83,7 @@ class KiviQuantization:
 
     def pack_values(self, values: Float[Array, "B K S H"]) -> QuantizedTensor:
         """Values in groups of channels of one token."""
+        assert self.value_group_size is not None  # `fit`
         return quantize(
             values,
             bits=self.value_bits,
@@ -124,6 +132,8 @@ class KiviTokens:
         Raises:
             ValueError: see `check_groups`.
         """
+        quantization = quantization.fit(key.shape[3])
+        assert quantization.value_group_size is not None
         residual_length = quantization.residual_length
         unit = math.lcm(residual_length, PAGE)
         slots = cls._slots(capacity, window, residual_length)

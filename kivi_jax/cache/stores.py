@@ -8,6 +8,8 @@ and a channel of outliers, which would spoil its group, is spread over all chann
 Source: the transform is QuaRot's (arXiv 2404.00456); the use for slots that are reused is ours.
 """
 
+import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Literal, Protocol, get_args, runtime_checkable
 
@@ -20,6 +22,7 @@ from pallas_kernels.pytree import pytree, static
 from pallas_kernels.quantize.packing import PAGE
 from pallas_kernels.quantize.quantization import QuantizedTensor, dequantize, quantize, set_token
 
+DEFAULT_GROUP = 32  # of values, and of keys
 ScaleDtype = Literal["float16", "bfloat16", "float32"]
 
 
@@ -38,7 +41,7 @@ class PoolQuantization:
     """How the pool of a decoding phase is packed; groups run over channels, for keys, too."""
 
     bits: int = 4
-    group_size: int = 32
+    group_size: int | None = None  # 32, or what of it divides the model's heads: see `fit`
     scale_dtype: ScaleDtype = "float16"
 
     def __post_init__(self) -> None:
@@ -48,12 +51,17 @@ class PoolQuantization:
             ValueError: a field is out of its range.
         """
         whole("pool bits", self.bits)
-        whole("pool group_size", self.group_size)
         if self.bits not in (1, 2, 4, 8):
             raise ValueError(f"pool {self.bits=} must be 1, 2, 4 or 8")
-        if self.group_size < 1:
+        if self.group_size is not None and whole("pool group_size", self.group_size) < 1:
             raise ValueError(f"pool {self.group_size=} must be positive")
         check_scale_dtype(self.scale_dtype)
+
+    def fit(self, head_dim: int) -> "PoolQuantization":
+        """The same with a size for groups, if none was given."""
+        if self.group_size is not None:
+            return self
+        return dataclasses.replace(self, group_size=math.gcd(DEFAULT_GROUP, head_dim))
 
 
 @runtime_checkable
@@ -126,13 +134,15 @@ class PackedStore:
     ) -> "PackedStore":
         """A store of at least `slots` slots, the first M of which hold the given tokens."""
         batch, kv_heads, _, dim = keys.shape
+        group_size = packing.fit(dim).group_size
+        assert group_size is not None
         slots = -(-slots // PAGE) * PAGE
 
         def pack(tokens: Array) -> QuantizedTensor:
             return quantize(
                 _pad_slots(tokens, slots).reshape(batch * kv_heads, 1, slots, dim),
                 bits=packing.bits,
-                group_size=packing.group_size,
+                group_size=group_size,
                 group_axis="channel",
                 scale_dtype=packing.scale_dtype,
             )

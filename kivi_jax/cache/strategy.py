@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ from kivi_jax.cache.kivi import KiviQuantization, KiviTokens
 from kivi_jax.cache.pool import TokenPool
 from kivi_jax.cache.prompt_selectors import KeepAll, PromptSelector
 from kivi_jax.cache.segments import Segment, Step
-from kivi_jax.cache.stores import DenseStore, PackedStore, PoolQuantization, ScaleDtype
+from kivi_jax.cache.stores import DEFAULT_GROUP, DenseStore, PackedStore, PoolQuantization, ScaleDtype
 from kivi_jax.config import ModelConfig
 from pallas_kernels.pytree import pytree, static
 from pallas_kernels.quantize.packing import words_per_token
@@ -69,8 +70,17 @@ class CacheStrategy:
     def _unified(self) -> bool:
         return isinstance(self.decode, DecodeSelector) and self.decode.unified
 
+    def fit(self, config: ModelConfig) -> "CacheStrategy":
+        """This strategy with the group sizes that a model gives those left open: equal if both hold alike."""
+        packed, pool = self.quantization, self.pool
+        return replace(
+            self,
+            quantization=None if packed is None else packed.fit(config.head_dim),
+            pool=None if pool is None else pool.fit(config.head_dim),
+        )
+
     def check(self, config: ModelConfig) -> None:
-        """Refuse a model that this strategy does not fit, before anything is computed.
+        """Refuse a model that this strategy does not fit, before anything is computed; say where groups shrink.
 
         Raises:
             ValueError: a group does not divide the model's head_dim, or codes do not fill bytes.
@@ -79,15 +89,17 @@ class CacheStrategy:
         if selects and all(config.window_of(layer) for layer in range(config.num_layers)):
             _say_that_nothing_is_selected(config.sliding_window)
         head_dim = config.head_dim
+        if self.fit(config) != self and (size := math.gcd(DEFAULT_GROUP, head_dim)) < DEFAULT_GROUP:
+            _say_shrunk(size, head_dim)
         if (pool := self.pool) is not None:
-            if head_dim % pool.group_size:
+            if pool.group_size is not None and head_dim % pool.group_size:
                 raise ValueError(
                     f"the pool's group_size={pool.group_size} must divide the model's {head_dim=}"
                 )
             words_per_token(head_dim, pool.bits)
         if (kivi := self.quantization) is None:
             return
-        if head_dim % kivi.value_group_size:
+        if kivi.value_group_size is not None and head_dim % kivi.value_group_size:
             raise ValueError(
                 f"value_group_size={kivi.value_group_size} must divide the model's {head_dim=}: "
                 f"pass value_group_size={head_dim} or a divisor of it"
@@ -186,7 +198,7 @@ def scope(
 
 def kivi(
     bits: int = 2,
-    group_size: int = 32,
+    group_size: int | None = None,
     residual_length: int = 128,
     *,
     key_bits: int | None = None,
@@ -202,8 +214,9 @@ def kivi(
 
     Args:
         bits: bits per code, 1, 2, 4 or 8; `key_bits` and `value_bits` override it for one side.
-        group_size: tokens per group of a key channel and channels per group of a value token;
-            `key_group_size` and `value_group_size` override it for one side.
+        group_size: tokens per group of a key channel and channels per group of a value token, by default 32;
+            `key_group_size` and `value_group_size` override it for one side. Groups of values that nobody
+            named shrink to a power of two that divides the model's heads.
         residual_length: R, the newest tokens kept in full precision; a multiple of the key group.
         scale_dtype: how scales and zeros are stored.
         prompt: which tokens of the prompt are packed; by default all. Selected in full precision.
@@ -219,13 +232,23 @@ def kivi(
     quantization = KiviQuantization(
         key_bits=bits if key_bits is None else key_bits,
         value_bits=bits if value_bits is None else value_bits,
-        key_group_size=group_size if key_group_size is None else key_group_size,
+        key_group_size=next(size for size in (key_group_size, group_size, DEFAULT_GROUP) if size is not None),
         value_group_size=group_size if value_group_size is None else value_group_size,
         residual_length=residual_length,
         scale_dtype=scale_dtype,
     )
     return CacheStrategy(
         quantization=quantization, prompt=prompt or KeepAll(), decode=decode or KeepAll(), pool=pool
+    )
+
+
+@functools.cache
+def _say_shrunk(size: int, head_dim: int) -> None:
+    _log.warning(
+        "heads of %s channels do not divide into groups of 32: groups of values have %s, "
+        "whose scales weigh more",
+        head_dim,
+        size,
     )
 
 

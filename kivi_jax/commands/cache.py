@@ -6,10 +6,11 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from kivi_jax import options
-from kivi_jax.console import compare_bytes, format_bytes
+from kivi_jax.console import compare_bytes, format_bytes, print_table
 
 cache_files = typer.Typer(
     help="""Read a document once, and ask about it often.
@@ -84,14 +85,14 @@ def _print_info(path: FilePath, console: Console) -> None:
     whole = plan_cache(
         saved.config, full(), batch=len(saved.tokens), context=max(saved.tokens), dtype=saved.dtype
     )["total"]
-    table = Table("", str(path), title="prefix", show_header=False)
+    table = Table("", escape(str(path)), title="prefix", show_header=False)
     table.add_row("cache", saved.cache)
     table.add_row("tokens", ", ".join(f"{count:,}" for count in saved.tokens))
     table.add_row("in memory", compare_bytes(saved.bytes["total"], whole))
     table.add_row("of that", _parts(saved.bytes))
     table.add_row("on disk", format_bytes(disk))
     table.add_row("model", f"{saved.model}, {saved.config.num_layers} layers, {saved.dtype}")
-    console.print(table)
+    print_table(console, table)
 
 
 def _parts(held: dict[str, int]) -> str:

@@ -23,7 +23,9 @@ def chat(
     cache: options.CacheOption = "kivi2",
     context: Annotated[
         int | None,
-        typer.Option(help="Tokens of the whole conversation; by default the model's, at most 8192."),
+        typer.Option(
+            max=2**31 - 1, help="Tokens of the whole conversation; by default the model's, at most 8192."
+        ),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="The most tokens of a reply.")] = 512,
     temperature: options.TemperatureOption = 0.0,

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from kivi_jax.console import format_bytes, parse_bytes
+from kivi_jax.console import format_bytes, parse_bytes, print_table
 from kivi_jax.options import Dtype
 from kivi_jax.plan.shapes import SHAPES
 
@@ -23,7 +23,9 @@ def inspect(
         str,
         typer.Argument(help=f"A checkpoint's directory, a hub name, demo, or one of {', '.join(SHAPES)}."),
     ],
-    context: Annotated[int, typer.Option(help="Tokens a row holds, prompt and output together.")] = 32768,
+    context: Annotated[
+        int, typer.Option(max=2**31 - 1, help="Tokens a row holds, prompt and output together.")
+    ] = 32768,
     prompt: Annotated[
         int | None, typer.Option(help="Of those, the prompt's: all the others are generated. By default all.")
     ] = None,
@@ -54,6 +56,10 @@ def inspect(
     from kivi_jax.cache.names import parse_cache
     from kivi_jax.plan.memory import largest_batch, parameter_count, plan_cache
 
+    if plot is not None:
+        from kivi_jax.figures import check_place
+
+        check_place(plot)
     config = SHAPES.get(model) or read_any_config(model)
     strategies = {name: parse_cache(name) for name in cache or ["full", "kivi4", "kivi2", "kivi2+scope"]}
     limit = parse_bytes(memory or "24GiB")
@@ -89,7 +95,7 @@ def inspect(
             format_bytes(parts["pool"]),
             f"{rows:,}",
         )
-    console.print(table)
+    print_table(console, table)
     if plot is not None:
         _plot_plan(
             plot,

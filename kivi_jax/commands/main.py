@@ -6,12 +6,12 @@ import typer
 
 import kivi_jax
 from convert.command import convert
+from kivi_jax import console
 from kivi_jax.bench.command import bench
 from kivi_jax.commands.cache import cache_files
 from kivi_jax.commands.chat import chat
 from kivi_jax.commands.generate import generate
 from kivi_jax.commands.inspect import inspect
-from kivi_jax.console import run
 from kivi_jax.demo.command import demo, evaluation
 from kivi_jax.eval.command import evaluate
 
@@ -68,7 +68,7 @@ for name, group in {"cache": cache_files, "eval": evaluate, "bench": bench}.item
 
 def main() -> None:
     """The entry point of `kivi-jax`."""
-    run(app)
+    console.main(app)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from rich.table import Table
 from kivi_jax.bench.command import machine
 from kivi_jax.cache.segments import Segment
 from kivi_jax.cache.strategy import CacheStrategy, Prompt, full
-from kivi_jax.console import run
+from kivi_jax.console import print_table, run
 from kivi_jax.demo import tasks
 from kivi_jax.demo.evaluate import compare
 from kivi_jax.generation.loading import load_with_tokenizer
@@ -88,7 +88,7 @@ def main(
     for key, value in track(list(itertools.product(AXES, AXES)), console=Console(stderr=True)):
         rounded = functools.partial(Rounded, key_axis=AXES[key], value_axis=AXES[value], bits=bits)
         table.add_row(key, value, *(right(rounded(residual_length=residual)) for residual in RESIDUALS))
-    Console().print(table)
+    print_table(Console(), table)
 
 
 if __name__ == "__main__":

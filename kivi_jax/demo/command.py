@@ -13,7 +13,7 @@ from rich.table import Table
 
 from kivi_jax.bench.command import machine
 from kivi_jax.cache.names import parse_cache
-from kivi_jax.console import format_bytes
+from kivi_jax.console import format_bytes, print_table
 from kivi_jax.demo import tasks
 
 if TYPE_CHECKING:
@@ -114,9 +114,11 @@ def demo(
     Example:  kivi-jax demo
     """
     from kivi_jax.demo.plot import save_plot
+    from kivi_jax.figures import check_place
     from kivi_jax.generation.loading import load_with_tokenizer
 
     console = Console()
+    check_place(plot)
     suite = {
         "passkey, 1,024 tokens": [tasks.passkey(seed, 1024) for seed in range(problems)],
         "30 questions": [tasks.questions(seed, 30) for seed in range(problems)],
@@ -127,9 +129,9 @@ def demo(
         title: _measure(title, llama, tokenizer, made, caches, batch=8) for title, made in suite.items()
     }
     for title, outcomes in measured.items():
-        console.print(_table(title, suite[title], tokenizer, outcomes))
+        print_table(console, _table(title, suite[title], tokenizer, outcomes))
     save_plot(plot, llama.config, caches, measured)
-    console.print(f"Memory against length, and accuracy against memory: {plot}", style="dim")
+    console.print(f"Memory against length, and accuracy against memory: {plot}", style="dim", markup=False)
 
 
 def _evaluate(
@@ -150,7 +152,7 @@ def _evaluate(
     results: dict[str, list[dict[str, object]]] = {}
     for title, made in suite.items():
         outcomes = _measure(title, llama, tokenizer, made, strategies, batch=batch)
-        Console().print(_table(title, made, tokenizer, outcomes))
+        print_table(Console(), _table(title, made, tokenizer, outcomes))
         results[title] = [dataclasses.asdict(outcome) for outcome in outcomes]
     if out is not None:
         record = {

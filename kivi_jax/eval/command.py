@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from kivi_jax.cache.names import parse_cache
+from kivi_jax.console import print_table
 from kivi_jax.eval.run import Run, print_report, progress_bar, read_text
 from kivi_jax.options import DtypeOption
 
@@ -352,7 +353,7 @@ def kept(
     with progress_bar() as progress:
         bar = progress.add_task("decoding", total=len(caches) * len(answer))
         weights, held = study(llama, prompt, answer, caches, lambda: progress.advance(bar))
-    Console().print(table({name: kept_weight(weights, seen) for name, seen in held.items()}))
+    print_table(Console(), table({name: kept_weight(weights, seen) for name, seen in held.items()}))
     last = llama.config.num_layers - 1
     heads = [(0, 0), (last // 2, 0), (last, 0)]
     short = {name.split(":recent")[0]: seen for name, seen in held.items()}

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.markup import escape
 from rich.table import Table
 
 from kivi_jax.eval import gsm8k, longbench, longgenbench, needle, perplexity, ruler, study
@@ -87,7 +88,8 @@ def _perplexity_table(comparison: Comparison) -> Table:
     records = comparison.by_cache
     baseline = next(iter(records))
     tokens = sum(len(record["nll"]) for record in records[baseline])
-    table = Table(title=f"{comparison.title}, {tokens:,} tokens", caption="[...]: 95 % bootstrap interval")
+    title = escape(f"{comparison.title}, {tokens:,} tokens")  # a path may look like rich's markup
+    table = Table(title=title, caption=r"\[...]: 95 % bootstrap interval")
     table.add_column("cache", overflow="fold")
     for column in ("perplexity", "interval", f"vs {baseline}", "interval"):
         table.add_column(column, justify="right")
@@ -106,13 +108,13 @@ def _score_table(comparison: Comparison, name: str, score: Score) -> Table:
     baseline = next(iter(records))
     tasks = sorted({row["task"] for rows in records.values() for row in rows}, key=_natural)
     table = Table(
-        title=comparison.title + (f", {name}" if name else ""),
+        title=escape(comparison.title) + (f", {name}" if name else ""),
         caption=f"percent of {len(records[baseline]):,} samples; 95 % bootstrap intervals; ~ differs from "
         f"{baseline} by no more than noise",
     )
     table.add_column("cache", overflow="fold")
     for task in tasks:
-        table.add_column(task, justify="right")
+        table.add_column(escape(task), justify="right")
     for column in ("average", "interval", f"vs {baseline}", "interval"):
         table.add_column(column, justify="right")
     for cache, rows in records.items():

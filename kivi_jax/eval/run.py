@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from kivi_jax.bench.command import machine
 from kivi_jax.cache.names import parse_cache
+from kivi_jax.console import print_table
 from kivi_jax.options import Dtype
 
 if TYPE_CHECKING:
@@ -105,9 +106,9 @@ def print_report(folders: Sequence[Path]) -> None:
     console = Console()
     for comparison in read_comparisons(folders):
         for table in tables(comparison):
-            console.print(table)
+            print_table(console, table)
         if picture := plot(comparison):
-            console.print(f"plot: {picture}", soft_wrap=True, highlight=False)
+            console.print(f"plot: {picture}", soft_wrap=True, highlight=False, markup=False)
     console.print(machine(), style="dim", highlight=False)
 
 

@@ -19,6 +19,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
+from rich.markup import escape
 from rich.table import Table
 
 from kivi_jax.config import ModelConfig
@@ -241,7 +242,7 @@ def _round_trip(
 
 def table(title: str, records: Sequence[Mapping[str, Any]]) -> Table:
     """A row per bits, group and residual; columns of both measures per direction, the best in bold."""
-    result = Table(title=title, caption=_finding(records))
+    result = Table(title=escape(title), caption=_finding(records))
     result.add_column("bits, group, residual")
     directions = list(dict.fromkeys((row["keys"], row["values"]) for row in records))
     for measure, (keys, values) in itertools.product(("error", "KL"), directions):

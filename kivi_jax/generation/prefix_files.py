@@ -106,7 +106,7 @@ def load_prefix(path: str | FilePath, model: Llama, *, cache: CacheStrategy | st
     path = FilePath(path)
     saved = read_manifest(path)
     strategy = parse_cache(saved.cache)
-    if cache is not None and (asked := strategy_of(cache)) != strategy:
+    if cache is not None and (asked := strategy_of(cache).fit(model.config)) != strategy.fit(model.config):
         raise ValueError(
             f"{path} holds a {saved.cache} cache, not {cache_name(asked)}: ask for that one, or save it anew"
         )

@@ -34,7 +34,6 @@ def plan_cache(
         raise ValueError(f"{batch=} must be positive, and the prompt's {width} tokens from 1 to {context=}")
     strategy = strategy_of(cache)
     strategy.check(config)
-
     hold = functools.partial(
         zero_cache, config, strategy, batch=batch, width=width, capacity=context, dtype=dtype
     )

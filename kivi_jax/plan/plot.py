@@ -6,7 +6,7 @@ from matplotlib.figure import Figure
 
 from kivi_jax.cache.strategy import CacheStrategy
 from kivi_jax.config import ModelConfig
-from kivi_jax.figures import new_figure
+from kivi_jax.figures import cache_colors, new_figure
 from kivi_jax.plan.memory import plan_cache
 
 POINTS = 8
@@ -62,8 +62,10 @@ def draw_memory(
     """Both axes logarithmic; `limit` is a line to stay below: its name, and bytes (0 or less: no room)."""
     figure = new_figure(7, 4.5)
     axes = figure.subplots()
+    colors = cache_colors(curves)
     for name, sizes in curves.items():
-        axes.plot(contexts, [size / GIB for size in sizes], marker="o", markersize=3, label=name)
+        gib = [size / GIB for size in sizes]
+        axes.plot(contexts, gib, marker="o", markersize=3, color=colors[name], label=name)
     if limit is not None:
         label, room = limit
         if room > 0:

@@ -124,7 +124,7 @@ def test_a_failure_leaves_the_destination_as_it_was(tmp_path, existed):
 SLOW = """
 import sys, time, pathlib
 from convert.files import replacing
-from kivi_jax.console import run
+from kivi_jax.console import main
 
 def command():
     with replacing(pathlib.Path(sys.argv[1]), overwrite=True) as partial:
@@ -132,7 +132,7 @@ def command():
         print("writing", flush=True)
         time.sleep(600)
 
-run(command)
+main(command)
 """
 
 

@@ -168,7 +168,7 @@ def test_every_command_says_what_it_does_with_examples_that_it_takes(path):
     ("arguments", "message"),
     [
         (("generate", "MODEL", "w1", "--cache", "kivi3"), "unknown cache 'kivi3'"),
-        (("generate", "MODEL", "w1", "--cache", "kivi2"), "value_group_size=32 must divide"),
+        (("generate", "MODEL", "w1", "--cache", "kivi2:group_size=32"), "value_group_size=32 must divide"),
         (("generate", "MODEL", "w1", "--temperature", "-1"), "temperature=-1.0 must be positive"),
         (("generate", "MODEL", "w1", "--max-new-tokens", "0"), "max_new_tokens=0 must be at least 1"),
         (("generate", "MODEL", "", "--cache", "full"), "prompt 0 has no tokens"),

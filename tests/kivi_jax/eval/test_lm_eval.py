@@ -208,7 +208,7 @@ def test_what_cannot_be_used_is_refused(checkpoint):
     with pytest.raises(ValueError, match="model_args of kivi-jax has no cahce: take pretrained, cache"):
         KiviJax(str(checkpoint), cahce="kivi2")
     with pytest.raises(ValueError, match="value_group_size=32 must divide"):
-        KiviJax(str(checkpoint), cache="kivi2")
+        KiviJax(str(checkpoint), cache="kivi2:group_size=32")
     lm = KiviJax(str(checkpoint), max_length=8)
     options = {"until": [], "max_gen_toks": 8}
     with pytest.raises(ValueError, match="leaves no room"):

@@ -307,6 +307,6 @@ def test_bad_arguments_are_refused():
     with pytest.raises(ValueError, match="capacity=4 must be at least the prompt's 8 tokens"):
         model.prefill(ids, jnp.asarray([8, 8]), cache=kj.full(), capacity=4)
     with pytest.raises(ValueError, match=r"value_group_size=32 must divide the model's head_dim=8: pass"):
-        model.prefill(ids, jnp.asarray([8, 8]), cache=kj.kivi(), capacity=8)
+        model.prefill(ids, jnp.asarray([8, 8]), cache=kj.kivi(group_size=32), capacity=8)
     with pytest.raises(ValueError, match="every length must be from 1 to 8"):
         kj.generate(model, ids, jnp.asarray([8, 0]), cache=kj.full(), max_new_tokens=1)

@@ -110,7 +110,7 @@ def test_plans_of_nothing_are_refused(numbers):
 
 def test_plans_check_the_strategy():
     with pytest.raises(ValueError, match="value_group_size=32 must divide"):
-        plan_cache(config(), kj.kivi(), batch=1, context=64, dtype="float32")
+        plan_cache(config(), kj.kivi(group_size=32), batch=1, context=64, dtype="float32")
 
 
 @pytest.mark.parametrize(

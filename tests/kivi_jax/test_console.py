@@ -1,0 +1,106 @@
+"""How commands end, and how their tables fit a terminal."""
+
+import io
+import logging
+import os
+import signal
+import subprocess
+import sys
+
+import jax
+import pytest
+from rich.console import Console
+from rich.table import Table
+
+from kivi_jax import console
+from kivi_jax.figures import CACHE_COLORS, cache_colors, check_place
+
+WAITING = """
+import sys, time
+from kivi_jax import console
+def app():
+    try:
+        print("computing", flush=True)
+        time.sleep(60)
+    finally:
+        print("cleaned", flush=True)
+console.main(app)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_unwinds_and_ends(number):
+    """What a `with` block owes is done; then the process is gone, without a traceback."""
+    environment = os.environ | {console.COMPILED: "off"}
+    with subprocess.Popen(
+        [sys.executable, "-c", WAITING], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
+    ) as process:
+        assert process.stdout.readline() == b"computing\n"
+        process.send_signal(number)
+        out, error = process.communicate()
+    assert (process.returncode, out, error) == (128 + number, b"cleaned\n", b"")
+
+
+def test_out_of_memory_is_one_line(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def app():
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 2199023255552 bytes.")
+
+    with pytest.raises(SystemExit) as caught:
+        console.run(app)
+    error = capsys.readouterr().err
+    assert caught.value.code == 2
+    assert error.startswith("error: out of memory: 2 TiB more wanted, ")
+    assert "on this CPU in all: take fewer tokens, fewer rows, or fewer bits" in error
+    assert error.count("\n") == 1
+
+
+def test_other_errors_of_the_runtime_are_not_hidden():
+    def app():
+        raise jax.errors.JaxRuntimeError("INTERNAL: a bug")
+
+    with pytest.raises(jax.errors.JaxRuntimeError, match="a bug"):
+        console.run(app)
+
+
+@pytest.mark.parametrize(("width", "columns"), [(120, 6), (70, 6), (60, 5), (20, 2)])
+def test_a_narrow_terminal_shows_fewer_columns(width, columns):
+    table = Table("cache", "bytes", "total", "smaller", "packed", "scales")
+    table.add_row("kivi2+scope", "1,234,567", "12.4 GiB", "5.00x", "11.4 GiB", "1.05 GiB")
+    out = io.StringIO()
+    console.print_table(Console(file=out, width=width), table)
+    assert len(table.columns) == columns
+    said = " ".join(out.getvalue().split())
+    assert ("a wider terminal also shows: " in said) == (columns < 6)
+
+
+def test_advice_to_install_torch_is_left_out():
+    def record(text):
+        return logging.LogRecord("transformers", logging.WARNING, "", 0, text, (), None)
+
+    assert not console._is_no_advice(record("PyTorch was not found. Models won't be available"))
+    assert console._is_no_advice(record("the tokenizer is slow"))
+
+
+@pytest.mark.parametrize("chosen", ["off", "0", "OFF"])
+def test_keeping_compiled_programs_can_be_switched_off(monkeypatch, chosen):
+    monkeypatch.setenv(console.COMPILED, chosen)
+    monkeypatch.setattr(jax.config, "update", pytest.fail)
+    console.keep_compiled()
+
+
+def test_a_cache_has_one_color_everywhere():
+    names = ["full", "kivi2", "kivi2:group_size=64", "scope:window=8", "scope:decode=h2o", "other"]
+    colors = cache_colors(names)
+    assert len(set(colors.values())) == len(names)
+    assert all(colors[name] == CACHE_COLORS[name] for name in ("full", "kivi2"))
+    assert colors["scope:window=8"] == CACHE_COLORS["scope"]
+
+
+def test_a_place_for_a_plot_is_checked_before(tmp_path):
+    check_place(tmp_path / "new" / "plot.png")
+    (tmp_path / "file").write_text("")
+    for bad in (tmp_path, tmp_path / "file" / "plot.png"):
+        with pytest.raises(ValueError, match="choose another file for the plot"):
+            check_place(bad)
