@@ -1,10 +1,9 @@
-"""Check that the two files of every notebook hold the same cells and lead to Colab, then execute them."""
+"""Check that the two files of every notebook hold the same cells, then execute them."""
 
 import asyncio
 import os
 import sys
 import time
-import tomllib
 from pathlib import Path
 
 import jupytext
@@ -13,24 +12,11 @@ from nbformat import NotebookNode
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = ROOT / "notebooks"
-COLAB = "https://colab.research.google.com/"
 
 
 def cells(notebook: NotebookNode) -> list[tuple[str, str]]:
     """What a reader sees of a notebook's input; outputs and metadata may differ between its two files."""
     return [(cell.cell_type, cell.source) for cell in notebook.cells]
-
-
-def badge(path: Path) -> str:
-    """The link to a notebook on Colab, in Markdown.
-
-    It leads to the file in the repository that pyproject.toml names (project.urls.Repository, on GitHub).
-    While there is none, it leads to Colab, which takes an upload.
-    """
-    urls = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"].get("urls", {})
-    _, github, repository = urls.get("Repository", "").rstrip("/").partition("https://github.com/")
-    link = f"{COLAB}github/{repository}/blob/main/notebooks/{path.name}" if github else COLAB
-    return f"[![Open in Colab]({COLAB}assets/colab-badge.svg)]({link})"
 
 
 async def execute(notebooks: dict[str, NotebookNode]) -> None:
@@ -53,7 +39,7 @@ def main() -> None:
     """Check and execute every notebook.
 
     Raises:
-        SystemExit: a file of a pair is missing, its cells differ from the other's, or its badge is wrong.
+        SystemExit: a file of a pair is missing, or its cells differ from the other's.
     """
     checked: dict[str, NotebookNode] = {}
     files = [*NOTEBOOKS.glob("*.py"), *NOTEBOOKS.glob("*.ipynb")]
@@ -64,8 +50,6 @@ def main() -> None:
         notebook = jupytext.read(text)
         if cells(notebook) != cells(jupytext.read(rendered)):
             sys.exit(f"{text.name} and {rendered.name} hold different cells: run `jupytext --sync`")
-        if badge(rendered) not in notebook.cells[0].source:
-            sys.exit(f"{text.name}: the first cell must show {badge(rendered)}")
         checked[text.name] = notebook
     asyncio.run(execute(checked))
 

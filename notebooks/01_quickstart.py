@@ -16,13 +16,11 @@
 # %% [markdown]
 # # Quickstart
 #
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/)
-#
 # A key/value cache in 2 or 4 bits (KIVI), bounded while decoding (SCOPE), or both, for Llama and Mistral in JAX. First
 # with the small trained model that comes with the package, then with a Hugging Face model of your own. Runs on a CPU,
 # a T4, an A100 or a TPU: what fits is computed below.
 #
-# On Colab: follow the badge, choose *File > Upload notebook*, and take this file. The first cell asks for the package: a
+# On Colab: choose *File > Upload notebook*, and take this file. The first cell asks for the package: a
 # wheel, which `pip wheel --no-deps .` makes in the repository; or set `SOURCE`. Elsewhere, install the package before
 # (`pip install '.[notebooks]'`); the cell then does nothing.
 

@@ -16,13 +16,11 @@
 # %% [markdown]
 # # KIVI explained
 #
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/)
-#
 # [KIVI](https://arxiv.org/abs/2402.02750) stores keys and values in 2 bits without any tuning. This notebook looks at the
 # keys and values of a small trained model, asks along which axis they should be grouped, and writes KIVI's cache from
 # scratch: the quantizer, the bits, and the bookkeeping of what is packed when. Each is checked against the library.
 #
-# On Colab: follow the badge, choose *File > Upload notebook*, and take this file. The first cell asks for the package: a
+# On Colab: choose *File > Upload notebook*, and take this file. The first cell asks for the package: a
 # wheel, which `pip wheel --no-deps .` makes in the repository; or set `SOURCE`. Elsewhere, install the package before
 # (`pip install '.[notebooks]'`); the cell then does nothing.
 

@@ -16,12 +16,10 @@
 # %% [markdown]
 # # SCOPE explained
 #
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/)
-#
 # [SCOPE](https://arxiv.org/abs/2412.13649) selects tokens of the prompt and tokens of the output separately. The task here
 # needs a long output of which each part needs its own part of the prompt: 30 numbered questions, all answered.
 #
-# On Colab: follow the badge, choose *File > Upload notebook*, and take this file. The first cell asks for the package: a
+# On Colab: choose *File > Upload notebook*, and take this file. The first cell asks for the package: a
 # wheel, which `pip wheel --no-deps .` makes in the repository; or set `SOURCE`. Elsewhere, install the package before
 # (`pip install '.[notebooks]'`); the cell then does nothing.
 

@@ -16,12 +16,10 @@
 # %% [markdown]
 # # Performance
 #
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/)
-#
 # What caches weigh, how fast a model decodes through them, and why: all measured here, on the device this runs on. On a
 # CPU the model is small, so that the notebook ends in minutes; on a GPU or a TPU it is the largest that fits.
 #
-# On Colab: follow the badge, choose *File > Upload notebook*, and take this file. The first cell asks for the package: a
+# On Colab: choose *File > Upload notebook*, and take this file. The first cell asks for the package: a
 # wheel, which `pip wheel --no-deps .` makes in the repository; or set `SOURCE`. Elsewhere, install the package before
 # (`pip install '.[notebooks]'`); the cell then does nothing.
 

@@ -16,12 +16,10 @@
 # %% [markdown]
 # # Convert and evaluate
 #
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/)
-#
 # From a Hugging Face directory to an orbax checkpoint, and from there to numbers: the lm-evaluation-harness on a task of
 # your own, and LongGenBench. Everything is made here, from the small model in the package; nothing is downloaded.
 #
-# On Colab: follow the badge, choose *File > Upload notebook*, and take this file. The first cell asks for the package: a
+# On Colab: choose *File > Upload notebook*, and take this file. The first cell asks for the package: a
 # wheel, which `pip wheel --no-deps .` makes in the repository; or set `SOURCE`. Elsewhere, install the package before
 # (`pip install '.[notebooks]'`); the cell then does nothing.
 

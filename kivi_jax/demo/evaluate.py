@@ -11,6 +11,7 @@ import numpy as np
 
 from kivi_jax.cache.strategy import CacheStrategy, cache_bytes
 from kivi_jax.demo.tasks import Problem
+from kivi_jax.eval.statistics import bootstrap
 from kivi_jax.generation.generate import generate
 from kivi_jax.generation.tokens import Tokenizer, pad_prompts
 from kivi_jax.model.llama import Llama
@@ -25,6 +26,7 @@ class Outcome:
     same: float  # items that are what the first cache gave
     row_bytes: int  # the cache of one prompt and its answer
     token_ms: float  # time per new token, prompts included and compilation left out
+    interval: tuple[float, float]  # 95 % bootstrap interval of `right` over problems
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,10 +59,12 @@ def compare(
             dataclasses.replace(problem, answer=text) for problem, text in zip(problems, first, strict=True)
         ]
         right, same = (
-            float(np.mean([problem.score(text) for problem, text in zip(asked, given.texts, strict=True)]))
+            bootstrap([problem.score(text) for problem, text in zip(asked, given.texts, strict=True)])
             for asked in (problems, references)
         )
-        yield Outcome(name, right, same, given.row_bytes, given.token_ms)
+        yield Outcome(
+            name, right.mean, same.mean, given.row_bytes, given.token_ms, interval=(right.low, right.high)
+        )
 
 
 def answer(

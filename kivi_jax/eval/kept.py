@@ -6,6 +6,7 @@ gives to every token before it; the cache, decoding the same tokens, says which 
 Source: SCOPE (arXiv 2412.13649) figures 2 to 4: heavy hitters, and how they change while decoding.
 """
 
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -13,14 +14,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
+from matplotlib.patches import Patch
 from rich.table import Table
 
 from kivi_jax.cache.pool import TokenPool
 from kivi_jax.cache.prompt_selectors import KeepAll
 from kivi_jax.cache.strategy import CacheStrategy, KVCache
 from kivi_jax.eval.study import forward
-from kivi_jax.figures import new_figure
+from kivi_jax.figures import COLORS, new_figure
 from kivi_jax.model.llama import Llama
+
+GREY = (0.75, 0.75, 0.75)
 
 
 @jax.jit
@@ -137,20 +141,23 @@ def draw_maps(
     What a cache no longer holds is grey.
     """
     figure = new_figure(3.4 * len(heads), 2.6 * len(held))
+    figure.suptitle("What full attention looks at while decoding, and what caches still hold", fontsize=11)
     axes = figure.subplots(len(held), len(heads), squeeze=False)
     for row, (name, seen) in zip(axes, held.items(), strict=True):
         for axis, (layer, head) in zip(row, heads, strict=True):
             steps = seen.shape[2]
             here = np.asarray(weights)[layer, head, -steps:]
-            axis.imshow(np.log10(here + 1e-4), aspect="auto", cmap="magma", vmin=-4, vmax=0)
+            image = axis.imshow(np.log10(here + 1e-4), aspect="auto", cmap="magma", vmin=-4, vmax=0)
             future = np.arange(here.shape[1])[None] > np.arange(-steps, 0)[:, None] + here.shape[1]
             grey = np.zeros((*here.shape, 4))
-            grey[~seen[layer, head] & ~future] = (0.75, 0.75, 0.75, 1)
+            grey[~seen[layer, head] & ~future] = (*GREY, 1)
             axis.imshow(grey, aspect="auto")
             axis.axvline(here.shape[1] - steps - 0.5, color="white", linewidth=0.8)
-            axis.set_title(f"{name}: layer {layer}, head {head}", fontsize=8)
+            axis.set_title("\n".join([*textwrap.wrap(name, 36), f"layer {layer}, head {head}"]), fontsize=8)
     axes[-1][0].set_xlabel("token (line: end of the prompt)")
     axes[-1][0].set_ylabel("decoding step")
+    figure.colorbar(image, ax=axes.ravel().tolist(), shrink=0.4, label="attention weight, log10")
+    figure.legend(handles=[Patch(color=GREY, label="no longer held")], loc="outside lower right", fontsize=8)
     return figure
 
 
@@ -158,9 +165,10 @@ def draw_drift(drifts: Mapping[int, Float[np.ndarray, "steps"]]) -> Any:
     """The overlap of `drift` against the decoding step, a line for each count of tokens."""
     figure = new_figure(5, 3)
     axis = figure.subplots()
-    for count, overlap in drifts.items():
-        axis.plot(np.arange(1, len(overlap) + 1), 100 * overlap, label=f"the {count} heaviest")
+    for color, (count, overlap) in zip(COLORS, drifts.items(), strict=False):
+        axis.plot(np.arange(1, len(overlap) + 1), 100 * overlap, color=color, label=f"the {count} heaviest")
     axis.set(xlabel="decoding step", ylabel="still the heaviest, %", ylim=(0, 100))
+    axis.set_title("Heavy tokens of the prompt that stay heavy", fontsize=10)
     axis.legend()
     return figure
 

@@ -17,7 +17,7 @@ from rich.table import Table
 from kivi_jax.eval import gsm8k, longbench, longgenbench, needle, perplexity, ruler, study
 from kivi_jax.eval.jobs import Record, read_records
 from kivi_jax.eval.statistics import Estimate, bootstrap
-from kivi_jax.figures import new_figure, save_figure
+from kivi_jax.figures import SHADES, cache_colors, new_figure, save_figure
 
 Score = Callable[[Mapping[str, Any]], float]
 
@@ -174,9 +174,10 @@ def _plot_perplexity(comparison: Comparison) -> Any:
     above, below = figure.subplots(2, 1, sharex=True)
     curves = {cache: perplexity.by_position(rows) for cache, rows in comparison.by_cache.items()}
     baseline, (_, reference) = next(iter(curves.items()))
+    colors = cache_colors(curves)
     for cache, (position, value) in curves.items():
-        above.plot(position, value, label=cache)
-        below.plot(position, 100 * (value / reference - 1))
+        above.plot(position, value, color=colors[cache], label=cache)
+        below.plot(position, 100 * (value / reference - 1), color=colors[cache])
     above.set_yscale("log")
     above.set_ylabel("perplexity")
     above.legend(fontsize=8)
@@ -192,6 +193,9 @@ def _plot_study(comparison: Comparison) -> Any:
 def _plot_needle(comparison: Comparison) -> Any:
     caches = comparison.by_cache
     figure = new_figure(4 * len(caches) + 1, 4)
+    figure.suptitle(
+        f"{comparison.evaluation}: {comparison.settings['model']}, found by depth and length", fontsize=9
+    )
     panels = figure.subplots(1, len(caches), squeeze=False)[0]
     images = []
     for axes, (cache, records) in zip(panels, caches.items(), strict=True):
@@ -200,11 +204,13 @@ def _plot_needle(comparison: Comparison) -> Any:
         cells: dict[tuple[float, int], list[float]] = {}
         for record in records:
             cells.setdefault((record["depth"], record["length"]), []).append(needle.score(record))
-        grid = [
-            [100 * float(np.mean(cells.get((depth, length), np.nan))) for length in lengths]
-            for depth in depths
-        ]
-        images.append(axes.imshow(grid, vmin=0, vmax=100, cmap="RdYlGn", aspect="auto"))
+        grid = np.array(
+            [[100 * np.mean(cells.get((depth, length), np.nan)) for length in lengths] for depth in depths]
+        )
+        images.append(axes.imshow(grid, vmin=0, vmax=100, cmap=SHADES, aspect="auto"))
+        for (row, column), found in np.ndenumerate(grid):
+            shown, color = ("-", "black") if np.isnan(found) else (f"{found:.0f}", "wk"[int(found > 50)])
+            axes.text(column, row, shown, ha="center", va="center", color=color, fontsize=8)
         axes.set_title(cache, fontsize=9)
         axes.set_xticks(range(len(lengths)), [str(length) for length in lengths], rotation=45)
         axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])

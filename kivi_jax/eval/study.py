@@ -23,7 +23,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from kivi_jax.config import ModelConfig
-from kivi_jax.figures import new_figure
+from kivi_jax.figures import COLORS, new_figure
 from kivi_jax.model.llama import Llama
 from kivi_jax.model.rope import rotation
 from pallas_kernels.quantize.packing import PAGE
@@ -274,7 +274,13 @@ def draw(title: str, records: Sequence[Mapping[str, Any]]) -> Any:
         for i, row in enumerate(groups[0][1]):
             heights = [rows[i][measure] for _, rows in groups]
             places = [x + 0.2 * i - 0.3 for x in range(len(groups))]
-            axes.bar(places, heights, width=0.2, label=f"K per {row['keys']}, V per {row['values']}")
+            axes.bar(
+                places,
+                heights,
+                width=0.2,
+                color=COLORS[i],
+                label=f"K per {row['keys']}, V per {row['values']}",
+            )
         names = [f"{bits} bit\ngroup {group}\nR {residual}" for (bits, group, residual), _ in groups]
         axes.set_xticks(range(len(groups)), names, fontsize=7)
         axes.set_yscale("log")
