@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,7 @@ from rich.table import Table
 
 INTERRUPTED = 128 + signal.SIGINT  # the exit code that typer gives a KeyboardInterrupt, too
 COMPILED = "KIVI_JAX_COMPILATION_CACHE"  # the directory of compiled programs, or off
+NAME = 14  # columns for a cache's name, at least
 READABLE = 70  # columns of a terminal in which all tables can be read
 
 
@@ -33,6 +35,13 @@ def main(app: Callable[[], Any]) -> None:
         stopped.append(number)
         raise KeyboardInterrupt
 
+    def again(unraisable: "sys.UnraisableHookArgs") -> None:
+        if not issubclass(unraisable.exc_type, KeyboardInterrupt):
+            sys.__unraisablehook__(unraisable)
+        elif stopped:  # a destructor or a callback was interrupted, and what it raises goes nowhere
+            threading.Timer(0.1, signal.raise_signal, (stopped[-1],)).start()
+
+    sys.unraisablehook = again
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
     for stream in (sys.stdout, sys.stderr):
@@ -85,7 +94,7 @@ def run(app: Callable[[], Any]) -> None:
 def out_of_memory(error: BaseException) -> str | None:
     """What to do where memory has run out, in one line; None if `error` is about something else."""
     text = str(error)
-    if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in text:
+    if not isinstance(error, MemoryError) and not re.search("RESOURCE_EXHAUSTED|Out of memory", text):
         return None
     found = re.search(r"(\d+) bytes|([\d.]+ ?[KMGT]iB)", text)
     wanted = "" if found is None else f": {format_bytes(int(found[1])) if found[1] else found[2]} more wanted"
@@ -103,19 +112,21 @@ def out_of_memory(error: BaseException) -> str | None:
 def print_table(console: Console, table: Table) -> None:
     """Print a table; in a narrow terminal without its last columns, rather than with broken numbers."""
     left_out: list[str] = []
-    if console.width < READABLE:
-        for column in table.columns[1:]:
-            column.no_wrap = True
-        while len(table.columns) > 2 and _least_width(console, table) > console.width:
-            header = " ".join(str(table.columns.pop().header).split())
-            left_out.insert(0, header)
+    while console.width < READABLE and len(table.columns) > 2 and _width(console, table) > console.width:
+        header = " ".join(str(table.columns.pop().header).split())
+        left_out.insert(0, header)
     console.print(table)
     if left_out:
         console.print(f"a wider terminal also shows: {', '.join(left_out)}", style="dim", markup=False)
 
 
-def _least_width(console: Console, table: Table) -> int:
-    return table.__rich_measure__(console, console.options.update(width=10_000)).minimum
+def _width(console: Console, table: Table) -> int:
+    """Columns that a table needs for whole numbers; its first column, of names, can be folded."""
+    widths = [
+        max(console.measure(part).maximum for part in (column.header, *column.cells)) + 3
+        for column in table.columns
+    ]
+    return 1 + min(widths[0], NAME) + sum(widths[1:])
 
 
 def status(doing: str) -> Status:

@@ -36,13 +36,18 @@ def new_figure(width: int | float, height: int | float) -> Figure:
 
 
 def check_place(path: Path) -> None:
-    """Refuse a place that `save_figure` could not write to, before what it shows is computed.
+    """Make the folder of a plot, or refuse the place, before what the plot shows is computed.
 
     Raises:
         ValueError: it is a directory, or below what is none, or may not be written.
     """
-    folder = next(parent for parent in path.absolute().parents if parent.exists())
-    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        possible = False
+    else:
+        possible = os.access(path.parent, os.W_OK) and not path.is_dir()
+    if not possible:
         raise ValueError(f"{path} cannot be written: choose another file for the plot")
 
 

@@ -60,7 +60,9 @@ def read_token(token: Any, *, rows: int, vocab_size: int) -> Int[Array, "B"]:
         raise ValueError(f"{token.shape=} must be ({rows},): one token for each row of the cache")
     if isinstance(token, np.ndarray):
         _check_vocabulary(token, vocab_size)
-    return jnp.asarray(token, jnp.int32)
+    return (
+        token if isinstance(token, jax.Array) and token.dtype == np.int32 else jnp.asarray(token, jnp.int32)
+    )
 
 
 def room_left(cache: KVCache, active: Any) -> int | None:
@@ -110,7 +112,7 @@ def _whole_numbers(name: str, numbers: Any, axes: int) -> Any:
             numbers = numbers.astype(np.int32)
     if numbers.ndim != axes:
         raise ValueError(f"{name} of shape {numbers.shape} must have {axes} axes, one row per prompt")
-    if not jnp.issubdtype(numbers.dtype, jnp.integer):
+    if not np.issubdtype(numbers.dtype, np.integer):
         raise ValueError(f"{name} must be whole numbers, not {numbers.dtype}")
     return numbers
 

@@ -28,6 +28,29 @@ console.main(app)
 """
 
 
+SWALLOWED = """
+import signal, time
+from kivi_jax import console
+class Deaf:
+    def __del__(self):
+        signal.raise_signal(signal.SIGTERM)
+        time.sleep(0)
+def app():
+    Deaf()
+    time.sleep(60)
+console.main(app)
+"""
+
+
+def test_a_signal_that_goes_nowhere_comes_again():
+    """What is raised in a destructor is dropped by Python."""
+    environment = os.environ | {console.COMPILED: "off"}
+    done = subprocess.run(
+        [sys.executable, "-c", SWALLOWED], capture_output=True, env=environment, check=False
+    )
+    assert (done.returncode, done.stderr) == (128 + signal.SIGTERM, b"")
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_unwinds_and_ends(number):
     """What a `with` block owes is done; then the process is gone, without a traceback."""
@@ -41,11 +64,12 @@ def test_a_signal_unwinds_and_ends(number):
     assert (process.returncode, out, error) == (128 + number, b"cleaned\n", b"")
 
 
-def test_out_of_memory_is_one_line(monkeypatch, capsys):
+@pytest.mark.parametrize("kind", ["RESOURCE_EXHAUSTED", "INTERNAL: Error dispatching computation"])
+def test_out_of_memory_is_one_line(monkeypatch, capsys, kind):
     monkeypatch.setenv("COLUMNS", "200")
 
     def app():
-        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 2199023255552 bytes.")
+        raise jax.errors.JaxRuntimeError(f"{kind}: Out of memory allocating 2199023255552 bytes.")
 
     with pytest.raises(SystemExit) as caught:
         console.run(app)
@@ -100,6 +124,7 @@ def test_a_cache_has_one_color_everywhere():
 
 def test_a_place_for_a_plot_is_checked_before(tmp_path):
     check_place(tmp_path / "new" / "plot.png")
+    assert (tmp_path / "new").is_dir()
     (tmp_path / "file").write_text("")
     for bad in (tmp_path, tmp_path / "file" / "plot.png"):
         with pytest.raises(ValueError, match="choose another file for the plot"):
