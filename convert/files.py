@@ -4,6 +4,7 @@ import fcntl
 import hashlib
 import os
 import shutil
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -52,7 +53,7 @@ def replacing(
                 target.rename(replaced)
             partial.rename(target)
         finally:
-            shutil.rmtree(workspace, ignore_errors=True)
+            _remove(workspace)
 
 
 def _check_replaceable(destination: FilePath, overwrite: bool, sources: Sequence[FilePath]) -> None:
@@ -89,6 +90,15 @@ def _clear(workspace: FilePath, target: FilePath) -> None:
     if replaced.is_dir() and not target.exists():
         replaced.rename(target)
     shutil.rmtree(workspace)
+
+
+def _remove(workspace: FilePath) -> None:
+    """After a full disk, orbax's threads may still be writing: what they leave is removed, too."""
+    for _ in range(10):
+        shutil.rmtree(workspace, ignore_errors=True)
+        if not workspace.exists():
+            return
+        time.sleep(0.1)
 
 
 @contextmanager

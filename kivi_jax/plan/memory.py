@@ -1,5 +1,6 @@
 """Memory plans: what a cache will weigh, from the shapes of the real arrays, without making any."""
 
+import dataclasses
 import functools
 
 import jax
@@ -83,7 +84,12 @@ def largest_batch(
 
 @functools.cache
 def parameter_count(config: ModelConfig) -> int:
-    """Parameters of a model, counted by shape."""
+    """Parameters of a model, counted by shape. All layers have as many as the second."""
 
-    model = nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0)))
-    return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model)))
+    def count(layers: int) -> int:
+        shallow = dataclasses.replace(config, num_layers=layers)
+        model = nnx.eval_shape(lambda: Llama(shallow, rngs=nnx.Rngs(0)))
+        return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model)))
+
+    first = count(1)
+    return first + (config.num_layers - 1) * (count(2) - first)
