@@ -80,7 +80,9 @@ class CacheStrategy:
         )
 
     def check(self, config: ModelConfig) -> None:
-        """Refuse a model that this strategy does not fit, before anything is computed; say where groups shrink.
+        """Refuse a model that this strategy does not fit, before anything is computed.
+
+        Said once: that groups of a size nobody named shrink, or that windows leave nothing to select.
 
         Raises:
             ValueError: a group does not divide the model's head_dim, or codes do not fill bytes.

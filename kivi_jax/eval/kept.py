@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
 from matplotlib.patches import Patch
 from rich.table import Table
 
@@ -143,11 +145,12 @@ def draw_maps(
     figure = new_figure(3.4 * len(heads), 2.6 * len(held))
     figure.suptitle("What full attention looks at while decoding, and what caches still hold", fontsize=11)
     axes = figure.subplots(len(held), len(heads), squeeze=False)
+    scale = ScalarMappable(Normalize(-4, 0), "magma")
     for row, (name, seen) in zip(axes, held.items(), strict=True):
         for axis, (layer, head) in zip(row, heads, strict=True):
             steps = seen.shape[2]
             here = np.asarray(weights)[layer, head, -steps:]
-            image = axis.imshow(np.log10(here + 1e-4), aspect="auto", cmap="magma", vmin=-4, vmax=0)
+            axis.imshow(np.log10(here + 1e-4), aspect="auto", cmap=scale.cmap, norm=scale.norm)
             future = np.arange(here.shape[1])[None] > np.arange(-steps, 0)[:, None] + here.shape[1]
             grey = np.zeros((*here.shape, 4))
             grey[~seen[layer, head] & ~future] = (*GREY, 1)
@@ -156,7 +159,7 @@ def draw_maps(
             axis.set_title("\n".join([*textwrap.wrap(name, 36), f"layer {layer}, head {head}"]), fontsize=8)
     axes[-1][0].set_xlabel("token (line: end of the prompt)")
     axes[-1][0].set_ylabel("decoding step")
-    figure.colorbar(image, ax=axes.ravel().tolist(), shrink=0.4, label="attention weight, log10")
+    figure.colorbar(scale, ax=axes.ravel().tolist(), shrink=0.4, label="attention weight, log10")
     figure.legend(handles=[Patch(color=GREY, label="no longer held")], loc="outside lower right", fontsize=8)
     return figure
 

@@ -9,6 +9,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from kivi_jax.cache.names import strategy_of
+from kivi_jax.cache.segments import Segment
 from kivi_jax.cache.strategy import CacheStrategy, KVCache, Prompt, cache_bytes
 from kivi_jax.config import ModelConfig
 from kivi_jax.model.llama import Llama
@@ -35,28 +36,35 @@ def plan_cache(
         raise ValueError(f"{batch=} must be positive, and the prompt's {width} tokens from 1 to {context=}")
     strategy = strategy_of(cache)
     strategy.check(config)
-    hold = functools.partial(
-        zero_cache, config, strategy, batch=batch, width=width, capacity=context, dtype=dtype
-    )
-    return cache_bytes(jax.eval_shape(hold))
+    return cache_bytes(abstract_cache(config, strategy, batch, width, capacity=context, dtype=dtype))
 
 
-def zero_cache(
-    config: ModelConfig, strategy: CacheStrategy, *, batch: int, width: int, capacity: int, dtype: DTypeLike
+def abstract_cache(
+    config: ModelConfig, strategy: CacheStrategy, batch: int, width: int, *, capacity: int, dtype: DTypeLike
 ) -> KVCache:
-    """The cache of prompts of `width` tokens, which are all zeros."""
+    """The shapes of a cache after prompts of `width` tokens. Layers of one kind are traced once."""
     shape = (batch, config.num_kv_heads, width, config.head_dim)
-    lengths = jnp.full(batch, width, jnp.int32)
-    prompt = Prompt(
-        jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros(shape[:3], jnp.float32), lengths
-    )
-    layers = tuple(
-        strategy.hold_prompt(
-            prompt, capacity=capacity, window=config.window_of(layer), layer=layer, layers=config.num_layers
-        )
-        for layer in range(config.num_layers)
-    )
-    return KVCache(layers, lengths, strategy, capacity)
+    lengths = jax.ShapeDtypeStruct((batch,), jnp.int32)
+    heads = jax.ShapeDtypeStruct(shape, dtype)
+    prompt = Prompt(heads, heads, jax.ShapeDtypeStruct(shape[:3], jnp.float32), lengths)
+    kinds: dict[tuple[int | None, int], tuple[Segment, ...]] = {}
+
+    def hold(layer: int) -> tuple[Segment, ...]:
+        window, most = config.window_of(layer), strategy.prompt.most(layer, config.num_layers, width)
+        if (window, most) not in kinds:
+            kinds[window, most] = jax.eval_shape(
+                functools.partial(
+                    strategy.hold_prompt,
+                    capacity=capacity,
+                    window=window,
+                    layer=layer,
+                    layers=config.num_layers,
+                ),
+                prompt,
+            )
+        return kinds[window, most]
+
+    return KVCache(tuple(hold(layer) for layer in range(config.num_layers)), lengths, strategy, capacity)
 
 
 def largest_batch(

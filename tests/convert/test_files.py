@@ -1,6 +1,7 @@
 """Only what this package wrote is replaced, by one writer at a time, and no killed run leaves traces."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -161,3 +162,21 @@ def test_what_a_killed_run_had_moved_away_comes_back(tmp_path):
     with pytest.raises(CheckpointError, match="is not empty"):
         write(tmp_path / "saved", overwrite=False)
     assert (tmp_path / "saved" / "kivi_jax.json").read_text() == "precious"
+
+
+def test_what_comes_while_a_failed_write_is_removed_is_removed_too(tmp_path, monkeypatch):
+    """After a full disk, orbax's threads may still be writing."""
+    remove, calls = shutil.rmtree, []
+
+    def remove_but_for_late_files(path, **options):
+        remove(path, **options)
+        calls.append(path)
+        if len(calls) < 3:
+            path.mkdir()
+            (path / "late").write_text("x")
+
+    monkeypatch.setattr(shutil, "rmtree", remove_but_for_late_files)
+    with pytest.raises(RuntimeError, match="cut"), replacing(tmp_path / "saved", overwrite=False):
+        raise RuntimeError("cut")
+    assert len(calls) == 3
+    assert content(tmp_path) == {}

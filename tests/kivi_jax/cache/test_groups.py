@@ -1,4 +1,4 @@
-"""Groups that nobody named shrink to what divides a model's heads; the strategy that is kept says so."""
+"""Groups that nobody named shrink to what divides a model's heads; a strategy keeps its name."""
 
 import logging
 
@@ -26,7 +26,7 @@ def test_named_sizes_stay_or_are_refused():
     strategy = kj.kivi(value_group_size=16)
     assert strategy.fit(config(head_dim=64)) == strategy
     with pytest.raises(ValueError, match="value_group_size=32 must divide the model's head_dim=48"):
-        kj.kivi(group_size=32).fit(config(head_dim=48))
+        kj.kivi(group_size=32).check(config(head_dim=48))
     with pytest.raises(ValueError, match="key_group_size=0 must be positive"):
         kj.kivi(key_group_size=0)
 
@@ -35,8 +35,8 @@ def test_shrinking_is_said_once(caplog):
     caches._say_shrunk.cache_clear()
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
-            kj.kivi().fit(config(head_dim=48))
-        kj.kivi().fit(config(head_dim=64))
+            kj.kivi().check(config(head_dim=48))
+        kj.kivi().check(config(head_dim=64))
     assert [record.message[:45] for record in caplog.records] == [
         "heads of 48 channels do not divide into group"
     ]
@@ -45,6 +45,7 @@ def test_shrinking_is_said_once(caplog):
 def test_the_default_cache_takes_any_heads():
     model = random_llama(config(num_layers=1, head_dim=48, num_heads=2, num_kv_heads=1))
     _, cache = model.prefill([[1, 2, 3]], [3], cache=kj.kivi(residual_length=32), capacity=8)
-    assert cache.strategy.quantization.value_group_size == 16
+    assert cache.layers[0][0].values.group_size == 16
+    assert cache_name(cache.strategy) == "kivi2:residual_length=32"
     logits, _ = model.decode([4], cache)
     assert jnp.isfinite(logits).all()

@@ -8,6 +8,7 @@ import pytest
 
 import kivi_jax as kj
 from kivi_jax.cache.names import parse_cache
+from kivi_jax.cache.strategy import CacheStrategy
 from kivi_jax.console import format_bytes, parse_bytes
 from kivi_jax.plan.memory import largest_batch, parameter_count, plan_cache
 from kivi_jax.plan.shapes import SHAPES
@@ -106,6 +107,23 @@ def test_shapes_have_their_models_parameters(shape, parameters):
 def test_plans_of_nothing_are_refused(numbers):
     with pytest.raises(ValueError, match="must be positive"):
         plan_cache(config(), kj.full(), dtype="float32", **numbers)
+
+
+def test_layers_of_one_kind_are_planned_once(monkeypatch):
+    """300 layers took minutes; a plan grows with kinds of layers: by window, and by what a selector gives."""
+    held = []
+
+    def hold(self, *args, window, **options):
+        held.append(window)
+        return hold_prompt(self, *args, window=window, **options)
+
+    hold_prompt = CacheStrategy.hold_prompt
+    monkeypatch.setattr(CacheStrategy, "hold_prompt", hold)
+    shape = config(num_layers=300, sliding_window=16, windowed=(True, True, False))
+    parts = plan_cache(shape, kj.full(), batch=1, context=64, dtype="float32")
+    assert held == [16, None]
+    token = 2 * 4 * shape.num_kv_heads * shape.head_dim
+    assert parts["dense"] == token * (200 * 16 + 100 * 64)
 
 
 def test_plans_check_the_strategy():
