@@ -25,7 +25,7 @@ from kivi_jax.config import ModelConfig, config_from_dict
 from kivi_jax.generation.generate import check_start
 from kivi_jax.generation.prefix import Prefix, weights_mark
 from kivi_jax.model.llama import Llama
-from kivi_jax.plan.memory import abstract_cache
+from kivi_jax.plan.memory import zero_cache
 
 FORMAT = 2
 MANIFEST = "prefix.json"
@@ -106,7 +106,7 @@ def load_prefix(path: str | FilePath, model: Llama, *, cache: CacheStrategy | st
     path = FilePath(path)
     saved = read_manifest(path)
     strategy = parse_cache(saved.cache)
-    if cache is not None and (asked := strategy_of(cache).fit(model.config)) != strategy.fit(model.config):
+    if cache is not None and (asked := strategy_of(cache)).fit(model.config) != strategy.fit(model.config):
         raise ValueError(
             f"{path} holds a {saved.cache} cache, not {cache_name(asked)}: ask for that one, or save it anew"
         )
@@ -133,14 +133,21 @@ def load_prefix(path: str | FilePath, model: Llama, *, cache: CacheStrategy | st
         raise _damaged(path, brief(error)) from error
     if _digest(arrays) != saved.checksum:
         raise _damaged(path, "the arrays' checksum is another one")
-    structure = Prefix(
-        abstract_cache(
-            model.config, strategy, len(saved.tokens), 1, capacity=saved.capacity, dtype=saved.dtype
-        ),
-        logits=jax.ShapeDtypeStruct((1, 1), jnp.float32),
-        seen=jax.ShapeDtypeStruct((1, 1), jnp.bool_),
-        tail=jax.ShapeDtypeStruct((1, 1), jnp.int32),
-        turn=saved.turn,
+    structure = jax.eval_shape(
+        lambda: Prefix(
+            zero_cache(
+                model.config,
+                strategy,
+                batch=len(saved.tokens),
+                width=1,
+                capacity=saved.capacity,
+                dtype=saved.dtype,
+            ),
+            logits=jnp.zeros((1, 1)),
+            seen=jnp.zeros((1, 1), bool),
+            tail=jnp.zeros((1, 1), jnp.int32),
+            turn=saved.turn,
+        )
     )
     names = list(_named(structure))
     if set(names) != set(arrays):

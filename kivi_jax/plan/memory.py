@@ -36,35 +36,31 @@ def plan_cache(
         raise ValueError(f"{batch=} must be positive, and the prompt's {width} tokens from 1 to {context=}")
     strategy = strategy_of(cache)
     strategy.check(config)
-    return cache_bytes(abstract_cache(config, strategy, batch, width, capacity=context, dtype=dtype))
+
+    hold = functools.partial(
+        zero_cache, config, strategy, batch=batch, width=width, capacity=context, dtype=dtype
+    )
+    return cache_bytes(jax.eval_shape(hold))
 
 
-def abstract_cache(
-    config: ModelConfig, strategy: CacheStrategy, batch: int, width: int, *, capacity: int, dtype: DTypeLike
+def zero_cache(
+    config: ModelConfig, strategy: CacheStrategy, *, batch: int, width: int, capacity: int, dtype: DTypeLike
 ) -> KVCache:
-    """The shapes of a cache after prompts of `width` tokens. Layers of one kind are traced once."""
+    """The cache of prompts of `width` tokens, all zeros, for its shapes: layers of one kind share arrays."""
     shape = (batch, config.num_kv_heads, width, config.head_dim)
-    lengths = jax.ShapeDtypeStruct((batch,), jnp.int32)
-    heads = jax.ShapeDtypeStruct(shape, dtype)
-    prompt = Prompt(heads, heads, jax.ShapeDtypeStruct(shape[:3], jnp.float32), lengths)
+    lengths = jnp.full(batch, width, jnp.int32)
+    prompt = Prompt(
+        jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros(shape[:3], jnp.float32), lengths
+    )
+    hold = functools.partial(strategy.hold_prompt, prompt, capacity=capacity, layers=config.num_layers)
     kinds: dict[tuple[int | None, int], tuple[Segment, ...]] = {}
-
-    def hold(layer: int) -> tuple[Segment, ...]:
-        window, most = config.window_of(layer), strategy.prompt.most(layer, config.num_layers, width)
-        if (window, most) not in kinds:
-            kinds[window, most] = jax.eval_shape(
-                functools.partial(
-                    strategy.hold_prompt,
-                    capacity=capacity,
-                    window=window,
-                    layer=layer,
-                    layers=config.num_layers,
-                ),
-                prompt,
-            )
-        return kinds[window, most]
-
-    return KVCache(tuple(hold(layer) for layer in range(config.num_layers)), lengths, strategy, capacity)
+    layers: list[tuple[Segment, ...]] = []
+    for layer in range(config.num_layers):
+        kind = config.window_of(layer), strategy.prompt.most(layer, config.num_layers, width)
+        if kind not in kinds:
+            kinds[kind] = hold(window=kind[0], layer=layer)
+        layers.append(kinds[kind])
+    return KVCache(tuple(layers), lengths, strategy, capacity)
 
 
 def largest_batch(
