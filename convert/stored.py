@@ -46,7 +46,7 @@ def read_json(file: FilePath) -> dict[str, Any]:
         raise CheckpointError(f"{file} is missing: a Hugging Face checkpoint needs it")
     try:
         content = json.loads(file.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: also numbers of thousands of digits
         raise CheckpointError(f"{file} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{file} must hold a JSON object, got {type(content).__name__}")
@@ -62,6 +62,8 @@ def _weight_files(directory: FilePath) -> list[FilePath]:
         shards = read_json(index).get("weight_map")
         if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
             raise CheckpointError(f"{index} must map tensors to files in its weight_map")
+        if outside := sorted(name for name in shards.values() if FilePath(name).name != name):
+            raise CheckpointError(f"{index} names {outside[0]!r}, which is no file beside it")
         files = sorted({directory / name for name in shards.values()})
         if missing := [file.name for file in files if not file.exists()]:
             raise CheckpointError(f"{directory} lacks shards that its index names: {', '.join(missing)}")

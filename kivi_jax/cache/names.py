@@ -163,5 +163,5 @@ def _read_fields(fields: Sequence[str], text: str) -> dict[str, int | str]:
             raise ValueError(f"cannot read {field!r} in cache {text!r}: write field=value")
         if key in options:
             raise ValueError(f"cache {text!r} gives {key} twice: leave one out")
-        options[key] = int(value) if re.fullmatch(r"-?[0-9]+", value) else value
+        options[key] = int(value) if re.fullmatch(r"-?[0-9]{1,18}", value) else value
     return options

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from kivi_jax.checks import real, whole
+
 
 @runtime_checkable
 class Sampler(Protocol):
@@ -73,11 +75,11 @@ class Sample:
         """
         _check_positive("temperature", self.temperature)
         _check_positive("repetition_penalty", self.repetition_penalty)
-        if self.top_k < 0:
+        if whole("top_k", self.top_k) < 0:
             raise ValueError(f"{self.top_k=} must not be negative; 0 keeps every token")
-        if not 0 < self.top_p <= 1:
+        if not 0 < real("top_p", self.top_p) <= 1:
             raise ValueError(f"{self.top_p=} must be in (0, 1]")
-        if not 0 <= self.min_p <= 1:
+        if not 0 <= real("min_p", self.min_p) <= 1:
             raise ValueError(f"{self.min_p=} must be in [0, 1]")
 
     def __call__(self, logits: Float[Array, "B V"], keys: Key[Array, "B"] | None) -> Int[Array, "B"]:
@@ -117,7 +119,7 @@ def penalize(logits: Float[Array, "B V"], seen: Bool[Array, "B V"], penalty: flo
 
 
 def _check_positive(name: str, number: float) -> None:
-    if not 0 < number < float("inf"):  # NaN is neither
+    if not 0 < real(name, number) < float("inf"):  # NaN is neither
         raise ValueError(f"{name}={number} must be positive and finite")
 
 
@@ -129,12 +131,11 @@ def make_sampler(
     Raises:
         ValueError: a number is out of its range.
     """
-    if temperature == 0:
-        return Greedy(repetition_penalty=repetition_penalty)
-    return Sample(
-        temperature=temperature,
+    sample = Sample(
+        temperature=temperature or 1.0,
         top_k=top_k,
         top_p=top_p,
         min_p=min_p,
         repetition_penalty=repetition_penalty,
     )
+    return Greedy(repetition_penalty=repetition_penalty) if temperature == 0 else sample

@@ -205,8 +205,6 @@ class Llama(nnx.Module):
             raise ValueError("prompts must have at least one token")
         if capacity < tokens.shape[1]:
             raise ValueError(f"{capacity=} must be at least the prompt's {tokens.shape[1]} tokens")
-        if capacity > 2**31 - 1:
-            raise ValueError(f"{capacity=} must be below 2**31: positions are 32-bit numbers")
         if block_tokens <= 0:
             raise ValueError(f"{block_tokens=} must be positive")
         strategy = strategy_of(cache)

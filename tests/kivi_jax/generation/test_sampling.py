@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kivi_jax.generation.sampling import Greedy, Sample, Sampler, keep_likely, penalize
+from kivi_jax.generation.sampling import Greedy, Sample, Sampler, keep_likely, make_sampler, penalize
 
 LOGITS = np.random.default_rng(0).normal(0, 2, (5, 40)).astype(np.float32)
 
@@ -149,12 +149,19 @@ def test_sampling_without_a_key_is_refused():
         dict(min_p=-0.1),
         dict(min_p=1.1),
         dict(repetition_penalty=0.0),
+        dict(top_p=float("nan")),
+        dict(top_k=2**31),
     ],
     ids=str,
 )
 def test_out_of_range_is_refused(fields):
+    """Also where the temperature makes most of them idle."""
     with pytest.raises(ValueError, match=next(iter(fields))):
         Sample(**fields)
+    usual = dict(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0)
+    if fields != dict(temperature=0.0):
+        with pytest.raises(ValueError, match=next(iter(fields))):
+            make_sampler(**usual | fields)
 
 
 def test_greedy_refuses_a_penalty_that_is_not_positive():
