@@ -119,7 +119,12 @@ def test_whole_numbers_are_any_kind_of_int(number):
     assert whole("count", number) == 2
 
 
-@pytest.mark.parametrize("number", [2.0, "2", None, np.float32(2), jnp.float32(2), [2]])
+@pytest.mark.parametrize("number", [2.0, "2", None, True, np.float32(2), jnp.float32(2), [2]])
 def test_other_numbers_are_not_whole(number):
     with pytest.raises(ValueError, match=r"count=.* must be a whole number"):
         whole("count", number)
+
+
+def test_no_position_is_beyond_32_bits():
+    with pytest.raises(ValueError, match=r"count=2147483648 must be below 2\*\*31"):
+        whole("count", 2**31)
