@@ -10,6 +10,7 @@ from convert.hf import Progress, load_hf, read_config
 from convert.hub import resolve
 from convert.orbax import is_converted, read_manifest
 from convert.orbax import load as load_converted
+from kivi_jax.checks import floating
 from kivi_jax.config import ModelConfig
 from kivi_jax.model.llama import Llama
 
@@ -48,7 +49,7 @@ def load_model(
         CheckpointError: it cannot be found or used; the message says why.
     """
     directory = resolve(path)
-    dtype = default_dtype() if dtype is None else dtype
+    dtype = floating(default_dtype() if dtype is None else dtype)
     if is_converted(directory):
         return load_converted(directory, dtype=dtype), directory
     return load_hf(directory, dtype=dtype, progress=progress), directory

@@ -1,8 +1,11 @@
-"""Numbers that callers pass: counts must be whole, whatever type they come in."""
+"""What callers pass: counts must be whole, whatever type they come in, and dtypes floats."""
 
 import numbers
 import operator
 from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
 
 
 def whole(name: str, number: Any) -> int:
@@ -31,3 +34,18 @@ def real(name: str, number: Any) -> float:
     if isinstance(number, bool) or not isinstance(number, numbers.Real):
         raise ValueError(f"{name}={number!r} must be a number")
     return float(number)
+
+
+def floating(dtype: Any) -> np.dtype[Any]:
+    """The dtype that a name or a type means.
+
+    Raises:
+        ValueError: it means none, or one that does not hold weights.
+    """
+    try:
+        found = jnp.dtype(dtype)
+    except TypeError:
+        found = None
+    if found is None or not jnp.issubdtype(found, jnp.floating):
+        raise ValueError(f"{dtype=} must be float32, bfloat16 or float16")
+    return found

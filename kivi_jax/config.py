@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from kivi_jax.checks import real, whole
+
 MOST_LAYERS = 1000
 QueryKeyNorm = Literal["head", "projection"]
 NormPlacement = Literal["pre", "post", "both"]
@@ -52,7 +54,8 @@ class RopeConfig:
         """
         positive = ("theta", "factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow")
         numbers = {name: getattr(self, name) for name in (*positive, "attention_factor")}
-        if bad := {name: n for name, n in numbers.items() if n is not None and not 0 < n < math.inf}:
+        given = {name: real(name, n) for name, n in numbers.items() if n is not None}
+        if bad := {name: n for name, n in given.items() if not 0 < n < math.inf}:
             raise ValueError(f"rope's numbers must be positive and finite, got {bad}")
         mscales = {"mscale": self.mscale, "mscale_all_dim": self.mscale_all_dim}
         if bad := {name: n for name, n in mscales.items() if n is not None and not math.isfinite(n)}:
@@ -122,6 +125,7 @@ class ModelConfig:
                 "max_position_embeddings",
             )
         }
+        sizes = {name: whole(name, size) for name, size in sizes.items()}
         if bad := {name: size for name, size in sizes.items() if size <= 0}:
             raise ValueError(f"model sizes must be positive, got {bad}")
         if self.num_layers > MOST_LAYERS:  # each is compiled by itself

@@ -52,6 +52,8 @@ def parse_cache(text: str) -> CacheStrategy:
     Raises:
         ValueError: the name or a field is unknown, or a value is not allowed; the message lists what is.
     """
+    if not isinstance(text, str):
+        raise ValueError(f"cache={text!r} is no text: pass a name, such as kivi2")
     name, *fields = text.split(":")
     if name not in NAMES:
         raise ValueError(f"unknown cache {name!r}: choose one of {', '.join(NAMES)}")
@@ -79,9 +81,13 @@ def strategy_of(cache: CacheStrategy | str) -> CacheStrategy:
     """The strategy itself, or the one that a name means: what takes a cache takes either.
 
     Raises:
-        ValueError: see `parse_cache`.
+        ValueError: it is neither, or see `parse_cache`.
     """
-    return parse_cache(cache) if isinstance(cache, str) else cache
+    if isinstance(cache, CacheStrategy):
+        return cache
+    if not isinstance(cache, str):
+        raise ValueError(f"cache={cache!r} is neither a strategy nor the name of one, such as kivi2")
+    return parse_cache(cache)
 
 
 def cache_name(strategy: CacheStrategy) -> str:

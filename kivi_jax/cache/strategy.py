@@ -53,8 +53,17 @@ class CacheStrategy:
         """Refuse a combination that would not do what it says.
 
         Raises:
-            ValueError: tokens would be packed, but a unified selector keeps them all in its pool.
+            ValueError: a part is none of its kind; or tokens would be packed, but a unified selector keeps
+                them all in its pool.
         """
+        for name, part, kinds in (
+            ("quantization", self.quantization, KiviQuantization | None),
+            ("prompt", self.prompt, PromptSelector),
+            ("decode", self.decode, DecodeSelector | KeepAll),
+            ("pool", self.pool, PoolQuantization | None),
+        ):
+            if not isinstance(part, kinds):
+                raise ValueError(f"{name}={part!r} is no {name} of a cache: parse_cache reads names")
         if self.quantization is not None and self._unified:
             raise ValueError(
                 f"{self.decode} keeps prompt and output in one full-precision pool, so nothing would be "

@@ -17,6 +17,7 @@ from jaxtyping import Array, Key
 
 from kivi_jax.cache.names import strategy_of
 from kivi_jax.cache.strategy import CacheStrategy, shorten
+from kivi_jax.checks import whole
 from kivi_jax.generation.prefix import Prefix, prefill
 from kivi_jax.generation.sampling import Sampler
 from kivi_jax.generation.templates import Message, encode_conversation, has_template
@@ -44,7 +45,7 @@ class Chat:
             ValueError: the strategy does not fit the model, `context` is not positive, or there is a system
                 message but no chat template.
         """
-        if context < 1:
+        if whole("context", context) < 1:
             raise ValueError(f"{context=} must be positive")
         if system is not None and not has_template(tokenizer):
             raise ValueError(

@@ -117,7 +117,7 @@ def generate(
         tokens, lengths, vocab_size=model.config.vocab_size, least=0 if prefix is not None else 1
     )
     strategy = check_start(model, cache, prefix)
-    sampler = Greedy() if sampler is None else sampler
+    sampler = check_sampler(sampler)
     program = _Program(strategy, max_new_tokens, sampler, end_ids(model, eos_ids), log_probs, block_tokens)
     keys = row_keys(key, tokens.shape[0])
     if ends is None:
@@ -146,16 +146,34 @@ def check_count(max_new_tokens: Any) -> int:
     return max_new_tokens
 
 
+def check_sampler(sampler: Any) -> Sampler:
+    """`sampler`, by default `Greedy()`.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if sampler is None:
+        return Greedy()
+    if not isinstance(sampler, Sampler):
+        raise ValueError(f"sampler={sampler!r} is no sampler: pass Greedy() or Sample(...)")
+    return sampler
+
+
 def end_ids(model: Llama, eos_ids: Sequence[int] | int | None) -> tuple[int, ...]:
     """Tokens that end a row: those given, be it one alone, or the model's own.
 
     Raises:
-        ValueError: one is no whole number.
+        ValueError: one is no whole number, or given and not in the vocabulary, so that it could end nothing.
     """
     if eos_ids is None:
         return model.config.eos_ids
     given: Any = eos_ids
-    return tuple(whole("eos_ids", token) for token in (given if np.ndim(given) else [given]))
+    ids = tuple(whole("eos_ids", token) for token in (given if np.ndim(given) else [given]))
+    if outside := [token for token in ids if not 0 <= token < model.config.vocab_size]:
+        raise ValueError(
+            f"eos_ids={outside[0]} is not in the model's vocabulary, 0 to {model.config.vocab_size - 1}"
+        )
+    return ids
 
 
 def warn_unless_finite(finite: Bool[Array, "..."]) -> None:

@@ -17,6 +17,7 @@ from kivi_jax.generation.generate import (
     Drawing,
     Generation,
     check_count,
+    check_sampler,
     check_start,
     draw,
     end_ids,
@@ -28,7 +29,7 @@ from kivi_jax.generation.generate import (
     warn_unless_finite,
 )
 from kivi_jax.generation.prefix import Prefix, extend, prefill, weights_mark
-from kivi_jax.generation.sampling import Greedy, Sampler
+from kivi_jax.generation.sampling import Sampler
 from kivi_jax.generation.stops import check_stop, decode_stream, find_stop
 from kivi_jax.generation.templates import (
     Conversation,
@@ -323,7 +324,7 @@ def stream_after(
     key: Shaped[Array, "..."] | None = None,
 ) -> Iterator[tuple[int, KVCache]]:
     """`stream_tokens` of one row that has been read, with room for the new tokens. The prefix is consumed."""
-    sampler = Greedy() if sampler is None else sampler
+    sampler = check_sampler(sampler)
     ends = end_ids(model, eos_ids)
     held, logits = start.cache, start.logits
     state, finite = start_drawing(sampler, row_keys(key, 1), start.seen), jnp.ones(1, bool)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int
 
 from kivi_jax.cache.strategy import KVCache
 
@@ -63,6 +63,20 @@ def read_token(token: Any, *, rows: int, vocab_size: int) -> Int[Array, "B"]:
     return (
         token if isinstance(token, jax.Array) and token.dtype == np.int32 else jnp.asarray(token, jnp.int32)
     )
+
+
+def read_active(active: Any, *, rows: int) -> Bool[Array, "B"] | None:
+    """Which rows take a token, as an array of truth values; numbers could as well be rows' indices.
+
+    Raises:
+        ValueError: it is none, or not one per row.
+    """
+    if active is None:
+        return None
+    active = active if isinstance(active, jax.Array) else np.asarray(active)
+    if active.dtype != np.bool_ or active.shape != (rows,):
+        raise ValueError(f"active of {active.dtype} {active.shape} must be {rows} truth values, one per row")
+    return jnp.asarray(active)
 
 
 def room_left(cache: KVCache, active: Any) -> int | None:

@@ -25,7 +25,7 @@ from kivi_jax.cache.strategy import CacheStrategy, KVCache, Prompt
 from kivi_jax.checks import whole
 from kivi_jax.config import Activation, ModelConfig
 from kivi_jax.model.attention import add_weights, causal_attention, flash_attention, has_flash
-from kivi_jax.model.inputs import PerRow, Prompts, note_room, read_prompts, read_token, room_left
+from kivi_jax.model.inputs import PerRow, Prompts, note_room, read_active, read_prompts, read_token, room_left
 from kivi_jax.model.ordering import after
 from kivi_jax.model.rope import Rotate, rotation
 from pallas_kernels.partials import merge, normalize
@@ -226,7 +226,9 @@ class Llama(nnx.Module):
             ValueError: the cache was consumed before, a row that takes a token is full, there is not one
                 token per row, or a token that the host holds is not in the vocabulary.
         """
-        token = read_token(token, rows=cache.lengths.shape[0], vocab_size=self.config.vocab_size)
+        rows = cache.lengths.shape[0]
+        token = read_token(token, rows=rows, vocab_size=self.config.vocab_size)
+        active = read_active(active, rows=rows)
         room = room_left(cache, active)
         if active is None:
             active = jnp.ones(token.shape, bool)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from jax.typing import DTypeLike
 from kivi_jax.cache.names import strategy_of
 from kivi_jax.cache.segments import Segment
 from kivi_jax.cache.strategy import CacheStrategy, KVCache, Prompt, cache_bytes
+from kivi_jax.checks import floating, real, whole
 from kivi_jax.config import ModelConfig
 from kivi_jax.model.llama import Llama
 
@@ -31,7 +33,9 @@ def plan_cache(
     Raises:
         ValueError: a number is out of range, the name is unknown, or the strategy does not fit the model.
     """
-    width = context if prompt_tokens is None else prompt_tokens
+    batch, context = whole("batch", batch), whole("context", context)
+    width = context if prompt_tokens is None else whole("prompt_tokens", prompt_tokens)
+    dtype = floating(dtype)
     if batch < 1 or not 0 < width <= context:
         raise ValueError(f"{batch=} must be positive, and the prompt's {width} tokens from 1 to {context=}")
     strategy = strategy_of(cache)
@@ -80,10 +84,12 @@ def largest_batch(
     Raises:
         ValueError: see `plan_cache`.
     """
-    weights = parameter_count(config) * jnp.dtype(dtype).itemsize
+    weights = parameter_count(config) * floating(dtype).itemsize
+    if math.isnan(real("memory_bytes", memory_bytes)):
+        raise ValueError(f"{memory_bytes=} must be a number of bytes")
     plan = plan_cache(config, cache, batch=1, context=context, dtype=dtype, prompt_tokens=prompt_tokens)
     row = plan["total"] + 4 * config.vocab_size
-    return max(0, (memory_bytes - weights) // row)
+    return int(max(0, (memory_bytes - weights) // row))
 
 
 @functools.cache

@@ -30,6 +30,38 @@ MISTAKES = {
     "kj.complete(model, None, ['a'], cache=full, max_new_tokens=2)": "there is no tokenizer",
     "next(kj.stream(model, None, 'a', cache=full, max_new_tokens=2))": "there is no tokenizer",
     "kj.read_prefix(model, None, ['a'], cache=full)": "there is no tokenizer",
+    "kj.kivi(bits=True)": "key_bits=True must be a whole number",
+    "kj.kivi(residual_length=2**32)": "residual_length=4294967296 must be below 2**31",
+    "kj.kivi(prompt='snapkv')": "prompt='snapkv' is no prompt of a cache: parse_cache reads names",
+    "kj.scope(prompt=full)": "is no prompt of a cache",
+    "kj.kivi(decode='slide')": "decode='slide' is no decode of a cache",
+    "kj.scope(pool='kivi2')": "pool='kivi2' is no pool of a cache",
+    "kj.parse_cache(3)": "cache=3 is no text",
+    "kj.generate(model, [[1]], [1], cache=3, max_new_tokens=2)": "cache=3 is neither a strategy nor the name",
+    "kj.generate(model, [[1]], [1], cache=full, max_new_tokens=2, sampler='greedy')": "is no sampler: pass",
+    "kj.generate(model, [[1]], [1], cache=full, max_new_tokens=2, eos_ids=[61])": "eos_ids=61 is not in the",
+    "kj.plan_cache(model.config, 'full', batch=1.5, context=64, dtype='float32')": "batch=1.5 must be",
+    "kj.plan_cache(model.config, 'full', batch=1, context=64, dtype='float13')": "dtype='float13' must be",
+    "kj.plan_cache(model.config, 'full', batch=1, context=64, dtype='int8')": "dtype='int8' must be float32",
+    "kj.load('demo', dtype='float13')": "dtype='float13' must be float32, bfloat16 or float16",
+    "kj.largest_batch(model.config, 'full', context=64, dtype='float32', memory_bytes='24GB')": (
+        "memory_bytes='24GB' must be a number"
+    ),
+    "kj.largest_batch(model.config, 'full', context=64, dtype='float32', memory_bytes=float('nan'))": (
+        "memory_bytes=nan must be a number of bytes"
+    ),
+    "kj.Sample(temperature='hot')": "temperature='hot' must be a number",
+    "kj.Sample(top_k=1.5)": "top_k=1.5 must be a whole number",
+    "kj.Sample(top_p=None)": "top_p=None must be a number",
+    "kj.RopeConfig(theta='1e4')": "theta='1e4' must be a number",
+    "config(vocab_size=61.5)": "vocab_size=61.5 must be a whole number",
+    "kj.Chat(model, None, cache=full, context=1.5)": "context=1.5 must be a whole number",
+    "model.decode([1], model.prefill([[1]], [1], cache=full, capacity=8)[1], active=[1])": (
+        "active of int64 (1,) must be 1 truth values, one per row"
+    ),
+    "model.decode([1], model.prefill([[1]], [1], cache=full, capacity=8)[1], active=[True, True])": (
+        "active of bool (2,) must be 1 truth values"
+    ),
     "model.prefill([[1]], [1], cache=full, capacity=2.0)": "capacity=2.0 must be a whole number",
     "model.prefill([[1]], [1], cache=full, capacity=2, block_tokens=1.5)": "block_tokens=1.5 must be a whole",
 }
