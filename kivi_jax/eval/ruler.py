@@ -49,7 +49,7 @@ def build_samples(task: str, rows: Sequence[Mapping[str, Any]], *, max_new_token
         Sample(
             id=f"{task}-{row.get('index', index)}",
             task=task,
-            prompt=row["input"] + (row.get("answer_prefix") or ""),
+            prompt=f"{row['input']}{row.get('answer_prefix') or ''}",
             answers=read_answers(row["outputs"]),
             max_new_tokens=max_new_tokens,
         )

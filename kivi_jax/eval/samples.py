@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+TEXTS = ("input", "context", "prompt", "question", "answer", "target")  # fields of rows
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
@@ -31,7 +33,8 @@ def read_rows(source: str | Path, *fields: str) -> list[dict[str, Any]]:
     """The rows of a JSON-lines file, or of a data set on the hub: "name:config:split" (test by default).
 
     Raises:
-        ValueError: there is neither, a line is not a JSON object, or one of `fields` is missing in a row.
+        ValueError: there is neither, a line is not a JSON object, or one of `fields` is missing in a row, or
+            no text where it is one.
     """
     path = Path(source)
     rows = _read_lines(path) if path.is_file() else _load_hub(str(source))
@@ -40,6 +43,10 @@ def read_rows(source: str | Path, *fields: str) -> list[dict[str, Any]]:
             raise ValueError(
                 f"{source}: row {number} has no field {', '.join(missing)}, but {', '.join(row)}: "
                 "this evaluation reads other data"
+            )
+        if odd := [name for name in fields if name in TEXTS and not isinstance(row[name], str)]:
+            raise ValueError(
+                f"{source}: row {number} has no text in its field {odd[0]}, but {row[odd[0]]!r:.60}"
             )
     return rows
 

@@ -22,7 +22,15 @@ from kivi_jax.generation.prefix import Prefix, prefill
 from kivi_jax.generation.sampling import Sampler
 from kivi_jax.generation.templates import Message, encode_conversation, has_template
 from kivi_jax.generation.text import append, decode_after, stream_after
-from kivi_jax.generation.tokens import CONTEXT, Tokenizer, encode, encode_after, ending_ids, pad_prompts
+from kivi_jax.generation.tokens import (
+    CONTEXT,
+    Tokenizer,
+    check_tokenizer,
+    encode,
+    encode_after,
+    ending_ids,
+    pad_prompts,
+)
 from kivi_jax.model.llama import Llama
 
 
@@ -42,9 +50,10 @@ class Chat:
         """Start a conversation of up to `context` tokens, which begins with what the `system` says.
 
         Raises:
-            ValueError: the strategy does not fit the model, `context` is not positive, or there is a system
-                message but no chat template.
+            ValueError: there is no tokenizer, the strategy does not fit the model, `context` is not positive,
+                or there is a system message but no chat template.
         """
+        check_tokenizer(tokenizer)
         if whole("context", context) < 1:
             raise ValueError(f"{context=} must be positive")
         if system is not None and not has_template(tokenizer):

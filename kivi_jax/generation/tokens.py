@@ -25,6 +25,18 @@ class Tokenizer(Protocol):
         ...
 
 
+def check_tokenizer(tokenizer: Tokenizer | None) -> None:
+    """Refuse to read text without a tokenizer.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if tokenizer is None:
+        raise ValueError(
+            "there is no tokenizer: copy its files beside the weights, or pass token ids to kj.generate"
+        )
+
+
 def encode(tokenizer: Tokenizer, text: str) -> list[int]:
     """Token ids of a text that begins a row.
 
@@ -33,10 +45,7 @@ def encode(tokenizer: Tokenizer, text: str) -> list[int]:
     Raises:
         ValueError: there is no tokenizer, or the text has bytes or halves of characters that are no Unicode.
     """
-    if tokenizer is None:
-        raise ValueError(
-            "there is no tokenizer: copy its files beside the weights, or pass token ids to kj.generate"
-        )
+    check_tokenizer(tokenizer)
     begin = getattr(tokenizer, "bos_token", None)
     if begin and text.startswith(begin):
         return encode_as_is(tokenizer, text)

@@ -55,7 +55,8 @@ MISTAKES = {
     "kj.Sample(top_p=None)": "top_p=None must be a number",
     "kj.RopeConfig(theta='1e4')": "theta='1e4' must be a number",
     "config(vocab_size=61.5)": "vocab_size=61.5 must be a whole number",
-    "kj.Chat(model, None, cache=full, context=1.5)": "context=1.5 must be a whole number",
+    "kj.Chat(model, None, cache=full, context=8)": "there is no tokenizer",
+    "kj.Chat(model, len, cache=full, context=1.5)": "context=1.5 must be a whole number",
     "model.decode([1], model.prefill([[1]], [1], cache=full, capacity=8)[1], active=[1])": (
         "active of int64 (1,) must be 1 truth values, one per row"
     ),

@@ -145,6 +145,9 @@ def test_rows_are_json_lines(tmp_path):
     path.write_text('{"a": 1}\n{"b": 1, "c": 2}\n')
     with pytest.raises(ValueError, match="row 2 has no field a, but b, c"):
         read_rows(path, "a")
+    path.write_text('{"input": 3}\n')
+    with pytest.raises(ValueError, match="row 1 has no text in its field input, but 3"):
+        read_rows(path, "input")
     with pytest.raises(ValueError, match="not a file of JSON lines"):
         read_rows(tmp_path)
     with pytest.raises(ValueError, match="not a file of JSON lines"):
