@@ -1,11 +1,15 @@
-"""What callers pass: counts must be whole, whatever type they come in, and dtypes floats."""
+"""What callers pass: counts must be whole, of whatever type, dtypes floats, and rows not too long."""
 
+import functools
+import logging
 import numbers
 import operator
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+
+_log = logging.getLogger(__name__)
 
 
 def whole(name: str, number: Any) -> int:
@@ -49,3 +53,18 @@ def floating(dtype: Any) -> np.dtype[Any]:
     if found is None or not jnp.issubdtype(found, jnp.floating):
         raise ValueError(f"{dtype=} must be float32, bfloat16 or float16")
     return found
+
+
+def warn_beyond(context: int, tokens: int) -> None:
+    """Say, once for models of this `context`, that rows of `tokens` are longer."""
+    if tokens > context:
+        warn_once(
+            f"rows may become longer than the {context:,} tokens that the model was made for "
+            "(max_position_embeddings): what it says beyond them may mean nothing"
+        )
+
+
+@functools.cache
+def warn_once(message: str) -> None:
+    """Log a warning, the first time that it is given."""
+    _log.warning(message)

@@ -141,6 +141,13 @@ class ModelConfig:
         if not self.windowed or not self.rotated:
             raise ValueError(f"{self.windowed=} and {self.rotated=} must say something of at least one layer")
 
+    @property
+    def context(self) -> int:
+        """The tokens of the longest row that the model was made for."""
+        most, rope = self.max_position_embeddings, self.rope
+        stretched = {"dynamic": most, "yarn": rope.original_max_position_embeddings}.get(rope.kind, 0)
+        return max(most, int(rope.factor * stretched))
+
     def window_of(self, layer: int) -> int | None:
         """The window of layer number `layer`."""
         return self.sliding_window if self.windowed[layer % len(self.windowed)] else None

@@ -30,3 +30,8 @@ TopPOption = Annotated[float, typer.Option(help="Keep the most likely tokens up 
 MinPOption = Annotated[float, typer.Option(help="Keep tokens this likely relative to the best.")]
 PenaltyOption = Annotated[float, typer.Option(help="Above 1 makes seen tokens less likely.")]
 SeedOption = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of random sampling.")]
+ChatOption = Annotated[bool, typer.Option("--chat", help="Put the text into the tokenizer's chat template.")]
+SystemOption = Annotated[
+    str | None, typer.Option(help="What the system says before, in the tokenizer's chat template.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]

@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from kivi_jax import options
+from kivi_jax.commands.hints import as_prompt, reading
 from kivi_jax.console import compare_bytes, format_bytes, print_table
 
 cache_files = typer.Typer(
@@ -29,12 +30,18 @@ def save(
     prompt_file: Annotated[str, typer.Argument(help="The text to read; - reads it from standard input.")],
     destination: Annotated[FilePath, typer.Argument(help="Directory to write; complete or absent.")],
     cache: options.CacheOption = "kivi2",
+    chat: options.ChatOption = False,
+    system: options.SystemOption = None,
     dtype: options.DtypeOption = None,
     overwrite: Annotated[bool, typer.Option(help="Replace what is at the destination.")] = False,
 ) -> None:
     """Read a text into a cache and write that to disk.
 
+    With --chat it begins a message, in which questions that follow go on: for instruct models.
+
     Example:  kivi-jax cache save ./llama-8b novel.txt novel.prefix --cache kivi2
+
+    Example:  kivi-jax cache save ./llama-8b novel.txt novel.prefix --chat
     """
     import jax
 
@@ -52,8 +59,9 @@ def save(
         destination, overwrite=overwrite, sources=sources
     ) as partial:  # before anything is computed
         llama, tokenizer = open_model(model, dtype)
-        with errors.status("reading"):
-            prefix = jax.block_until_ready(read_prefix(llama, tokenizer, [text], cache=strategy))
+        prompt = as_prompt(tokenizer, text, chat=chat, system=system)
+        with reading(f"{len(text):,} characters"):
+            prefix = jax.block_until_ready(read_prefix(llama, tokenizer, [prompt], cache=strategy))
         with errors.status("writing"), writing(destination):
             write_prefix(partial, prefix, llama)
     _print_info(destination, errors)
@@ -86,6 +94,7 @@ def _print_info(path: FilePath, console: Console) -> None:
         saved.config, full(), batch=len(saved.tokens), context=max(saved.tokens), dtype=saved.dtype
     )["total"]
     table = Table("", escape(str(path)), title="prefix", show_header=False)
+    table.add_row("of", "a conversation, whose user goes on" if saved.turn else "text")
     table.add_row("cache", saved.cache)
     table.add_row("tokens", ", ".join(f"{count:,}" for count in saved.tokens))
     table.add_row("in memory", compare_bytes(saved.bytes["total"], whole))

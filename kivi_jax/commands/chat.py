@@ -1,8 +1,12 @@
 """`kivi-jax chat`: a conversation in the terminal."""
 
+import contextlib
 import itertools
+import signal
 import sys
+import threading
 from collections.abc import Iterator
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -10,12 +14,13 @@ from rich.console import Console
 from rich.markup import escape
 
 from kivi_jax import options
+from kivi_jax.commands.hints import FIRST_TOKEN, reading, say
 from kivi_jax.console import compare_bytes
 
 if TYPE_CHECKING:
     from kivi_jax.generation.chat import Chat
 
-COMMANDS = "/stats shows what the cache weighs, /reset forgets everything, /quit ends"
+COMMANDS = "/stats shows what the cache weighs, /reset forgets everything, /quit ends; Ctrl-C stops a reply"
 
 
 def chat(
@@ -27,6 +32,7 @@ def chat(
             max=2**31 - 1, help="Tokens of the whole conversation; by default the model's, at most 8192."
         ),
     ] = None,
+    system: options.SystemOption = None,
     max_new_tokens: Annotated[int, typer.Option(help="The most tokens of a reply.")] = 512,
     temperature: options.TemperatureOption = 0.0,
     top_k: options.TopKOption = 0,
@@ -39,7 +45,7 @@ def chat(
     """Talk to a model; its cache is kept between turns, and nothing is read twice.
 
     Messages are put into the tokenizer's chat template, if it has one; else they are read as they are.
-    /stats shows what the cache weighs, /reset forgets everything, /quit ends.
+    /stats shows what the cache weighs, /reset forgets everything, /quit ends; Ctrl-C stops a reply.
     demo is no chat model. Type one of its tasks, such as  Copy: moon owl. Copied:
 
     Example:  kivi-jax chat ./llama-8b-instruct --cache kivi2 --context 32768
@@ -52,7 +58,6 @@ def chat(
     from kivi_jax.generation.chat import Chat
     from kivi_jax.generation.loading import open_model
     from kivi_jax.generation.sampling import make_sampler
-    from kivi_jax.generation.stops import decode_stream
 
     if max_new_tokens < 1:
         raise ValueError(f"{max_new_tokens=} must be at least 1")
@@ -61,7 +66,7 @@ def chat(
     llama, tokenizer = open_model(model, dtype)
     if context is None:
         context = min(llama.config.max_position_embeddings, 8192)
-    talk = Chat(llama, tokenizer, cache=strategy, context=context, sampler=sampler)
+    talk = Chat(llama, tokenizer, cache=strategy, context=context, sampler=sampler, system=system)
     notes = Console(stderr=True, highlight=False)
     notes.print(f"{cache} cache, up to {context:,} tokens; {COMMANDS}", style="dim")
     for turn in itertools.count():
@@ -78,20 +83,55 @@ def chat(
             key = jax.random.fold_in(jax.random.key(seed), turn)
             tokens = talk.reply(message, max_new_tokens=max_new_tokens, key=key)
             try:
-                _write(decode_stream(tokenizer, tokens), notes)
+                _write(talk, tokens)
             except ValueError as error:  # the conversation is as it was
                 notes.print(f"[bold red]error:[/] {escape(str(error))}")
-            except KeyboardInterrupt:
-                return
 
 
-def _write(pieces: Iterator[str], notes: Console) -> None:
-    """A reply, as it comes."""
-    with notes.status("reading"):
-        first = next(pieces, "")
-    for piece in itertools.chain([first], pieces, ["\n"]):
-        sys.stdout.write(piece)
-        sys.stdout.flush()
+def _write(talk: "Chat", tokens: Iterator[int]) -> None:
+    """A reply as it comes, and what is to be said of its end; Ctrl-C ends it."""
+    from kivi_jax.generation.stops import Decoder
+
+    with first_interrupt() as interrupted:
+        with reading("the message"):
+            first = list(itertools.islice(tokens, 1))
+        decoder = Decoder(talk.tokenizer, talk.tokens[: talk.replied], ends=talk.ends)
+        for token in itertools.chain(first, tokens):
+            _show(decoder.push(token))
+            if interrupted.is_set():
+                break
+    new = talk.tokens[talk.replied :]
+    _show(decoder.finish() + "\n")
+    if interrupted.is_set():
+        say("stopped")
+    elif len(talk.tokens) == talk.context:
+        say("cut where the context ends: /reset, or start with a larger --context")
+    elif new[-1] not in talk.ends:
+        say("cut at --max-new-tokens")
+    elif len(new) == 1:
+        say(FIRST_TOKEN)
+
+
+def _show(piece: str) -> None:
+    sys.stdout.write(piece)
+    sys.stdout.flush()
+
+
+@contextlib.contextmanager
+def first_interrupt() -> Iterator[threading.Event]:
+    """Within, the first Ctrl-C sets an event and breaks nothing off; a second one interrupts as always."""
+    interrupted = threading.Event()
+
+    def note(number: int, frame: FrameType | None) -> None:
+        del number, frame
+        interrupted.set()
+        signal.signal(signal.SIGINT, before)
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield interrupted
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _ask(console: Console) -> str | None:

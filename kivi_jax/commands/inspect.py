@@ -1,6 +1,7 @@
 """`kivi-jax inspect`: what caches of a model weigh, without making any."""
 
 import functools
+import json
 from collections.abc import Mapping
 from pathlib import Path as FilePath
 from typing import TYPE_CHECKING, Annotated
@@ -9,6 +10,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from kivi_jax import options
+from kivi_jax.checks import warn_beyond
 from kivi_jax.console import format_bytes, parse_bytes, print_table
 from kivi_jax.options import Dtype
 from kivi_jax.plan.shapes import SHAPES
@@ -24,8 +27,12 @@ def inspect(
         typer.Argument(help=f"A checkpoint's directory, a hub name, demo, or one of {', '.join(SHAPES)}."),
     ],
     context: Annotated[
-        int, typer.Option(max=2**31 - 1, help="Tokens a row holds, prompt and output together.")
-    ] = 32768,
+        int | None,
+        typer.Option(
+            max=2**31 - 1,
+            help="Tokens a row holds, prompt and output together; by default the model's, at most 32768.",
+        ),
+    ] = None,
     prompt: Annotated[
         int | None, typer.Option(help="Of those, the prompt's: all the others are generated. By default all.")
     ] = None,
@@ -45,6 +52,7 @@ def inspect(
         FilePath | None,
         typer.Option(help="Draw memory against context, up to --context, into this PNG file."),
     ] = None,
+    as_json: options.JsonOption = False,
 ) -> None:
     """Plan memory: what each cache of a model weighs, and the batch that fits. Needs no weights.
 
@@ -61,6 +69,8 @@ def inspect(
 
         check_place(plot)
     config = SHAPES.get(model) or read_any_config(model)
+    context = min(32768, config.context) if context is None else context
+    warn_beyond(config.context, context)
     strategies = {name: parse_cache(name) for name in cache or ["full", "kivi4", "kivi2", "kivi2+scope"]}
     limit = parse_bytes(memory or "24GiB")
     weights = parameter_count(config) * {"float32": 4}.get(dtype.value, 2)
@@ -79,11 +89,13 @@ def inspect(
         plan_cache, config, batch=batch, context=context, dtype=dtype.value, prompt_tokens=prompt
     )
     whole = size(parse_cache("full"))
+    plans: dict[str, dict[str, int]] = {}
     for name, strategy in strategies.items():
         parts = size(strategy)
         rows = largest_batch(
             config, strategy, context=context, dtype=dtype.value, memory_bytes=limit, prompt_tokens=prompt
         )
+        plans[name] = parts | {"max_batch": rows}
         table.add_row(
             name,
             f"{parts['total'] / (context * batch):,.0f}",
@@ -95,7 +107,11 @@ def inspect(
             format_bytes(parts["pool"]),
             f"{rows:,}",
         )
-    print_table(console, table)
+    if as_json:
+        plan = dict(model=model, context=context, prompt=prompt, batch=batch, dtype=dtype.value)
+        typer.echo(json.dumps(plan | {"weights": weights, "memory": limit, "caches": plans}))
+    else:
+        print_table(console, table)
     if plot is not None:
         _plot_plan(
             plot,

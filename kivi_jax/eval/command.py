@@ -10,7 +10,7 @@ from rich.progress import Progress
 from kivi_jax.cache.names import parse_cache
 from kivi_jax.console import print_table
 from kivi_jax.eval.run import Run, print_report, progress_bar, read_text
-from kivi_jax.options import DtypeOption
+from kivi_jax.options import ChatOption, DtypeOption
 
 if TYPE_CHECKING:
     from kivi_jax.eval.samples import Sample
@@ -34,7 +34,6 @@ Out = Annotated[Path, typer.Option(help="The folder for predictions; a folder fo
 Limit = Annotated[int | None, typer.Option(min=1, help="The most samples (of each task); by default all.")]
 Batch = Annotated[int, typer.Option(min=1, help="Rows computed together.")]
 NewTokens = Annotated[int, typer.Option(min=1, help="The most tokens of an answer.")]
-Chat = Annotated[bool, typer.Option(help="Put prompts into the tokenizer's chat template.")]
 
 
 @evaluate.command()
@@ -89,7 +88,7 @@ def longbench(
         list[str] | None,
         typer.Option(help="May be repeated; by default all in --data, and on the hub KIVI's 15."),
     ] = None,
-    chat: Chat = False,
+    chat: ChatOption = False,
     limit: Limit = None,
     batch: Batch = 1,
     dtype: DtypeOption = None,
@@ -135,7 +134,7 @@ def longgenbench(
     ] = None,
     examples: Annotated[int, typer.Option(min=1, help="Examples in a prompt, with --build.")] = 8,
     max_new_tokens: NewTokens = 4096,
-    chat: Chat = False,
+    chat: ChatOption = False,
     limit: Limit = None,
     batch: Batch = 1,
     dtype: DtypeOption = None,
@@ -190,6 +189,7 @@ def needle(
     depths: Annotated[int, typer.Option(min=1, help="Places of the key, from start to end.")] = 5,
     repeats: Annotated[int, typer.Option(min=1, help="Prompts per length and depth.")] = 1,
     max_new_tokens: NewTokens = 8,
+    chat: ChatOption = False,
     limit: Limit = None,
     batch: Batch = 4,
     dtype: DtypeOption = None,
@@ -217,7 +217,7 @@ def needle(
             max_new_tokens=max_new_tokens,
         )
         settings |= dict(depths=depths)
-    run.generate(samples[:limit], cache, batch=batch, **settings)
+    run.generate(samples[:limit], cache, batch=batch, chat=chat, **settings)
 
 
 @evaluate.command()
@@ -227,6 +227,7 @@ def ruler(
     out: Out,
     cache: Caches = None,
     max_new_tokens: NewTokens = 128,
+    chat: ChatOption = False,
     limit: Limit = None,
     batch: Batch = 1,
     dtype: DtypeOption = None,
@@ -239,7 +240,7 @@ def ruler(
 
     samples = read_samples(data, limit=limit, max_new_tokens=max_new_tokens)
     run = Run("ruler", model, data, out, dtype)
-    run.generate(samples, cache, batch=batch, max_new_tokens=max_new_tokens)
+    run.generate(samples, cache, batch=batch, max_new_tokens=max_new_tokens, chat=chat)
 
 
 @evaluate.command()
@@ -250,6 +251,7 @@ def gsm8k(
     cache: Caches = None,
     examples: Annotated[int, typer.Option(min=0, help="Worked examples before each question.")] = 5,
     max_new_tokens: NewTokens = 256,
+    chat: ChatOption = False,
     limit: Limit = None,
     batch: Batch = 4,
     dtype: DtypeOption = None,
@@ -268,7 +270,8 @@ def gsm8k(
     )
     samples = build_samples(asked[:limit], examples=shown[:examples], max_new_tokens=max_new_tokens)
     run = Run("gsm8k", model, data, out, dtype)
-    run.generate(samples, cache, batch=batch, examples=examples, max_new_tokens=max_new_tokens)
+    settings = dict(examples=examples, max_new_tokens=max_new_tokens, chat=chat)
+    run.generate(samples, cache, batch=batch, **settings)
 
 
 @evaluate.command()

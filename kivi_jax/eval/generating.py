@@ -9,10 +9,12 @@ import numpy as np
 from rich.progress import Progress
 
 from kivi_jax.cache.strategy import CacheStrategy
-from kivi_jax.eval.jobs import Record, finish
+from kivi_jax.eval.jobs import Record, finish, in_batches
 from kivi_jax.eval.samples import Sample
 from kivi_jax.generation.generate import generate
-from kivi_jax.generation.tokens import pad_prompts
+from kivi_jax.generation.stops import find_stop
+from kivi_jax.generation.templates import user_turn, write
+from kivi_jax.generation.tokens import encode_as_is, pad_prompts
 from kivi_jax.model.llama import Llama
 
 Encoded = tuple[Sample, list[int]]
@@ -63,7 +65,8 @@ def predict(
             for (sample, ids), new in zip(batch, rows, strict=True)
         ]
 
-    batches = batches_of_one_width(encoded, batch_size)
+    # Of one padded width and as many new tokens: they share a compiled program.
+    batches = in_batches(encoded, batch_size, key=lambda item: (_width(item[1]), item[0].max_new_tokens))
     return finish(path, settings, batches, compute, identify=lambda item: item[0].id, progress=progress)
 
 
@@ -83,11 +86,8 @@ def encode(tokenizer: Any, sample: Sample, *, max_length: int | None, chat: bool
         ids = tokenizer(prompt)["input_ids"]
     if not (chat and sample.chat):
         return ids
-    if not getattr(tokenizer, "chat_template", None):
-        raise ValueError("the model's tokenizer has no chat template: leave out --chat")
-    message = [{"role": "user", "content": prompt}]
-    text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-    return tokenizer(text, add_special_tokens=False)["input_ids"]  # the template writes them itself
+    asked = prompt.removesuffix(sample.answer_prefix)
+    return encode_as_is(tokenizer, write(tokenizer, user_turn(asked)) + sample.answer_prefix)
 
 
 def continue_prompts(
@@ -106,24 +106,13 @@ def continue_prompts(
     return [row[:n].tolist() for row, n in zip(new, count, strict=True)][: len(prompts)]
 
 
-def batches_of_one_width(encoded: Sequence[Encoded], batch_size: int) -> list[list[Encoded]]:
-    """Samples in batches that share a compiled program, the widest first: what does not fit shows at once."""
-    groups: dict[tuple[int, int], list[Encoded]] = {}
-    for sample, ids in encoded:
-        width = pad_prompts([ids])[0].shape[1]
-        groups.setdefault((width, sample.max_new_tokens), []).append((sample, ids))
-    return [
-        group[begin : begin + batch_size]
-        for _, group in sorted(groups.items(), key=lambda entry: entry[0], reverse=True)
-        for begin in range(0, len(group), batch_size)
-    ]
+def _width(ids: Sequence[int]) -> int:
+    return pad_prompts([ids])[0].shape[1]
 
 
 def cut(text: str, stop: Sequence[str]) -> str:
-    """`text` before the first of the stop strings."""
-    for end in stop:
-        text = text.split(end)[0]
-    return text
+    """`text` before the stop string that is complete first."""
+    return text[: find_stop(text, stop)]
 
 
 def record(sample: Sample, prompt_tokens: int, new: Sequence[int], prediction: str) -> Record:

@@ -20,7 +20,6 @@ def build_samples(
             answers=[row["answer"]],
             max_new_tokens=max_new_tokens,
             stop=("\nQuestion:",),
-            chat=False,
         )
         for index, row in enumerate(questions)
     ]

@@ -29,10 +29,24 @@ def read_records(path: Path) -> tuple[Record, list[Record]]:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({error}): move it away") from None
     if lines and "settings" not in settings:
-        raise ValueError(f"{path} does not begin with settings: it was not written by kivi-jax eval")
+        raise ValueError(f"{path} does not begin with settings: kivi-jax did not write it")
     if twice := _repeated(record.get("id") for record in records):
         raise ValueError(f"{path} holds {twice} more than once, so it would count as several: move it away")
     return settings.get("settings", {}), records
+
+
+def in_batches(
+    items: Iterable[Item], size: int, *, key: Callable[[Item], tuple[int, ...]]
+) -> list[list[Item]]:
+    """Items of one `key` together, up to `size`; the largest key first: what does not fit shows at once."""
+    groups: dict[tuple[int, ...], list[Item]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
+    return [
+        group[begin : begin + size]
+        for _, group in sorted(groups.items(), key=lambda entry: entry[0], reverse=True)
+        for begin in range(0, len(group), size)
+    ]
 
 
 def finish(
@@ -74,7 +88,7 @@ def _finish(
     if held and held != settings:
         names = sorted(name for name in held.keys() | settings.keys() if held.get(name) != settings.get(name))
         changed = ", ".join(f"{name}={held.get(name)!r}, not {settings.get(name)!r}" for name in names)
-        raise ValueError(f"{path} was computed with {changed}: choose another --out, or move it away")
+        raise ValueError(f"{path} was computed with {changed}: choose another place, or move it away")
     done = {record["id"]: record for record in records}
     wanted = [identify(item) for batch in batches for item in batch]
     bar = progress.add_task(path.stem, total=len(wanted), completed=sum(name in done for name in wanted))

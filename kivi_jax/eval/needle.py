@@ -12,7 +12,8 @@ from typing import Any
 
 from kivi_jax.eval.samples import Sample
 
-QUESTION = "What is the pass key? The pass key is"
+ANSWER = " The pass key is"  # how the answer begins
+QUESTION = f"What is the pass key?{ANSWER}"
 _SUBJECTS = ("The baker", "A traveller", "Our neighbour", "The old sailor", "Her brother", "The teacher")
 _VERBS = ("walked past", "remembered", "painted", "talked about", "waited near", "looked for")
 _OBJECTS = ("the harbour", "a quiet garden", "the market", "the railway station", "a wooden bridge")
@@ -59,6 +60,7 @@ def build_samples(
                 prompt=f"{' '.join(hay)} {QUESTION}",
                 answers=[key],
                 max_new_tokens=max_new_tokens,
+                answer_prefix=ANSWER,
                 info={"length": length, "depth": depth},
             )
         )
@@ -115,6 +117,7 @@ def read_samples(tokenizer: Any, rows: Sequence[Mapping[str, Any]], *, max_new_t
                 prompt=prompt,
                 answers=[str(row["target"])],
                 max_new_tokens=max_new_tokens,
+                answer_prefix=f"{ANSWER} ",
                 info={"length": length, "depth": round(max(place, 0) / max(len(row["input"]), 1), 2)},
             )
         )

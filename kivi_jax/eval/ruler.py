@@ -52,6 +52,7 @@ def build_samples(task: str, rows: Sequence[Mapping[str, Any]], *, max_new_token
             prompt=f"{row['input']}{row.get('answer_prefix') or ''}",
             answers=read_answers(row["outputs"]),
             max_new_tokens=max_new_tokens,
+            answer_prefix=row.get("answer_prefix") or "",
         )
         for index, row in enumerate(rows)
     ]

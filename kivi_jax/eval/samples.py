@@ -15,7 +15,8 @@ class Sample:
 
     `task` is the column it counts for. `stop` are strings that end the prediction, themselves left out.
     `truncate` says that a prompt too long for the model loses its middle; `chat` that it is put into the
-    tokenizer's chat template where that is asked for. `info` is copied to the record, for the scorer.
+    tokenizer's chat template where that is asked for; then the reply begins with `answer_prefix`, the end of
+    the prompt, and the message is what stands before. `info` is copied to the record, for the scorer.
     """
 
     id: str
@@ -26,6 +27,7 @@ class Sample:
     stop: tuple[str, ...] = ()
     truncate: bool = False
     chat: bool = True
+    answer_prefix: str = ""
     info: Mapping[str, Any] = field(default_factory=dict)
 
 

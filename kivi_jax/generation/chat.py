@@ -17,7 +17,7 @@ from jaxtyping import Array, Key
 
 from kivi_jax.cache.names import strategy_of
 from kivi_jax.cache.strategy import CacheStrategy, shorten
-from kivi_jax.checks import whole
+from kivi_jax.checks import warn_beyond, whole
 from kivi_jax.generation.prefix import Prefix, prefill
 from kivi_jax.generation.sampling import Sampler
 from kivi_jax.generation.templates import Message, encode_conversation, has_template
@@ -62,6 +62,7 @@ class Chat:
             )
         self.model, self.tokenizer, self.cache = model, tokenizer, strategy_of(cache)
         self.cache.check(model.config)
+        warn_beyond(model.config.context, context)
         self.context, self.sampler, self.system = context, sampler, system
         self.ends = ending_ids(model.config, tokenizer)
         self.reset()
@@ -117,10 +118,14 @@ class Chat:
             eos_ids=self.ends,
             key=key,
         )
+        last: Prefix | None = None
         for token, held in tokens:
-            self.prefix, self.cached = dataclasses.replace(start, cache=held), len(self.tokens)
+            last, self.cached = dataclasses.replace(start, cache=held), len(self.tokens)
             self.tokens.append(token)
+            self.prefix = last
             yield token
+            self.prefix = None  # what draws the next token consumes it, and may be interrupted
+        self.prefix = last
 
     def _spell(self, asked: Sequence[Message]) -> list[int]:
         """The tokens of the conversation up to where the reply to its last message begins.

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 
 from kivi_jax.cache.names import strategy_of
 from kivi_jax.cache.strategy import CacheStrategy, KVCache
-from kivi_jax.checks import whole
+from kivi_jax.checks import warn_beyond, whole
 from kivi_jax.generation.prefix import Prefix, extend, fork, prefill, weights_mark
 from kivi_jax.generation.sampling import Greedy, Sampler, penalize
 from kivi_jax.model.inputs import PerRow, Prompts, read_prompts
@@ -117,6 +117,7 @@ def generate(
         tokens, lengths, vocab_size=model.config.vocab_size, least=0 if prefix is not None else 1
     )
     strategy = check_start(model, cache, prefix)
+    warn_if_long(model, lengths, prefix, max_new_tokens)
     sampler = check_sampler(sampler)
     program = _Program(strategy, max_new_tokens, sampler, end_ids(model, eos_ids), log_probs, block_tokens)
     keys = row_keys(key, tokens.shape[0])
@@ -174,6 +175,13 @@ def end_ids(model: Llama, eos_ids: Sequence[int] | int | None) -> tuple[int, ...
             f"eos_ids={outside[0]} is not in the model's vocabulary, 0 to {model.config.vocab_size - 1}"
         )
     return ids
+
+
+def warn_if_long(model: Llama, lengths: Int[Array, "B"], prefix: Prefix | None, max_new_tokens: int) -> None:
+    """Say, once for models of its context, that rows may become longer than that, where it is known."""
+    held = jnp.zeros(1, jnp.int32) if prefix is None else prefix.cache.lengths
+    if not isinstance(lengths, Tracer) and not isinstance(held, Tracer):
+        warn_beyond(model.config.context, int((held + lengths).max()) + max_new_tokens)
 
 
 def warn_unless_finite(finite: Bool[Array, "..."]) -> None:

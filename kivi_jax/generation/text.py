@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from kivi_jax.cache.strategy import CacheStrategy, KVCache
+from kivi_jax.checks import warn_beyond, warn_once
 from kivi_jax.generation.generate import (
     Decoding,
     Draw,
@@ -26,6 +27,7 @@ from kivi_jax.generation.generate import (
     read,
     row_keys,
     start_drawing,
+    warn_if_long,
     warn_unless_finite,
 )
 from kivi_jax.generation.prefix import Prefix, extend, prefill, weights_mark
@@ -36,6 +38,7 @@ from kivi_jax.generation.templates import (
     Prompt,
     continue_turn,
     encode_conversation,
+    has_template,
     open_turn,
     user_turn,
 )
@@ -97,6 +100,7 @@ def read_prefix(
         for prompt in batch
     ]
     tokens, lengths = pad_prompts(ids)
+    warn_beyond(model.config.context, int(lengths.max()))
     prefix = prefill(
         model,
         jnp.asarray(tokens),
@@ -146,8 +150,8 @@ def completions(
     Raises:
         ValueError: see `complete`.
     """
-    prefix, stop = options.get("prefix"), check_stop(stop)
-    ids = [encode_prompt(tokenizer, prompt, prefix, row=row) for row, prompt in enumerate(as_batch(prompts))]
+    prefix, stop, batch = options.get("prefix"), check_stop(stop), as_batch(prompts)
+    ids = [encode_prompt(tokenizer, prompt, prefix, row=row) for row, prompt in enumerate(batch)]
     tokens, lengths = pad_prompts(ids, least=0 if prefix is not None else 1)
     ends = options["eos_ids"] = _ends(model, tokenizer, options)
     before = [text_before(prompt, prefix, row=row) for row, prompt in enumerate(ids)]
@@ -167,6 +171,8 @@ def completions(
         log_probs=log_probs,
         ends=stopped if stop else None,
     )
+    for prompt, first in zip(batch, out.tokens[:, 0].tolist(), strict=True):
+        _say_if_empty(tokenizer, prompt, first in ends)
     return [
         _completion(out, row, stop, ends, len(prompt), functools.partial(text, row))
         for row, prompt in enumerate(ids)
@@ -216,9 +222,21 @@ def stream(
     prefix, stop = options.get("prefix"), check_stop(stop)
     ids = encode_prompt(tokenizer, prompt, prefix)
     ends = options["eos_ids"] = _ends(model, tokenizer, options)
-    tokens = stream_tokens(model, ids, **options)
-    before = text_before(ids, prefix)
-    return decode_stream(tokenizer, (token for token, _ in tokens), before, stop=stop, ends=ends)
+    drawn = stream_tokens(model, ids, **options)
+
+    def tokens() -> Iterator[int]:
+        for number, (token, _) in enumerate(drawn):
+            _say_if_empty(tokenizer, prompt, number == 0 and token in ends)
+            yield token
+
+    return decode_stream(tokenizer, tokens(), text_before(ids, prefix), stop=stop, ends=ends)
+
+
+def _say_if_empty(tokenizer: Tokenizer, prompt: Prompt, ended: bool) -> None:
+    if ended and isinstance(prompt, str) and has_template(tokenizer):
+        warn_once(
+            "a text ended at its first token, and the tokenizer has a chat template: pass messages, not text"
+        )
 
 
 def as_batch(prompts: Conversation | Sequence[Prompt]) -> Sequence[Prompt]:
@@ -300,6 +318,7 @@ def stream_tokens(
     tokens, lengths = read_prompts(
         *pad_prompts([prompt], least=least), vocab_size=model.config.vocab_size, least=least
     )
+    warn_if_long(model, lengths, prefix, max_new_tokens)
     start = read(model, tokens, lengths, cache=strategy, prefix=prefix, room=max_new_tokens)
     yield from stream_after(model, start, max_new_tokens=max_new_tokens, **options)
 

@@ -109,8 +109,8 @@ def ending_ids(config: ModelConfig, tokenizer: Tokenizer | None) -> tuple[int, .
     Fine-tunes of base models often keep the base's end in config.json, so either of them ends a text.
     """
     own = getattr(tokenizer, "eos_token_id", None)
-    more = () if own is None or own >= config.vocab_size else (int(own),)
-    return tuple(dict.fromkeys((*config.eos_ids, *more)))
+    ends = (*config.eos_ids, *(() if own is None else (int(own),)))
+    return tuple(dict.fromkeys(end for end in ends if end < config.vocab_size))  # others are never drawn
 
 
 def pad_prompts(

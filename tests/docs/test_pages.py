@@ -17,7 +17,15 @@ ROOT = Path(__file__).parents[2]
 PACKAGES = ("kivi_jax", "pallas_kernels", "convert")
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
 TROUBLESHOOT = ROOT / "docs" / "how-to" / "troubleshoot.md"
-ERRORS = {"ValueError", "NotImplementedError", "OSError", "RuntimeError", "CheckpointError", "warning"}
+ERRORS = {
+    "ValueError",
+    "NotImplementedError",
+    "OSError",
+    "RuntimeError",
+    "CheckpointError",
+    "warning",
+    "warn_once",
+}
 NEVER_SEEN = {"negative"}  # caught where it is raised
 
 

@@ -38,7 +38,8 @@ def test_generate_prints_what_complete_gives_and_what_it_cost(command, model):
     cost = error.splitlines()[-1]
     assert re.fullmatch(
         r"3 prompt tokens · 6 new tokens · first after [\d.]+ s \(compiling and reading the prompt\) · "
-        r"then [\d.]+ tokens/s · cache [\d.]+ \w+, full cache [\d.]+ \w+ \([\d.]+x (smaller|larger)\)",
+        r"then [\d.]+ tokens/s · cache [\d.]+ \w+, full cache [\d.]+ \w+ \([\d.]+x (smaller|larger)\) · "
+        r"cut at --max-new-tokens",
         cost,
     )
 

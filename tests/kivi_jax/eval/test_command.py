@@ -14,6 +14,8 @@ import pytest
 from kivi_jax.eval import generating
 from kivi_jax.eval.jobs import read_records
 from tests.convert.checkpoints import LLAMA, write_checkpoint
+from tests.models import config, random_llama
+from tests.tokenizers import VOCAB, build
 
 pytest.importorskip("matplotlib", reason="plots need the extra eval")
 
@@ -183,3 +185,34 @@ def test_mistakes_end_in_one_line(command, model, arguments, message, tmp_path, 
     assert code == 2
     assert message in error
     assert len(error.splitlines()) == 1
+
+
+ANSWERS = {"gsm8k": "Answer:", "ruler": " It is", "needle": " The pass key is"}
+
+
+@pytest.mark.parametrize("name", ANSWERS)
+def test_prompts_are_messages_where_that_is_asked_for(command, tmp_path, monkeypatch, name):
+    """What an evaluation lets an answer begin with begins the reply."""
+    tokenizer, seen = build("bytes", "chatml"), []
+
+    def continued(model, prompts, **options):
+        seen.extend(tokenizer.decode(ids, skip_special_tokens=False) for ids in prompts)
+        return [prompts[0][:1]] * len(prompts)
+
+    loaded = random_llama(config(vocab_size=VOCAB)), tokenizer
+    monkeypatch.setattr("kivi_jax.generation.loading.open_model", lambda *_: loaded)
+    monkeypatch.setattr(generating, "continue_prompts", continued)
+    row = {"question": "1 + 1?", "answer": "#### 2"}
+    row |= {"input": "Which?", "outputs": ["2"], "answer_prefix": " It is"}
+    for file in ("train.jsonl", "test.jsonl", "niah.jsonl"):
+        (tmp_path / file).write_text(json.dumps(row) + "\n")
+    data = {
+        "gsm8k": ("--data", tmp_path, "--examples", 1),
+        "ruler": ("--data", tmp_path / "niah.jsonl"),
+        "needle": ("--length", 200, "--depths", 1),
+    }[name]
+    options = ("--model", "demo", "--out", tmp_path / "out", "--cache", "full", "--chat")
+    assert command(name, *data, *options)[0] == 0
+    begin, end = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"
+    assert seen[0].startswith(begin)
+    assert seen[0].endswith(f"{ANSWERS[name]}{end}" if name == "gsm8k" else f"{end}{ANSWERS[name]}")

@@ -52,7 +52,7 @@ def test_more_items_are_added_and_other_settings_refused(tmp_path):
     path = tmp_path / "full.jsonl"
     run(path, BATCHES[:1])
     assert run(path)[1] == ["c", "d", "e"]
-    with pytest.raises(ValueError, match="cache='full', not 'kivi2': choose another --out"):
+    with pytest.raises(ValueError, match="cache='full', not 'kivi2': choose another place"):
         run(path, settings=SETTINGS | {"cache": "kivi2"})
 
 

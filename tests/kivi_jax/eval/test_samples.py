@@ -6,7 +6,8 @@ import re
 import pytest
 
 from kivi_jax.eval import gsm8k, longbench, needle, ruler
-from kivi_jax.eval.generating import batches_of_one_width, cut, encode
+from kivi_jax.eval.generating import cut, encode
+from kivi_jax.eval.jobs import in_batches
 from kivi_jax.eval.samples import Sample, files_by_task, find_file, read_rows
 
 
@@ -174,18 +175,24 @@ def test_a_chat_template_is_used_where_it_may_be():
         encode(Words(), sample(), max_length=None, chat=True)
 
 
+def test_an_answers_beginning_follows_the_template():
+    """The message is what stands before it; without a chat the prompt is one text."""
+    tokenizer = Words(chat_template="any")
+    asked = sample("one two three", answer_prefix=" three")
+    text = tokenizer.decode(encode(tokenizer, asked, max_length=None, chat=True), skip_special_tokens=False)
+    assert text.split() == ["<s>", "user", "one", "two", "model", "three"]
+    plain = tokenizer.decode(encode(tokenizer, asked, max_length=None, chat=False), skip_special_tokens=False)
+    assert plain.split() == ["<s>", "one", "two", "three"]
+
+
 def test_predictions_end_at_the_first_stop_string():
     assert cut("a\nQ: b", ("\nQ:", "b")) == "a"
     assert cut("a b", ()) == "a b"
 
 
 def test_batches_share_a_width_and_come_widest_first():
-    encoded = [(sample(), [1] * size) for size in (5, 40, 6, 7, 33)]
-    assert [[len(ids) for _, ids in batch] for batch in batches_of_one_width(encoded, 2)] == [
-        [40, 33],
-        [5, 6],
-        [7],
-    ]
+    batches = in_batches((5, 40, 6, 7, 33), 2, key=lambda size: (-(-size // 32),))
+    assert batches == [[40, 33], [5, 6], [7]]
 
 
 def write_rows(path, *rows):

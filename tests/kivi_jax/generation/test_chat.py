@@ -185,12 +185,13 @@ def test_chat_in_the_terminal(command, monkeypatch):
     notes = error.splitlines()
     assert notes[0].startswith("full cache, up to 64 tokens; /stats")
     assert notes[1] == notes[-1] == "nothing yet, of 64 tokens"
+    assert notes[2] == notes[4] == "cut at --max-new-tokens"
     assert re.fullmatch(
-        r"10 of 64 tokens · cache [\d.]+ KiB, full cache [\d.]+ KiB \(1.00x smaller\)", notes[2]
+        r"10 of 64 tokens · cache [\d.]+ KiB, full cache [\d.]+ KiB \(1.00x smaller\)", notes[3]
     )
-    assert notes[3].startswith("there is no /nope: /stats")
-    assert notes[4].startswith("error: the conversation has 19 tokens and the message 100")
-    assert len(notes) == 6
+    assert notes[5].startswith("there is no /nope: /stats")
+    assert notes[6].startswith("error: the conversation has 19 tokens and the message 100")
+    assert len(notes) == 8
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,97 @@
+"""`kivi-jax generate --input`: a file of prompts becomes a file of answers, resumed after a cut."""
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path as FilePath
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from kivi_jax.commands.hints import say
+from kivi_jax.eval.jobs import Record, finish, in_batches
+from kivi_jax.eval.run import progress_bar
+from kivi_jax.eval.samples import read_rows
+from kivi_jax.generation.text import completions, encode_prompt
+from kivi_jax.generation.tokens import Tokenizer, pad_prompts
+
+if TYPE_CHECKING:
+    from kivi_jax.generation.generate import Decoding
+    from kivi_jax.generation.templates import Prompt
+    from kivi_jax.model.llama import Llama
+
+
+class _Question(NamedTuple):
+    id: str
+    number: int  # in the file
+    prompt: "Prompt"
+    width: int  # tokens with padding
+
+
+def answer_file(
+    model: "Llama",
+    tokenizer: Tokenizer,
+    source: FilePath,
+    destination: FilePath,
+    *,
+    ask: Callable[[str], "Prompt"],
+    settings: Record,
+    stop: Sequence[str],
+    rows: int,
+    seed: int,
+    drawing: "Decoding",
+) -> None:
+    """Answer every prompt of `source`, `rows` together, in `destination`.
+
+    A line is an object with a text `prompt`, which `ask` makes a prompt, or with `messages`, and possibly an
+    `id`; else its number is that. What is drawn for a line does not depend on the others, nor on `rows`.
+
+    Raises:
+        ValueError: a line has neither, or see `completions` and `jobs.finish`.
+    """
+    prefix = drawing.get("prefix")
+    questions: list[_Question] = []
+    for number, row in enumerate(read_rows(source)):
+        prompt = _prompt(row, ask, f"{source}: row {number + 1}")
+        width = pad_prompts([encode_prompt(tokenizer, prompt, prefix)], least=0)[0].shape[1]
+        questions.append(_Question(str(row.get("id", number)), number, prompt, width))
+
+    def answer(batch: Sequence[_Question]) -> list[Record]:
+        padded = [*batch, *[batch[0]] * (rows - len(batch))]  # batches of a width share a compiled program
+        numbers = jnp.asarray([question.number for question in padded])
+        prompts, options = [question.prompt for question in padded], drawing.copy()
+        options["key"] = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(seed), numbers)
+        found = completions(model, tokenizer, prompts, stop=stop, **options)
+        return [
+            {
+                "text": out.text,
+                "finish_reason": out.finish_reason,
+                "prompt_tokens": out.prompt_tokens,
+                "new_tokens": len(out.tokens),
+            }
+            for out in found[: len(batch)]
+        ]
+
+    with progress_bar() as progress:
+        records = finish(
+            destination,
+            settings | {"input": hashlib.sha256(source.read_bytes()).hexdigest()},
+            in_batches(questions, rows, key=lambda question: (question.width,)),
+            answer,
+            identify=lambda question: question.id,
+            progress=progress,
+        )
+    cut = sum(record["finish_reason"] == "length" for record in records)
+    say(f"{len(records):,} answers in {destination}" + f", {cut:,} cut at --max-new-tokens" * bool(cut))
+
+
+def _prompt(row: Mapping[str, Any], ask: Callable[[str], "Prompt"], place: str) -> "Prompt":
+    match row:
+        case {"prompt": str(text)}:
+            return ask(text)
+        case {"messages": list(messages)}:
+            return messages
+        case _:
+            raise ValueError(
+                f"{place} has neither a text prompt nor a list of messages, but {', '.join(row)}"
+            )

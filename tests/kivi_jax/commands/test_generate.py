@@ -1,0 +1,186 @@
+"""`kivi-jax generate`, `cache save` and `chat` with an instruct model."""
+
+import dataclasses
+import io
+import itertools
+import json
+import signal
+import sys
+
+import jax
+import pytest
+
+import kivi_jax as kj
+from kivi_jax.checks import warn_once
+from kivi_jax.commands.hints import FIRST_TOKEN, say_once
+from kivi_jax.generation.stops import Decoder
+from kivi_jax.generation.templates import encode_conversation
+from tests.models import config, random_llama
+from tests.tokenizers import VOCAB, build
+
+FULL = ("--cache", "full", "--max-new-tokens", "6")
+HINT = "plain text for a model that has a chat template"
+
+
+@pytest.fixture
+def instruct(monkeypatch):
+    """The model that every command opens, and its tokenizer, which has a chat template."""
+    model = random_llama(config(vocab_size=VOCAB, num_layers=1, max_position_embeddings=512))
+    tokenizer = build("bytes", "chatml")
+    monkeypatch.setattr("kivi_jax.generation.loading.open_model", lambda *_: (model, tokenizer))
+    warn_once.cache_clear()
+    say_once.cache_clear()
+    return model, tokenizer
+
+
+def user(text, system=None):
+    said = [] if system is None else [{"role": "system", "content": system}]
+    return [*said, {"role": "user", "content": text}]
+
+
+def answered(instruct, prompt, **options):
+    return kj.completions(*instruct, [prompt], **(dict(cache="full", max_new_tokens=6) | options))[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "prompt"),
+    [
+        (("--chat",), user("hello")),
+        (("--system", "be brief"), user("hello", "be brief")),
+        ((), "hello"),
+    ],
+)
+def test_a_text_is_a_message_where_that_is_asked_for(command, instruct, options, prompt):
+    code, out, error = command("generate", "demo", "hello", *FULL, *options)
+    assert (code, out) == (0, answered(instruct, prompt).text + "\n")
+    assert "cut at --max-new-tokens" in error
+    assert (HINT in error) == (prompt == "hello")
+
+
+def test_a_text_ends_at_a_stop_string_and_is_json(command, instruct):
+    whole = answered(instruct, user("hello"))
+    stop = whole.text[2:4]
+    ended = answered(instruct, user("hello"), stop=[stop])
+    code, out, error = command("generate", "demo", "hello", *FULL, "--chat", "--stop", stop, "--json")
+    assert (code, error) == (0, "")
+    found = json.loads(out)
+    assert found["text"] == ended.text
+    assert found["tokens"] == ended.tokens
+    assert (found["finish_reason"], found["prompt_tokens"]) == ("stop", ended.prompt_tokens)
+    assert found["cache_bytes"] == found["full_cache_bytes"] > 0
+    assert found["seconds_to_first_token"] > 0
+
+
+def test_what_ends_at_its_first_token_is_said_to(command, instruct, monkeypatch, caplog):
+    first = answered(instruct, "hello").tokens[0]
+    ending = dataclasses.replace(instruct[0].config, eos_ids=(first,))
+    monkeypatch.setattr(instruct[0], "config", ending)
+    code, out, error = command("generate", "demo", "hello", *FULL)
+    assert (code, out) == (0, "\n")
+    assert error.endswith(f"{FIRST_TOKEN}\n")
+    assert answered(instruct, "hello").text == "".join(
+        kj.stream(*instruct, "hello", cache="full", max_new_tokens=6)
+    )
+    assert [record.getMessage()[:32] for record in caplog.records] == ["a text ended at its first token,"]
+
+
+def test_a_document_in_a_chat_is_read_once_and_asked_often(command, instruct, tmp_path):
+    file, saved = tmp_path / "novel.txt", tmp_path / "novel.prefix"
+    file.write_text("it was a dark night.")
+    options = ("--cache", "full", "--system", "be brief")
+    code, _, error = command("cache", "save", "demo", file, saved, *options)
+    assert code == 0
+    assert "a conversation, whose user goes on" in error
+    whole = user("it was a dark night. who?", "be brief")
+    code, out, _ = command("generate", "demo", " who?", "--prefix", saved, "--max-new-tokens", "6")
+    assert (code, out) == (0, answered(instruct, whole).text + "\n")
+    code, _, error = command("generate", "demo", " who?", "--prefix", saved, "--system", "be brief")
+    assert (code, "the prefix begins the conversation" in error) == (2, True)
+
+
+def test_a_file_of_prompts_is_answered_and_goes_on_where_it_was_cut(command, instruct, tmp_path):
+    asked, answers = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
+    rows = [{"prompt": "hello"}, {"id": "b", "messages": user("what is it?")}, {"prompt": "a garden"}]
+    asked.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ("--input", asked, "--output", answers, *FULL, "--temperature=1", "--seed=3", "--batch=2")
+    code, out, error = command("generate", "demo", *options)
+    assert (code, out) == (0, "")
+    assert f"3 answers in {answers}" in error
+    settings, *records = [json.loads(line) for line in answers.read_text().splitlines()]
+    assert settings["settings"]["seed"] == 3
+    found = {record["id"]: record for record in records}
+    prompts = {"0": "hello", "b": rows[1]["messages"], "2": "a garden"}
+    for number, (name, prompt) in enumerate(prompts.items()):
+        keys = jax.random.fold_in(jax.random.key(3), number)[None]
+        expected = answered(instruct, prompt, sampler=kj.Sample(temperature=1.0), key=keys)
+        assert found[name] == {
+            "id": name,
+            "text": expected.text,
+            "finish_reason": expected.finish_reason,
+            "prompt_tokens": expected.prompt_tokens,
+            "new_tokens": len(expected.tokens),
+        }
+    whole = answers.read_bytes()
+    answers.write_bytes(whole[: whole.rindex(b'{"id"') + 9])  # cut in the middle of the last one
+    assert command("generate", "demo", *options)[0] == 0
+    assert answers.read_bytes() == whole
+    code, _, error = command("generate", "demo", *options, "--seed", "4")
+    assert code == 2
+    assert "was computed with seed=3, not 4: choose another place" in error
+
+
+def test_ctrl_c_stops_a_reply_and_not_the_chat(command, instruct, monkeypatch):
+    """The second token of the first reply is answered by a signal."""
+    push, pushed = Decoder.push, itertools.count()
+
+    def interrupting(self, token):
+        if next(pushed) == 1:
+            signal.raise_signal(signal.SIGINT)
+        return push(self, token)
+
+    monkeypatch.setattr(Decoder, "push", interrupting)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hello\n/stats\ngo on\n"))
+    code, _, error = command("chat", "demo", *FULL, "--context", "128", "--system", "be brief")
+    assert code == 0
+    _, stopped, stats, cut = error.splitlines()
+    assert stopped == "stopped"
+    asked = encode_conversation(instruct[1], user("hello", "be brief"))
+    assert stats.startswith(f"{len(asked) + 2} of 128 tokens")
+    assert cut == "cut at --max-new-tokens"
+    assert signal.getsignal(signal.SIGINT) is not None
+
+
+def test_more_tokens_than_positions_are_said_once(command, instruct, caplog):
+    model, tokenizer = instruct
+    kj.complete(model, tokenizer, ["hello"], cache="full", max_new_tokens=6)
+    assert not caplog.records
+    kj.Chat(model, tokenizer, cache="full", context=513)
+    kj.Chat(model, tokenizer, cache="full", context=514)
+    assert [record.getMessage()[:52] for record in caplog.records] == [
+        "rows may become longer than the 512 tokens that the "
+    ]
+    code, out, _ = command("inspect", "llama-1b", "--context", "200000", "--cache", "kivi2", "--json")
+    assert code == 0
+    assert len(caplog.records) == 2
+    plan = json.loads(out)
+    assert (plan["context"], list(plan["caches"])) == (200000, ["kivi2"])
+    assert plan["caches"]["kivi2"]["total"] > plan["caches"]["kivi2"]["packed"] > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ((), "pass either a prompt or --input"),
+        (("hello", "--input", "x.jsonl"), "pass either a prompt or --input"),
+        (("--input", "x.jsonl"), "--input needs --output"),
+        (("hello", "--output", "x.jsonl"), "--input needs --output"),
+        (("hello", "--stop", ""), "stop strings must be strings with at least one character"),
+        (("--input", "x.jsonl", "--output", "y.jsonl"), "row 1 has neither a text prompt nor a list"),
+    ],
+)
+def test_a_mistake_is_one_line(command, instruct, monkeypatch, tmp_path, options, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x.jsonl").write_text('{"question": "?"}\n')
+    code, out, error = command("generate", "demo", *options)
+    assert (code, out, error.count("\n")) == (2, "", 1)
+    assert message in error
