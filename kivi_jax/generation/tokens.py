@@ -110,7 +110,7 @@ def ending_ids(config: ModelConfig, tokenizer: Tokenizer | None) -> tuple[int, .
     """
     own = getattr(tokenizer, "eos_token_id", None)
     ends = (*config.eos_ids, *(() if own is None else (int(own),)))
-    return tuple(dict.fromkeys(end for end in ends if end < config.vocab_size))  # others are never drawn
+    return tuple(dict.fromkeys(end for end in ends if 0 <= end < config.vocab_size))  # others are never drawn
 
 
 def pad_prompts(

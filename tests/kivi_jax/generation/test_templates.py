@@ -119,3 +119,4 @@ def test_a_text_ends_at_the_models_or_the_tokenizers_end():
     assert ending_ids(config(eos_ids=(end, 7)), tokenizer) == (end, 7)
     assert ending_ids(config(eos_ids=(7,)), tokenizer) == (7, end)
     assert ending_ids(config(eos_ids=(7,)), AsciiTokenizer()) == (7,)
+    assert ending_ids(config(eos_ids=(-1, 7, 10**6)), None) == (7,)  # others are never drawn
