@@ -37,7 +37,8 @@ from kivi_jax.eval.likelihood import continuation_log_probs
 from kivi_jax.generation.generate import generate
 from kivi_jax.generation.loading import load
 from kivi_jax.generation.sampling import Greedy, Sample, Sampler
-from kivi_jax.generation.tokens import pad_prompts
+from kivi_jax.generation.text import decode_after
+from kivi_jax.generation.tokens import CONTEXT, pad_prompts
 
 Request = TypeVar("Request")
 Answer = TypeVar("Answer")
@@ -232,8 +233,8 @@ class KiviJax(TemplateLM):
             )
             new, count = np.asarray(out.tokens), np.asarray(out.lengths)
             texts = [
-                self.tokenizer.decode(row[:n].tolist(), skip_special_tokens=True)
-                for row, n in zip(new, count, strict=True)
+                decode_after(self.tokenizer, ids[-CONTEXT:], row[:n].tolist())
+                for (_, ids), row, n in zip(padded, new, count, strict=True)
             ]
             return [postprocess_generated_text(text, stop, None) for text in texts[: len(batch)]]
 
