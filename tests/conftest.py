@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import jax
 import pytest
@@ -38,6 +39,19 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip(f"no recorded outputs: {SHARED} is absent (set KIVI_JAX_SHARED to its path)")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def torch() -> ModuleType:
+    """PyTorch, for transformers to compute what ours is compared with."""
+    return pytest.importorskip("torch", reason="PyTorch is not installed")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark those that need PyTorch, so that they can be chosen."""
+    for item in items:
+        if "torch" in getattr(item, "fixturenames", ()):
+            item.add_marker("torch")
 
 
 @pytest.fixture(scope="module", autouse=True)

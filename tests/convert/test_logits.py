@@ -62,9 +62,8 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_random_models_equal_transformers(tmp_path, name):
+def test_random_models_equal_transformers(torch, tmp_path, name):
     """Every variant, at three times the trained context, with weights large enough to tell."""
-    torch = pytest.importorskip("torch")
     from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
     mistral = name.startswith("Mistral")

@@ -17,9 +17,9 @@ def source(tmp_path):
     return write_checkpoint(tmp_path / "hf")
 
 
+@pytest.mark.usefixtures("torch")
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_a_good_conversion_passes_against_transformers(tmp_path, source, dtype):
-    pytest.importorskip("torch")
     save(load_hf(source, dtype=dtype), tmp_path / "saved")
     found = verify(tmp_path / "saved", source)
     assert found.reference == "transformers in float32"
@@ -64,8 +64,8 @@ def test_another_config_fails(tmp_path, source, monkeypatch):
     assert not verify(tmp_path / "saved", other).passed
 
 
+@pytest.mark.usefixtures("torch")
 def test_a_source_that_transformers_cannot_load_is_one_line(tmp_path, source):
-    pytest.importorskip("torch")
     save(load_hf(source, dtype="float32"), tmp_path / "saved")
     (source / "model.safetensors").unlink()
     with pytest.raises(CheckpointError, match="transformers cannot load") as caught:

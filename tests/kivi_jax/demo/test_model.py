@@ -50,8 +50,7 @@ def test_it_does_the_tasks_on_held_out_seeds(shipped, make, cache):
     assert outcome.right >= 0.9
 
 
-def test_transformers_computes_the_same_logits(shipped):
-    torch = pytest.importorskip("torch")
+def test_transformers_computes_the_same_logits(torch, shipped):
     from transformers import LlamaForCausalLM
 
     model, tokenizer = shipped

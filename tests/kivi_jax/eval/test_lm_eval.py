@@ -50,8 +50,8 @@ def transformers_log_probs(model, context, continuation):
 TEXTS = [("w3 w1 w4 w1", " w5 w9"), ("w2 w7", " w1"), ("w8 " * 30 + "w3", " w1 w4"), ("", "w6 w5")]
 
 
+@pytest.mark.usefixtures("torch")
 def test_log_likelihoods_under_a_full_cache_are_transformers(checkpoint):
-    pytest.importorskip("torch")
     from transformers import LlamaForCausalLM
 
     ours = KiviJax(str(checkpoint), batch_size=3)
@@ -64,9 +64,9 @@ def test_log_likelihoods_under_a_full_cache_are_transformers(checkpoint):
         assert greedy == likeliest.all()
 
 
+@pytest.mark.usefixtures("torch")
 def test_a_trained_models_log_likelihoods_are_transformers(shared):
     """Texts of GSM8K, with a tokenizer that puts a token before each; and rolling over several windows."""
-    pytest.importorskip("torch")
     from transformers import LlamaForCausalLM
 
     directory = shared / "models" / "stories260K"

@@ -15,9 +15,8 @@ TEXTS = {"tinystories": "tinystories/tinystories_valid_30k.txt", "wikitext2": "w
 LENGTH, WINDOWS = 192, 6
 
 
-def test_full_equals_transformers_and_four_bits_are_close(shared, tmp_path):
+def test_full_equals_transformers_and_four_bits_are_close(torch, shared, tmp_path):
     """One test, so that both texts share compiled programs."""
-    torch = pytest.importorskip("torch")
     from transformers import LlamaForCausalLM
 
     directory = shared / "models" / "stories260K"

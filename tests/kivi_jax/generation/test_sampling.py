@@ -115,8 +115,7 @@ def test_a_rows_draw_depends_on_its_own_key_only():
     assert len(set(draws(sampler, LOGITS[0], 50).tolist())) > 5  # and keys matter
 
 
-def test_repetition_penalty_equals_transformers():
-    torch = pytest.importorskip("torch")
+def test_repetition_penalty_equals_transformers(torch):
     from transformers import RepetitionPenaltyLogitsProcessor
 
     ids = np.random.default_rng(1).integers(0, 40, (5, 12))

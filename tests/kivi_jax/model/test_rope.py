@@ -26,8 +26,7 @@ KINDS = {
 
 @pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize("length", [5, 128, 300])
-def test_frequencies_equal_transformers(name, length):
-    torch = pytest.importorskip("torch")
+def test_frequencies_equal_transformers(torch, name, length):
     from transformers import LlamaConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
