@@ -119,12 +119,12 @@ def generate(
     strategy = check_start(model, cache, prefix)
     warn_if_long(model, lengths, prefix, max_new_tokens)
     sampler = check_sampler(sampler)
-    program = _Program(strategy, max_new_tokens, sampler, end_ids(model, eos_ids), log_probs, block_tokens)
-    keys = row_keys(key, tokens.shape[0])
+    program = _Program(strategy, max_new_tokens, sampler, log_probs, block_tokens)
+    keys, eos = row_keys(key, tokens.shape[0]), _as_array(end_ids(model, eos_ids))
     if ends is None:
-        out = _generate(model, tokens, lengths, keys, prefix, program)
+        out = _generate(model, tokens, lengths, keys, eos, prefix, program)
     else:
-        loop = _start(model, tokens, lengths, keys, prefix, program)
+        loop = _start(model, tokens, lengths, keys, eos, prefix, program)
         for until in range(BURST, max_new_tokens + BURST, BURST):
             loop = _advance(model, loop, jnp.int32(min(until, max_new_tokens)), program)
             ended = ends(np.asarray(loop.tokens), np.asarray(loop.lengths))
@@ -284,10 +284,19 @@ def is_finite(logits: Float[Array, "B V"], token: Int[Array, "B"]) -> Bool[Array
     return jnp.isfinite(jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0])
 
 
-def is_end(token: Int[Array, "B"], eos_ids: tuple[int, ...]) -> Bool[Array, "B"]:
+def _as_array(eos_ids: tuple[int, ...]) -> Int[np.ndarray, "E"]:
+    """Tokens that end a row, padded with what is no token, so that other ends take no other program."""
+    return np.pad(np.array(eos_ids, np.int32), (0, 8 - len(eos_ids) % 8), constant_values=-1)
+
+
+def _padding(eos: Int[Array, "E"]) -> Int[Array, ""]:
+    """What stands after a row's end: the first token that ends one."""
+    return jnp.maximum(eos[0], 0)
+
+
+def _is_end(token: Int[Array, "B"], eos: Int[Array, "E"]) -> Bool[Array, "B"]:
     """Which rows' token ends them."""
-    ends = jnp.asarray(eos_ids, token.dtype)
-    return (token[:, None] == ends[None, :]).any(-1)
+    return (token[:, None] == eos[None]).any(-1)
 
 
 class _Program(NamedTuple):
@@ -296,19 +305,14 @@ class _Program(NamedTuple):
     strategy: CacheStrategy | None
     max_new_tokens: int
     sampler: Sampler
-    eos_ids: tuple[int, ...]
     log_probs: bool
     block_tokens: int
-
-    @property
-    def padding(self) -> int:
-        """What stands after a row's end."""
-        return self.eos_ids[0] if self.eos_ids else 0
 
 
 class _Loop(NamedTuple):
     """State of the decoding loop: `token` has been emitted but is not in the cache yet."""
 
+    eos: Int[Array, "E"]
     emitted: Int[Array, ""]  # tokens emitted by the longest row
     token: Int[Array, "B"]
     active: Bool[Array, "B"]  # rows that have not ended
@@ -329,11 +333,12 @@ def _begin(
     prompt: Int[Array, "B P"],
     lengths: Int[Array, "B"],
     keys: Key[Array, "B"] | None,
+    eos: Int[Array, "E"],
     prefix: Prefix | None,
     program: _Program,
 ) -> _Loop:
     """The prompts read, and each row's first token drawn."""
-    most, eos_ids, sampler = program.max_new_tokens, program.eos_ids, program.sampler
+    most, sampler = program.max_new_tokens, program.sampler
     start = read(
         model,
         prompt,
@@ -346,11 +351,13 @@ def _begin(
     token, state = draw(sampler, start.logits, start_drawing(sampler, keys, start.seen), 0)
     rows = prompt.shape[0]
     log_probs = jnp.zeros((rows, most)) if program.log_probs else None
+    padding = _padding(eos)
     return _Loop(
+        eos=eos,
         emitted=jnp.int32(1),
         token=token,
-        active=~is_end(token, eos_ids),
-        tokens=jnp.full((rows, most), program.padding, jnp.int32).at[:, 0].set(token),
+        active=~_is_end(token, eos),
+        tokens=jnp.full((rows, most), padding, jnp.int32).at[:, 0].set(token),
         log_probs=None if log_probs is None else log_probs.at[:, 0].set(log_prob(start.logits, token)),
         lengths=jnp.ones(rows, jnp.int32),
         cache=start.cache,
@@ -365,19 +372,21 @@ def _run(model: Llama, first: _Loop, until: Int[Array, ""] | int, program: _Prog
     def unfinished(loop: _Loop) -> Bool[Array, ""]:
         return (loop.emitted < until) & loop.active.any()
 
+    padding = _padding(first.eos)
+
     def step(loop: _Loop) -> _Loop:
         logits, cache = model.decode(loop.token, loop.cache, loop.active)
         token, state = draw(program.sampler, logits, loop.state, loop.emitted)
         finite = loop.finite & (is_finite(logits, token) | ~loop.active)
-        token = jnp.where(loop.active, token, program.padding)
+        token = jnp.where(loop.active, token, padding)
         log_probs = loop.log_probs
         if log_probs is not None:
             chosen = jnp.where(loop.active, log_prob(logits, token), 0)
             log_probs = log_probs.at[:, loop.emitted].set(chosen)
-        return _Loop(
+        return loop._replace(
             emitted=loop.emitted + 1,
             token=token,
-            active=loop.active & ~is_end(token, program.eos_ids),
+            active=loop.active & ~_is_end(token, loop.eos),
             tokens=loop.tokens.at[:, loop.emitted].set(token),
             log_probs=log_probs,
             lengths=loop.lengths + loop.active.astype(jnp.int32),
@@ -401,10 +410,11 @@ def _generate(
     prompt: Int[Array, "B P"],
     lengths: Int[Array, "B"],
     keys: Key[Array, "B"] | None,
+    eos: Int[Array, "E"],
     prefix: Prefix | None,
     program: _Program,
 ) -> Generation:
-    loop = _begin(model, prompt, lengths, keys, prefix, program)
+    loop = _begin(model, prompt, lengths, keys, eos, prefix, program)
     return _run(model, loop, program.max_new_tokens, program).result()
 
 

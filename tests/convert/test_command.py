@@ -268,6 +268,7 @@ def python(*arguments):
     return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, cwd=ROOT)
 
 
+@pytest.mark.slow
 def test_the_real_command_line(tmp_path):
     def call(*arguments):
         return python("-m", "convert", *map(str, arguments))
@@ -308,6 +309,7 @@ print(status("VmHWM") - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
 @pytest.mark.parametrize("what", ["load", "convert"])
 def test_peak_memory_stays_below_1_3_times_the_checkpoint(tmp_path, what):

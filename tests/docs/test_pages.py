@@ -114,6 +114,7 @@ def test_commands_are_spelled_as_the_command_line_reads_them(words):
     command.make_context(name, words)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "page", [page for page in PAGES if blocks(page.read_text("utf-8"), "python")], ids=lambda page: page.stem
 )

@@ -70,6 +70,7 @@ def test_needs_a_gpu_or_a_rehearsal(tmp_path):
     assert "choose some of" in str(result.exception)
 
 
+@pytest.mark.slow
 def test_packing_is_timed_and_compared(tmp_path):
     records = staged("packing", tmp_path)
     assert [record["contender"] for record in records] == 3 * ["pallas_triton", "xla"]

@@ -25,6 +25,7 @@ def command(monkeypatch, capsys):
     return call
 
 
+@pytest.mark.slow
 def test_the_demo_prints_its_tables_and_saves_its_plot(command, monkeypatch, tmp_path):
     kept = {name: demo_command.DEMO_CACHES[name] for name in ("full", "kivi2+scope")}
     monkeypatch.setattr(demo_command, "DEMO_CACHES", kept)
@@ -41,6 +42,7 @@ def test_every_demo_cache_has_a_name():
     assert list(demo_command.DEMO_CACHES) == ["full", "kivi4", "kivi2", "scope", "kivi2+scope"]
 
 
+@pytest.mark.slow
 def test_eval_compares_with_full(command, tmp_path):
     options = ("--pairs", 3, "--problems", 2, "--cache", "kivi8:residual_length=32")
     code, out, _ = command("eval", "recall", *options, "--out", tmp_path / "out.json")

@@ -32,6 +32,7 @@ def test_answers_are_what_complete_gives(shipped):
     assert given.token_ms > 0
 
 
+@pytest.mark.slow
 def test_a_cache_is_weighed_per_prompt(shipped):
     cache = kj.kivi(2, 32, 32)
     given = answer(*shipped, PROBLEMS, cache, batch=2)
@@ -55,6 +56,7 @@ def test_right_is_against_the_answer_and_same_against_the_first_cache(shipped):
     assert [first.cache, again.cache] == ["full", "same"]
 
 
+@pytest.mark.slow
 def test_rounding_along_kivis_axes_is_what_its_packed_cache_does(shipped):
     model, tokenizer = shipped
     tokens = jnp.array([tokenizer(tasks.passkey(0, 200).prompt)["input_ids"]])
@@ -66,6 +68,7 @@ def test_rounding_along_kivis_axes_is_what_its_packed_cache_does(shipped):
     assert jnp.abs(logits[0] - logits[1]).max() < 1e-3
 
 
+@pytest.mark.slow
 def test_the_axis_of_rounding_matters(shipped):
     model, tokenizer = shipped
     tokens = jnp.array([tokenizer(tasks.passkey(0, 200).prompt)["input_ids"]])

@@ -34,6 +34,7 @@ def test_it_weighs_at_most_12_megabytes():
     assert sum(file.stat().st_size for file in MODEL.iterdir()) <= 12e6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cache", [full(), kivi(bits=4, residual_length=32)], ids=["full", "kivi4"])
 @pytest.mark.parametrize(
     "make",

@@ -21,6 +21,8 @@ from kivi_jax.generation.loading import load
 from kivi_jax.model.llama import query_key_value_columns
 from kivi_jax.model.rope import apply_rope, rope_frequencies
 
+pytestmark = pytest.mark.slow
+
 STAGES = Stage(steps=2, rows=4, tokens=96), Stage(steps=2, rows=4, tokens=128)
 SHORT = Recipe(cycles=(Cycle(STAGES, rates=((0, 0.0), (1, 1.0), (3, 1.0), (4, 0.0))),))
 

@@ -148,6 +148,7 @@ def test_model_args_carry_the_name_of_every_cache(read, cache):
     assert parse_cache(cache) != kj.full()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cache", [CACHES[3], CACHES[5], CACHES[7]])
 def test_selecting_caches_generate_as_complete_does_and_score_what_they_hold(checkpoint, cache):
     lm = KiviJax(str(checkpoint), cache=cache, batch_size=2)
@@ -177,6 +178,7 @@ metric_list: [{metric: exact_match}]
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cache", ["full", KIVI])
 def test_the_harness_runs_a_local_task_over_gsm8k_offline(shared, tmp_path, cache, monkeypatch):
     monkeypatch.setenv("DISABLE_MULTIPROC", "1")
@@ -226,6 +228,7 @@ def test_a_greedy_task_may_ask_for_a_repetition_penalty(checkpoint):
     )
 
 
+@pytest.mark.slow
 def test_a_mistake_on_the_command_line_ends_in_one_line(checkpoint, tmp_path, monkeypatch, capfd):
     (tmp_path / "task.yaml").write_text(TASK.replace("DATA", "none.jsonl").replace("CACHE", str(tmp_path)))
     model_args = f"pretrained={checkpoint},cache=kivi3"

@@ -56,6 +56,7 @@ def test_errors_shrink_with_bits_and_vanish_within_the_residual():
     assert measured[0]["bits_per_element"] == 2 + 32 / 8
 
 
+@pytest.mark.slow
 def test_keys_want_channels_on_a_trained_model(shared):
     """KIVI's table 2: with 2 bits, keys per channel and values per token."""
     model = stories(shared)

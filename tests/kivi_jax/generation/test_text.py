@@ -94,7 +94,11 @@ def test_streaming_no_tokens_is_refused():
     ("cache", "sampler"),
     [
         (kj.full(), None),
-        (kj.kivi(2, 8, 32), kj.Sample(temperature=0.8, top_k=50, repetition_penalty=1.1)),
+        pytest.param(
+            kj.kivi(2, 8, 32),
+            kj.Sample(temperature=0.8, top_k=50, repetition_penalty=1.1),
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["greedy", "sampled kivi2"],
 )

@@ -55,7 +55,7 @@ def cases(draw):
     }
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(cases())
 def test_equals_xla_bit_for_bit(case):
     x, options = case

@@ -90,7 +90,14 @@ def test_equals_the_oracle(implementation, case):
 @pytest.mark.parametrize(
     "name", ["tiles_wrapped", "tiles_empty_row", "tiles_mqa", "head_96", "window", "head_8"]
 )
-@pytest.mark.parametrize(("slots", "newer"), [(32, 0), (96, 5), (128, 300)])
+@pytest.mark.parametrize(
+    ("slots", "newer"),
+    [
+        (128, 300),
+        pytest.param(32, 0, marks=pytest.mark.slow),
+        pytest.param(96, 5, marks=pytest.mark.slow),
+    ],
+)
 def test_also_attends_to_a_residual(implementation, name, slots, newer):
     """A ring that is not full, one that ends with the packed tokens, and one that has wrapped."""
     (case,) = [c for c in CORRECTNESS if c.name == name]
@@ -125,6 +132,7 @@ def test_a_row_that_sees_nothing_is_the_empty_partial(implementation):
         assert np.isfinite(np.asarray(normalize(merged))).all()
 
 
+@pytest.mark.slow
 @each_implementation
 @pytest.mark.parametrize("name", ["prime_pages", "wrapped", "window"])
 def test_a_row_alone_equals_the_row_in_a_batch(implementation, name):
