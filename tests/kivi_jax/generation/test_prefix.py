@@ -37,8 +37,16 @@ CACHES = {
 P, LENGTHS, Q, QUESTIONS, NEW = 40, np.array([40, 17]), 7, np.array([7, 0]), 12
 ENOUGH = P + Q + NEW
 CASES = [
-    *((name, None, ENOUGH) for name in CACHES if name != "selected kivi"),
-    *((name, window, P) for name, window in (("selected kivi", None), ("kivi2", 24), ("full", 50))),
+    *((name, None, ENOUGH) for name in ("full", "kivi2", "kivi2+scope")),
+    ("selected kivi", None, P),
+    *(
+        pytest.param(*case, marks=pytest.mark.slow)
+        for case in (
+            *((name, None, ENOUGH) for name in ("scope", "packed pool", "unified")),
+            ("kivi2", 24, P),
+            ("full", 50, P),
+        )
+    ),
 ]
 
 

@@ -88,7 +88,15 @@ def test_equals_the_oracle(implementation, case):
 
 @each_implementation
 @pytest.mark.parametrize(
-    "name", ["tiles_wrapped", "tiles_empty_row", "tiles_mqa", "head_96", "window", "head_8"]
+    "name",
+    [
+        "tiles_wrapped",
+        "head_8",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("tiles_empty_row", "tiles_mqa", "head_96", "window")
+        ),
+    ],
 )
 @pytest.mark.parametrize(
     ("slots", "newer"),
