@@ -169,8 +169,7 @@ def read_manifest(path: FilePath) -> SavedPrefix:
         )
     try:
         manifest = json.loads(file.read_text())
-        said = manifest.pop("manifest", None)  # files of before it have none
-        edited = said not in (None, _manifest_checksum(manifest))
+        edited = manifest.pop("manifest", None) != _manifest_checksum(manifest)
         found = manifest.pop("format")
         if found == FORMAT and not edited:
             parse_cache(manifest["cache"])

@@ -157,6 +157,12 @@ def bad_index(directory):
     (directory / "model.safetensors.index.json").write_text('{"weight_map": [1]}')
 
 
+def index_that_leads_away(directory):
+    (directory / "model.safetensors").rename(directory.parent / "others.safetensors")
+    index = {"weight_map": {"model.norm.weight": "../others.safetensors"}}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
 def twice(directory):
     index = {"weight_map": {"a": "model.safetensors.1", "b": "model.safetensors.2"}}
     content = (directory / "model.safetensors").read_bytes()
@@ -181,6 +187,7 @@ DAMAGE = {
     empty: "holds no *.safetensors weights",
     lost_shard: "lacks shards that its index names: model-00002-of-00002.safetensors",
     bad_index: "must map tensors to files",
+    index_that_leads_away: "names '../others.safetensors', which is no file beside it",
     twice: "is in model.safetensors.1 and in model.safetensors.2",
     large_tokenizer: "ids up to 61, but config.json says vocab_size=61",
     broken_tokenizer: "tokenizer.json cannot be read",

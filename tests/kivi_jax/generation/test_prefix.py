@@ -13,6 +13,7 @@ from flax import nnx
 import kivi_jax as kj
 from kivi_jax.cache.names import cache_name, parse_cache
 from kivi_jax.cache.strategy import grow
+from kivi_jax.generation import prefix_files
 from kivi_jax.generation.generate import _generate
 from kivi_jax.generation.prefix import extend, fork, prefill, weights_mark
 from kivi_jax.generation.prefix_files import fingerprint
@@ -165,11 +166,11 @@ def test_what_to_start_from_is_checked(cache, prefix, message, saved):
 
 
 def rewrite(path, **changes):
-    """As if it had been written so, before manifests had a checksum of their own."""
+    """As if it had been written so, with a checksum of its own that is right."""
     file = path / "prefix.json"
     manifest = json.loads(file.read_text()) | changes
     del manifest["manifest"]
-    file.write_text(json.dumps(manifest))
+    file.write_text(json.dumps(manifest | {"manifest": prefix_files._manifest_checksum(manifest)}))
 
 
 def edit(path, **changes):
@@ -206,6 +207,10 @@ DAMAGE = {
         "damaged .*not those of its cache",
     ),
     "edited capacity": (lambda path: edit(path, capacity=7), "damaged .*was edited"),
+    "edited, and its checksum removed": (
+        lambda path: edit(path, tokens=[1], manifest=None),
+        "damaged .*was edited",
+    ),
     "edited tokens": (lambda path: edit(path, tokens=[1]), "damaged .*was edited"),
     "edited to other kinds": (lambda path: edit(path, arrays=[1], tokens="many"), "damaged .*was edited"),
     "too deep to read": (lambda path: (path / "prefix.json").write_text("[" * 200_000), "is damaged"),
