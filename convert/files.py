@@ -53,6 +53,7 @@ def replacing(
                 target.rename(replaced)
             partial.rename(target)
         finally:
+            _put_back(replaced, target)
             _remove(workspace)
 
 
@@ -86,10 +87,14 @@ def _clear(workspace: FilePath, target: FilePath) -> None:
     """Remove what a killed process left, but for what it had already moved away and not yet replaced."""
     if not workspace.exists():
         return
-    replaced = workspace / "old"
+    _put_back(workspace / "old", target)
+    shutil.rmtree(workspace)
+
+
+def _put_back(replaced: FilePath, target: FilePath) -> None:
+    """Where the work ended between the two renames, what stood there before stands there again."""
     if replaced.is_dir() and not target.exists():
         replaced.rename(target)
-    shutil.rmtree(workspace)
 
 
 def _remove(workspace: FilePath) -> None:

@@ -47,8 +47,15 @@ def answer_file(
     `id`; else its number is that. What is drawn for a line does not depend on the others, nor on `rows`.
 
     Raises:
-        ValueError: a line has neither, or see `completions` and `jobs.finish`.
+        ValueError: a line has neither or both; `source` is no file; `destination` is `source` or a directory;
+            or see `completions` and `jobs.finish`.
     """
+    if not source.is_file():
+        raise ValueError(f"{source} is no file of prompts: pass one, with a JSON object a line")
+    if destination.is_dir():
+        raise ValueError(f"{destination} is a directory: name a file in it for the answers")
+    if destination.exists() and destination.samefile(source):
+        raise ValueError(f"{destination} is the file of prompts: choose another for the answers")
     prefix = drawing.get("prefix")
     questions: list[_Question] = []
     for number, row in enumerate(read_rows(source)):
@@ -81,12 +88,14 @@ def answer_file(
             identify=lambda question: question.id,
             progress=progress,
         )
-    cut = sum(record["finish_reason"] == "length" for record in records)
+    cut = sum(record.get("finish_reason") == "length" for record in records)
     say(f"{len(records):,} answers in {destination}" + f", {cut:,} cut at --max-new-tokens" * bool(cut))
 
 
 def _prompt(row: Mapping[str, Any], ask: Callable[[str], "Prompt"], place: str) -> "Prompt":
     match row:
+        case {"prompt": _, "messages": _}:
+            raise ValueError(f"{place} has both a prompt and messages: keep one")
         case {"prompt": str(text)}:
             return ask(text)
         case {"messages": list(messages)}:

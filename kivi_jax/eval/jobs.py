@@ -14,6 +14,7 @@ from rich.progress import Progress
 
 Record = dict[str, Any]
 Item = TypeVar("Item")
+_BEGIN = b'{"settings": '
 
 
 def read_records(path: Path) -> tuple[Record, list[Record]]:
@@ -23,16 +24,22 @@ def read_records(path: Path) -> tuple[Record, list[Record]]:
         ValueError: a line other than a torn last one is not JSON, or the settings are missing, or two records
             have one id.
     """
-    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []  # a torn line has no end
+    data = path.read_bytes() if path.exists() else b""
+    if (
+        data[: len(_BEGIN)] != _BEGIN[: len(data)]
+    ):  # even of one line without an end: a cut would leave our own
+        raise ValueError(f"{path} does not begin with settings: kivi-jax did not write it")
     try:
-        settings, *records = [json.loads(line) for line in lines] or [{}]
+        first, *records = [json.loads(line) for line in data.split(b"\n")[:-1]] or [{"settings": {}}]
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({error}): move it away") from None
-    if lines and "settings" not in settings:
-        raise ValueError(f"{path} does not begin with settings: kivi-jax did not write it")
+    settings, reason = first["settings"], "a line has no id, or the first no settings"
+    named = all(isinstance(record, dict) and "id" in record for record in records)
+    if not isinstance(settings, dict) or (records and not settings) or not named:
+        raise ValueError(f"{path} is damaged ({reason}): move it away")
     if twice := _repeated(record.get("id") for record in records):
         raise ValueError(f"{path} holds {twice} more than once, so it would count as several: move it away")
-    return settings.get("settings", {}), records
+    return settings, records
 
 
 def in_batches(
@@ -93,7 +100,7 @@ def _finish(
     wanted = [identify(item) for batch in batches for item in batch]
     bar = progress.add_task(path.stem, total=len(wanted), completed=sum(name in done for name in wanted))
     with path.open("ab") as file:
-        file.truncate(_end_of_last_line(path))
+        file.truncate(_end_of_last_line(path) if held else 0)
         if not held:
             _write(file, [{"settings": settings}])
         for batch in batches:

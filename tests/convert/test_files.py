@@ -164,6 +164,23 @@ def test_what_a_killed_run_had_moved_away_comes_back(tmp_path):
     assert (tmp_path / "saved" / "kivi_jax.json").read_text() == "precious"
 
 
+def test_an_interrupt_between_the_two_renames_loses_nothing(tmp_path, monkeypatch):
+    write(tmp_path / "saved", "precious")
+    rename, calls = Path.rename, []
+
+    def rename_but_once(path, target):
+        calls.append(path)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", rename_but_once)
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path / "saved", "new")
+    assert (tmp_path / "saved" / "kivi_jax.json").read_text() == "precious"
+    assert [path.name for path in tmp_path.iterdir()] == ["saved"]
+
+
 def test_what_comes_while_a_failed_write_is_removed_is_removed_too(tmp_path, monkeypatch):
     """After a full disk, orbax's threads may still be writing."""
     remove, calls = shutil.rmtree, []

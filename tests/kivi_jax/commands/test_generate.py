@@ -129,6 +129,36 @@ def test_a_file_of_prompts_is_answered_and_goes_on_where_it_was_cut(command, ins
     assert "was computed with seed=3, not 4: choose another place" in error
 
 
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        ("prompts.jsonl", "is the file of prompts: choose another"),
+        ("link.jsonl", "is the file of prompts: choose another"),
+        (".", "is a directory: name a file in it"),
+        ("other.json", "does not begin with settings: kivi-jax did not write it"),
+    ],
+)
+def test_answers_replace_nothing(command, instruct, tmp_path, output, message):
+    asked = tmp_path / "prompts.jsonl"
+    asked.write_text('{"prompt": "hello"}')  # without a line's end, as many programs write
+    (tmp_path / "link.jsonl").symlink_to(asked)
+    (tmp_path / "other.json").write_text('{"precious": 1}')
+    code, _, error = command("generate", "demo", "--input", asked, "--output", tmp_path / output, *FULL)
+    assert (code, message in error) == (2, True)
+    assert asked.read_text() == '{"prompt": "hello"}'
+    assert (tmp_path / "other.json").read_text() == '{"precious": 1}'
+
+
+def test_prompts_that_ask_nothing_or_twice_are_refused(command, instruct, tmp_path):
+    asked = tmp_path / "prompts.jsonl"
+    options = ("--input", asked, "--output", tmp_path / "answers.jsonl", *FULL)
+    code, _, error = command("generate", "demo", *options)
+    assert (code, "is no file of prompts" in error) == (2, True)
+    asked.write_text('{"prompt": "hello", "messages": []}\n')
+    code, _, error = command("generate", "demo", *options)
+    assert (code, "row 1 has both a prompt and messages: keep one" in error) == (2, True)
+
+
 def test_ctrl_c_stops_a_reply_and_not_the_chat(command, instruct, monkeypatch):
     """The second token of the first reply is answered by a signal."""
     push, pushed = Decoder.push, itertools.count()

@@ -56,6 +56,26 @@ def test_more_items_are_added_and_other_settings_refused(tmp_path):
         run(path, settings=SETTINGS | {"cache": "kivi2"})
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"my": "one line without an end"}', "does not begin with settings"),
+        ("42\n43\n", "does not begin with settings"),
+        ("null\n", "does not begin with settings"),
+        ('{"settings": 5}\n', "is damaged"),
+        ('{"settings": {}}\n{"id": "a"}\n', "is damaged"),
+        ('{"settings": {"eval": "test", "cache": "full"}}\n{"note": 1}\n', "a line has no id"),
+        ('{"settings": {"eval": "test", "cache": "full"}}\n[1]\n', "a line has no id"),
+    ],
+)
+def test_what_another_wrote_is_left_as_it_is(tmp_path, text, message):
+    path = tmp_path / "mine.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        run(path)
+    assert path.read_text() == text
+
+
 def test_a_damaged_or_foreign_file_is_refused(tmp_path):
     path = tmp_path / "full.jsonl"
     path.write_text('{"settings": {}}\nnot json\n')
@@ -64,7 +84,7 @@ def test_a_damaged_or_foreign_file_is_refused(tmp_path):
     path.write_text('{"id": 1}\n')
     with pytest.raises(ValueError, match="does not begin with settings"):
         read_records(path)
-    path.write_text("[" * 200_000 + "\n")
+    path.write_text('{"settings": ' + "[" * 200_000 + "\n")
     with pytest.raises(ValueError, match="is damaged"):
         read_records(path)
 
