@@ -1,7 +1,5 @@
 """Cache strategies (values that say how tokens are held) and the cache itself. Read `model/llama.py` next."""
 
-import functools
-import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -18,12 +16,11 @@ from kivi_jax.cache.pool import TokenPool
 from kivi_jax.cache.prompt_selectors import KeepAll, PromptSelector
 from kivi_jax.cache.segments import Segment, Step
 from kivi_jax.cache.stores import DEFAULT_GROUP, DenseStore, PackedStore, PoolQuantization, ScaleDtype
+from kivi_jax.checks import warn_once
 from kivi_jax.config import ModelConfig
 from pallas_kernels.pytree import pytree, static
 from pallas_kernels.quantize.packing import words_per_token
 from pallas_kernels.quantize.quantization import check_groups
-
-_log = logging.getLogger(__name__)
 
 
 class Prompt(NamedTuple):
@@ -98,10 +95,16 @@ class CacheStrategy:
         """
         selects = self.prompt != KeepAll() or self.decode != KeepAll()
         if selects and all(config.window_of(layer) for layer in range(config.num_layers)):
-            _say_that_nothing_is_selected(config.sliding_window)
+            warn_once(
+                f"every layer of the model has a window of {config.sliding_window} tokens, which bounds its "
+                "cache: nothing is selected"
+            )
         head_dim = config.head_dim
         if self.fit(config) != self and (size := math.gcd(DEFAULT_GROUP, head_dim)) < DEFAULT_GROUP:
-            _say_shrunk(size, head_dim)
+            warn_once(
+                f"heads of {head_dim} channels do not divide into groups of 32: groups of values have "
+                f"{size}, whose scales weigh more"
+            )
         if (pool := self.pool) is not None:
             if pool.group_size is not None and head_dim % pool.group_size:
                 raise ValueError(
@@ -253,16 +256,6 @@ def kivi(
     )
 
 
-@functools.cache
-def _say_shrunk(size: int, head_dim: int) -> None:
-    _log.warning(
-        "heads of %s channels do not divide into groups of 32: groups of values have %s, "
-        "whose scales weigh more",
-        head_dim,
-        size,
-    )
-
-
 @pytree
 class KVCache:
     """All tokens seen so far: per layer a tuple of segments, and how many tokens each row has had.
@@ -350,14 +343,6 @@ def cache_bytes(cache: KVCache) -> dict[str, int]:
             named = [names[key.name] for key in path if key.name in names]
             parts[named[-1] if named else "metadata"] += _nbytes(leaf)
     return {**parts, "total": sum(parts.values())}
-
-
-@functools.cache
-def _say_that_nothing_is_selected(window: int | None) -> None:
-    _log.warning(
-        "every layer of the model has a window of %s tokens, which bounds its cache: nothing is selected",
-        window,
-    )
 
 
 def _nbytes(array: Any) -> int:

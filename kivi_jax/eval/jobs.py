@@ -25,9 +25,8 @@ def read_records(path: Path) -> tuple[Record, list[Record]]:
             have one id.
     """
     data = path.read_bytes() if path.exists() else b""
-    if (
-        data[: len(_BEGIN)] != _BEGIN[: len(data)]
-    ):  # even of one line without an end: a cut would leave our own
+    # Also where no line has ended: a cut leaves the beginning of our own first line.
+    if data[: len(_BEGIN)] != _BEGIN[: len(data)]:
         raise ValueError(f"{path} does not begin with settings: kivi-jax did not write it")
     try:
         first, *records = [json.loads(line) for line in data.split(b"\n")[:-1]] or [{"settings": {}}]

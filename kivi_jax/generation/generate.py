@@ -179,9 +179,10 @@ def end_ids(model: Llama, eos_ids: Sequence[int] | int | None) -> tuple[int, ...
 
 def warn_if_long(model: Llama, lengths: Int[Array, "B"], prefix: Prefix | None, max_new_tokens: int) -> None:
     """Say, once for models of its context, that rows may become longer than that, where it is known."""
-    held = jnp.zeros(1, jnp.int32) if prefix is None else prefix.cache.lengths
+    held = 0 if prefix is None else prefix.cache.lengths
     if not isinstance(lengths, Tracer) and not isinstance(held, Tracer):
-        warn_beyond(model.config.context, int((held + lengths).max()) + max_new_tokens)
+        longest = int(np.max(np.asarray(held) + np.asarray(lengths)))
+        warn_beyond(model.config.context, longest + max_new_tokens)
 
 
 def warn_unless_finite(finite: Bool[Array, "..."]) -> None:

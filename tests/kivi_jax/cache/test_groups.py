@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import pytest
 
 import kivi_jax as kj
-from kivi_jax.cache import strategy as caches
 from kivi_jax.cache.names import cache_name, parse_cache
+from kivi_jax.checks import warn_once
 from tests.models import config, random_llama
 
 
@@ -32,7 +32,7 @@ def test_named_sizes_stay_or_are_refused():
 
 
 def test_shrinking_is_said_once(caplog):
-    caches._say_shrunk.cache_clear()
+    warn_once.cache_clear()
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
             kj.kivi().check(config(head_dim=48))
