@@ -6,6 +6,7 @@ import jax
 from jax.typing import DTypeLike
 
 from convert.errors import CheckpointError
+from convert.gguf.load import is_gguf, load_gguf, read_gguf_config
 from convert.hf import Progress, load_hf, read_config
 from convert.hub import resolve
 from convert.orbax import is_converted, read_manifest
@@ -33,23 +34,26 @@ def read_any_config(path: str | FilePath) -> ModelConfig:
     Raises:
         CheckpointError: see `load_model`.
     """
-    directory = resolve(path)
-    return read_manifest(directory).config if is_converted(directory) else read_config(directory)
+    checkpoint = resolve(path)
+    if is_gguf(checkpoint):
+        return read_gguf_config(checkpoint)
+    return read_manifest(checkpoint).config if is_converted(checkpoint) else read_config(checkpoint)
 
 
 def load_model(
     path: str | FilePath, *, dtype: DTypeLike | None = None, progress: Progress | None = None
 ) -> tuple[Llama, FilePath]:
-    """The model at `path`, and the local directory it was read from.
+    """The model at `path`, and the local directory or GGUF file it was read from.
 
-    `path` is a Hugging Face directory, a converted one, or a Hugging Face hub name (org/name), which is
-    downloaded. `dtype` is by default `default_dtype()`.
+    `path` is a Hugging Face directory, a converted one, a GGUF file or a directory with one, or a hub name
+    (org/name), which is downloaded. `dtype` is by default `default_dtype()`.
 
     Raises:
         CheckpointError: it cannot be found or used; the message says why.
     """
-    directory = resolve(path)
+    checkpoint = resolve(path)
     dtype = floating(default_dtype() if dtype is None else dtype)
-    if is_converted(directory):
-        return load_converted(directory, dtype=dtype), directory
-    return load_hf(directory, dtype=dtype, progress=progress), directory
+    if is_converted(checkpoint):
+        return load_converted(checkpoint, dtype=dtype), checkpoint
+    load = load_gguf if is_gguf(checkpoint) else load_hf
+    return load(checkpoint, dtype=dtype, progress=progress), checkpoint

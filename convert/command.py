@@ -11,13 +11,13 @@ from kivi_jax.options import Dtype
 
 
 def convert(
-    source: Annotated[str, typer.Argument(help="Hugging Face checkpoint: a directory, or a hub name.")],
+    source: Annotated[str, typer.Argument(help="A Hugging Face directory or hub name, or a GGUF file.")],
     destination: Annotated[FilePath, typer.Argument(help="Directory to write; complete or absent.")],
     dtype: Annotated[Dtype, typer.Option(help="What to store parameters as.")] = Dtype.bfloat16,
     verify: Annotated[bool, typer.Option(help="Compare logits with the source on a few prompts.")] = False,
     overwrite: Annotated[bool, typer.Option(help="Replace what is at the destination.")] = False,
 ) -> None:
-    """Convert a Hugging Face Llama or Mistral to an orbax checkpoint with config and tokenizer beside it.
+    """Convert a Hugging Face checkpoint or GGUF file to an orbax one with config and tokenizer beside it.
 
     Example:  kivi-jax convert ./Llama-3.1-8B ./llama-8b --dtype bfloat16 --verify
     """

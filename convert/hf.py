@@ -1,6 +1,6 @@
 """Hugging Face directory -> model, one tensor at a time. Read `orbax.py` next."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -51,6 +51,21 @@ def load_hf(directory: FilePath, *, dtype: DTypeLike, progress: Progress | None 
     _check_layers(config, tensors)
     if config.tie_word_embeddings and _EMBEDDING not in tensors and _HEAD in tensors:
         tensors[_EMBEDDING] = tensors[_HEAD]  # some tools keep the one matrix under the head's name
+    return fill(config, lambda _: tensors, dtype=dtype, progress=progress)
+
+
+def fill(
+    config: ModelConfig,
+    stored: Callable[[Iterable[str]], Mapping[str, Stored]],
+    *,
+    dtype: DTypeLike,
+    progress: Progress | None = None,
+) -> Llama:
+    """The model of this config whose parameters are what is `stored` by the names that are asked for.
+
+    Raises:
+        CheckpointError: names, shapes or types differ from what the config asks for; all listed together.
+    """
     abstract = abstract_parameters(config, dtype)
     sources = {path: sources_of(path, config) for path in abstract}
     shapes = {
@@ -58,6 +73,7 @@ def load_hf(directory: FilePath, *, dtype: DTypeLike, progress: Progress | None 
         for path, parts in sources.items()
         for source in parts
     }
+    tensors = stored(shapes)
     _check_coverage(config, tensors, shapes)
     if config.tie_word_embeddings and _HEAD in tensors:
         _check_tied(tensors)
@@ -67,11 +83,11 @@ def load_hf(directory: FilePath, *, dtype: DTypeLike, progress: Progress | None 
     for path in sorted(sources, key=lambda path: -abstract[path].size):
         parts: list[jax.Array] = []
         for source in sources[path]:
-            tensor = tensors[source.name].read()
             with np.errstate(over="ignore"):  # said below
-                part = jnp.asarray(tensor.T if source.transpose else tensor, dtype)
+                tensor = tensors[source.name].read(dtype)
+            part = jnp.asarray(tensor.T if source.transpose else tensor)
             if not _all_finite(part):
-                raise _not_finite(source.name, tensor, part)
+                raise _not_finite(source.name, tensors[source.name].read(None), part)
             parts.append(part)
             done += 1
             if progress is not None:
@@ -163,7 +179,7 @@ def _padding_token(directory: FilePath) -> str | None:
 
 def _check_tied(tensors: Mapping[str, Stored]) -> None:
     """Some tools save a tied head again; transformers does not tie it if it differs, so refuse that."""
-    if not np.array_equal(tensors[_EMBEDDING].read(), tensors[_HEAD].read()):
+    if not np.array_equal(tensors[_EMBEDDING].read(None), tensors[_HEAD].read(None)):
         raise CheckpointError(
             f"config.json says tie_word_embeddings, but {_HEAD} differs from {_EMBEDDING}: "
             "set tie_word_embeddings to false if the model was trained with its own head"

@@ -1,4 +1,4 @@
-"""Where a checkpoint is: a local directory, a download from the Hugging Face hub, or in this package."""
+"""Where a checkpoint is: a local directory or GGUF file, a download from the hub, or in this package."""
 
 import re
 from importlib.resources import files
@@ -11,20 +11,24 @@ _COPIES = ["consolidated*", "original/*"]  # the same weights in the trainer's o
 
 
 def resolve(source: str | FilePath) -> FilePath:
-    """The local directory of a checkpoint given by path or by hub name (org/name).
+    """The local directory or GGUF file of a checkpoint given by path or by hub name (org/name).
 
-    The name `demo` stands for the small trained model that ships with this package.
+    A directory with one GGUF file and nothing else to load stands for that file, and the name `demo` for the
+    small trained model that ships with this package.
 
     Raises:
-        CheckpointError: there is no such directory, and no such name or no network to download it.
+        CheckpointError: there is no such directory, and no such name or no network to download it; or there
+            are several GGUF files to choose from.
     """
     if source == "demo":  # a directory of that name is ./demo
         return FilePath(str(files("kivi_jax"))) / "demo" / "model"
     directory = FilePath(source).expanduser()
     if directory.is_dir():
+        return _the_gguf_in(directory) or directory
+    if directory.suffix == ".gguf" and directory.is_file():
         return directory
     if directory.exists():
-        raise CheckpointError(f"{source} is a file: pass the checkpoint's directory")
+        raise CheckpointError(f"{source} is a file: pass the checkpoint's directory, or a GGUF file")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
         raise CheckpointError(f"{source} does not exist: pass a directory or a hub name (org/name), or demo")
     from huggingface_hub import snapshot_download
@@ -36,3 +40,12 @@ def resolve(source: str | FilePath) -> FilePath:
         raise CheckpointError(
             f"{source} is neither a directory here nor could it be downloaded: {reason}"
         ) from error
+
+
+def _the_gguf_in(directory: FilePath) -> FilePath | None:
+    files = sorted(directory.glob("*.gguf"))
+    if not files or any(directory.glob("*.safetensors")) or (directory / "kivi_jax.json").exists():
+        return None
+    if len(files) > 1:
+        raise CheckpointError(f"{directory} holds several GGUF files: pass one of them, as {files[0].name}")
+    return files[0]

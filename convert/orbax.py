@@ -19,6 +19,7 @@ from jax.typing import DTypeLike
 
 from convert.errors import CheckpointError, brief
 from convert.files import checksums, file_sizes, find_damage, replacing, writing
+from convert.gguf.load import is_gguf, write_beside
 from convert.hf import abstract_parameters, build, check_tokenizer
 from kivi_jax.config import ModelConfig, config_from_dict
 from kivi_jax.model.llama import Llama
@@ -37,7 +38,7 @@ def is_converted(directory: FilePath) -> bool:
 def save(
     model: Llama, destination: FilePath, *, source: FilePath | None = None, overwrite: bool = False
 ) -> None:
-    """Write a model, with the config and tokenizer files of `source` beside it.
+    """Write a model, with the config and tokenizer files of `source`, a directory or GGUF file, beside it.
 
     Everything goes to a temporary sibling that is renamed at the end: `destination` is complete or absent.
 
@@ -131,6 +132,8 @@ def read_manifest(directory: FilePath) -> Manifest:
 
 
 def _copy_beside(source: FilePath, destination: FilePath) -> None:
+    if is_gguf(source):
+        return write_beside(source, destination)
     for file in {file for pattern in BESIDE for file in source.glob(pattern) if file.is_file()}:
         shutil.copy2(file, destination / file.name)
     if (source / TEMPLATES).is_dir():

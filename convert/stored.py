@@ -7,18 +7,19 @@ from pathlib import Path as FilePath
 from typing import Any, NamedTuple
 
 import numpy as np
+from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 
 from convert.errors import CheckpointError
 
 
 class Stored(NamedTuple):
-    """A tensor in a file. `read` gives its values; nothing keeps them, so tensors are read one at a time."""
+    """A tensor in a file. `read` gives its values as a type; nothing keeps them: one tensor at a time."""
 
     file: FilePath
     shape: tuple[int, ...]
     kind: str  # as safetensors names types: F32, BF16, I32, F8_E4M3
-    read: Callable[[], np.ndarray]
+    read: Callable[[DTypeLike], np.ndarray]
 
 
 def stored_tensors(directory: FilePath) -> dict[str, Stored]:
@@ -92,7 +93,7 @@ def _tensors_in(file: FilePath) -> Iterator[tuple[str, Stored]]:
         raise CheckpointError(f"{file} cannot be read ({error}): copy or download it again") from error
 
 
-def _read(file: FilePath, name: str) -> np.ndarray:
+def _read(file: FilePath, name: str, dtype: DTypeLike) -> np.ndarray:
     # Opened anew for every tensor: pages of a file that stays mapped would count as our memory.
     with safe_open(file, framework="numpy") as tensors:
-        return tensors.get_tensor(name)
+        return tensors.get_tensor(name).astype(dtype, copy=False)

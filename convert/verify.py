@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from convert.errors import CheckpointError
+from convert.gguf.load import is_gguf, load_gguf
 from convert.hf import load_hf, not_finite
 from convert.orbax import load, read_manifest
 
@@ -31,7 +32,7 @@ class Verification(NamedTuple):
 
 
 def verify(converted: FilePath, source: FilePath) -> Verification:
-    """Compare a converted model with the Hugging Face checkpoint it came from.
+    """Compare a converted model with the Hugging Face checkpoint or GGUF file it came from.
 
     Both compute in float32, so that what is compared is the weights and not the rounding on the way. The
     source runs in transformers where torch is installed, else in our own float32 model, which checks the
@@ -62,12 +63,18 @@ def _source_logits(
 ) -> tuple[str, Float[np.ndarray, "B T V"]]:
     from transformers.utils import import_utils
 
-    if not import_utils.is_torch_available():
-        return "kivi_jax in float32", np.asarray(load_hf(source, dtype="float32")(jnp.asarray(tokens)))
+    from_file = is_gguf(source)
+    # transformers reads GGUF files with accelerate's help.
+    if not import_utils.is_torch_available() or (from_file and not import_utils.is_accelerate_available()):
+        load_source = load_gguf if from_file else load_hf
+        return "kivi_jax in float32", np.asarray(load_source(source, dtype="float32")(jnp.asarray(tokens)))
     from transformers import AutoModelForCausalLM
 
+    directory, file = (source.parent, {"gguf_file": source.name}) if from_file else (source, {})
     try:
-        model = AutoModelForCausalLM.from_pretrained(str(source), dtype="float32", local_files_only=True)
+        model = AutoModelForCausalLM.from_pretrained(
+            str(directory), dtype="float32", local_files_only=True, **file
+        )
     except Exception as error:  # transformers checks little, so what it meets may raise anything
         reason = " ".join(str(error).split()) or type(error).__name__
         raise CheckpointError(f"transformers cannot load {source} to compare with: {reason}") from error

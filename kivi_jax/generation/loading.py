@@ -14,8 +14,9 @@ from kivi_jax.options import Dtype
 def load(path: str | Path, *, dtype: DTypeLike | None = None) -> tuple[Llama, Tokenizer | None]:
     """The model at `path`, and its tokenizer if there is one; the tokenizer's end is one of the model's.
 
-    `path` is a Hugging Face directory, a converted one, a hub name (org/name), or `demo`: the small trained
-    model that ships with this package. `dtype` is by default float32 on a CPU and bfloat16 elsewhere.
+    `path` is a Hugging Face directory, a converted one, a GGUF file, a hub name (org/name), or `demo`: the
+    small trained model that ships with this package. `dtype` is by default float32 on a CPU and bfloat16
+    elsewhere.
 
     Raises:
         ValueError: the checkpoint cannot be found or used; the message says why.
@@ -51,11 +52,15 @@ def open_model(name: str, dtype: Dtype | None) -> tuple[Llama, Tokenizer]:
 
 
 def load_tokenizer(directory: Path) -> Tokenizer | None:
-    """The tokenizer in a directory, or None if there are no tokenizer files.
+    """The tokenizer in a directory or GGUF file, or None if there is none.
 
     Raises:
-        ValueError: there are, but they cannot be read.
+        ValueError: there is one, but it cannot be read.
     """
+    if directory.is_file():
+        from convert.gguf.load import load_gguf_tokenizer
+
+        return load_gguf_tokenizer(directory)
     if not any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
         return None
     from transformers import AutoTokenizer  # takes seconds to import, too

@@ -49,5 +49,16 @@ def test_what_cannot_be_a_hub_name_is_never_asked_for(monkeypatch, source):
 def test_a_file_is_not_a_checkpoint(tmp_path):
     file = tmp_path / "model.safetensors"
     file.write_bytes(b"")
-    with pytest.raises(CheckpointError, match="pass the checkpoint's directory"):
+    with pytest.raises(CheckpointError, match="pass the checkpoint's directory, or a GGUF file"):
         resolve(file)
+
+
+def test_a_directory_with_one_gguf_file_stands_for_it(tmp_path):
+    file = tmp_path / "model.gguf"
+    file.write_bytes(b"")
+    assert resolve(file) == resolve(tmp_path) == file
+    (tmp_path / "other.gguf").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"holds several GGUF files: pass one of them, as model\.gguf"):
+        resolve(tmp_path)
+    write_checkpoint(tmp_path)
+    assert resolve(tmp_path) == tmp_path

@@ -1,0 +1,94 @@
+"""What a GGUF file holds, as the `gguf` package reads it: metadata, and tensors by llama.cpp's names.
+
+Tensors are read from the file when they are asked for: pages of a mapped file would count as our memory.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path as FilePath
+from typing import Any, NamedTuple
+
+import numpy as np
+from jax.typing import DTypeLike
+
+from convert.errors import CheckpointError, brief
+
+_BLOCK = 1 << 20  # elements that are dequantized at a time: float32 values of a whole tensor take much room
+
+
+class Block(NamedTuple):
+    """Where the bytes of a tensor stand in the file, and how they are to be read."""
+
+    file: FilePath
+    offset: int
+    shape: tuple[int, ...]  # of the values, rows first as in torch
+    row_bytes: int
+    kind: Any  # gguf.GGMLQuantizationType
+
+    def read(self, dtype: DTypeLike) -> np.ndarray:
+        """The values, dequantized some rows at a time and cast to `dtype`.
+
+        Raises:
+            CheckpointError: the `gguf` package cannot dequantize this type.
+        """
+        import gguf
+
+        values = np.empty(self.shape, dtype)
+        rows = values.reshape(-1, self.shape[-1])
+        step = max(1, _BLOCK // rows.shape[1])
+        for start in range(0, len(rows), step):
+            part = rows[start : start + step]
+            offset = self.offset + start * self.row_bytes
+            stored = np.fromfile(self.file, np.uint8, len(part) * self.row_bytes, offset=offset)
+            try:
+                part[:] = gguf.dequantize(stored.reshape(len(part), self.row_bytes), self.kind)
+            except NotImplementedError as error:
+                raise CheckpointError(f"{self.file} cannot be dequantized: {brief(error)}") from error
+        return values
+
+
+class GGUF(NamedTuple):
+    """A file's metadata by key, and its tensors by name."""
+
+    file: FilePath
+    metadata: Mapping[str, Any]
+    tensors: Mapping[str, Block]
+
+    @property
+    def architecture(self) -> str:
+        """llama.cpp's name for the family; its keys begin with it."""
+        return self.metadata.get("general.architecture", "")
+
+
+def read_gguf(file: FilePath) -> GGUF:
+    """Metadata and tensors of a file, whose values are not read.
+
+    Raises:
+        CheckpointError: the file is damaged, one of several that make a model, or of another byte order.
+    """
+    import gguf
+
+    try:
+        reader = gguf.GGUFReader(file)
+        metadata = {name: field.contents() for name, field in reader.fields.items()}
+        tensors = {
+            tensor.name: Block(
+                file,
+                int(tensor.data_offset),
+                tuple(int(size) for size in reversed(tensor.shape)),
+                int(tensor.n_bytes) * int(tensor.shape[0]) // int(tensor.n_elements),
+                tensor.tensor_type,
+            )
+            for tensor in reader.tensors
+        }
+        swapped = reader.byte_order == "S"
+    except (ValueError, KeyError, IndexError, TypeError, OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(
+            f"{file} cannot be read as GGUF ({brief(error)}): copy or download it again"
+        ) from error
+    if swapped:
+        raise CheckpointError(f"{file} is of another byte order: download the little-endian file")
+    if metadata.get("split.count", 1) > 1:
+        raise CheckpointError(
+            f"{file} is one of {metadata['split.count']} files of a model: merge them with llama-gguf-split"
+        )
+    return GGUF(file, metadata, tensors)
