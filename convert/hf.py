@@ -12,6 +12,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from convert.errors import CheckpointError
+from convert.quantized import dequantized
 from convert.rules import Path, is_derived, model_config, sources_of
 from convert.stored import Stored, read_json, stored_tensors
 from kivi_jax.config import ModelConfig
@@ -30,9 +31,9 @@ def read_config(directory: FilePath) -> ModelConfig:
         CheckpointError: there is none, it is not JSON, or see `rules.model_config`.
     """
     generation = directory / "generation_config.json"
-    return model_config(
-        read_json(directory / "config.json"), read_json(generation) if generation.exists() else None
-    )
+    raw = read_json(directory / "config.json")
+    raw.pop("quantization_config", None)  # how weights are stored, not what they compute
+    return model_config(raw, read_json(generation) if generation.exists() else None)
 
 
 def load_hf(directory: FilePath, *, dtype: DTypeLike, progress: Progress | None = None) -> Llama:
@@ -48,6 +49,8 @@ def load_hf(directory: FilePath, *, dtype: DTypeLike, progress: Progress | None 
     config = read_config(directory)
     check_tokenizer(directory, config)
     tensors = stored_tensors(directory)
+    if quantization := read_json(directory / "config.json").get("quantization_config"):
+        tensors = dequantized(tensors, quantization)
     _check_layers(config, tensors)
     if config.tie_word_embeddings and _EMBEDDING not in tensors and _HEAD in tensors:
         tensors[_EMBEDDING] = tensors[_HEAD]  # some tools keep the one matrix under the head's name

@@ -6,20 +6,23 @@ from collections.abc import Callable, Iterator
 from pathlib import Path as FilePath
 from typing import Any, NamedTuple
 
+import ml_dtypes
 import numpy as np
 from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 
 from convert.errors import CheckpointError
 
+_FLOATS_8 = {"F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2}
+
 
 class Stored(NamedTuple):
-    """A tensor in a file. `read` gives its values as a type; nothing keeps them: one tensor at a time."""
+    """A tensor in a file. `read` gives its values as a type, or as they are; nothing keeps them."""
 
     file: FilePath
     shape: tuple[int, ...]
     kind: str  # as safetensors names types: F32, BF16, I32, F8_E4M3
-    read: Callable[[DTypeLike], np.ndarray]
+    read: Callable[[DTypeLike | None], np.ndarray]
 
 
 def stored_tensors(directory: FilePath) -> dict[str, Stored]:
@@ -93,7 +96,19 @@ def _tensors_in(file: FilePath) -> Iterator[tuple[str, Stored]]:
         raise CheckpointError(f"{file} cannot be read ({error}): copy or download it again") from error
 
 
-def _read(file: FilePath, name: str, dtype: DTypeLike) -> np.ndarray:
+def _read(file: FilePath, name: str, dtype: DTypeLike | None) -> np.ndarray:
     # Opened anew for every tensor: pages of a file that stays mapped would count as our memory.
     with safe_open(file, framework="numpy") as tensors:
-        return tensors.get_tensor(name).astype(dtype, copy=False)
+        kind = tensors.get_slice(name).get_dtype()
+        values = _read_bytes(file, name, _FLOATS_8[kind]) if kind in _FLOATS_8 else tensors.get_tensor(name)
+    return values if dtype is None else values.astype(dtype, copy=False)
+
+
+def _read_bytes(file: FilePath, name: str, dtype: type) -> np.ndarray:
+    """NumPy has no floats of 8 bits, so the safetensors package does not give them."""
+    with file.open("rb") as content:
+        length = int.from_bytes(content.read(8), "little")
+        said = json.loads(content.read(length))[name]
+    begin, end = said["data_offsets"]
+    values = np.fromfile(file, np.uint8, end - begin, offset=8 + length + begin)
+    return values.view(dtype).reshape(said["shape"])

@@ -24,15 +24,15 @@ class Block(NamedTuple):
     row_bytes: int
     kind: Any  # gguf.GGMLQuantizationType
 
-    def read(self, dtype: DTypeLike) -> np.ndarray:
-        """The values, dequantized some rows at a time and cast to `dtype`.
+    def read(self, dtype: DTypeLike | None) -> np.ndarray:
+        """The values, dequantized some rows at a time and cast to `dtype`, by default float32.
 
         Raises:
             CheckpointError: the `gguf` package cannot dequantize this type.
         """
         import gguf
 
-        values = np.empty(self.shape, dtype)
+        values = np.empty(self.shape, np.float32 if dtype is None else dtype)
         rows = values.reshape(-1, self.shape[-1])
         step = max(1, _BLOCK // rows.shape[1])
         for start in range(0, len(rows), step):

@@ -51,13 +51,13 @@ def _stored(gguf: GGUF, name: str, block: Block) -> Stored:
     return Stored(block.file, block.shape, "F32", read)  # a float, whatever it is packed as
 
 
-def _halves(block: Block, heads: int, dtype: DTypeLike) -> np.ndarray:
+def _halves(block: Block, heads: int, dtype: DTypeLike | None) -> np.ndarray:
     """Rows of interleaved rotary pairs (0, 1), (2, 3) back to halves (0, d/2), (1, d/2 + 1)."""
     rows = block.read(dtype)
     pairs = rows.reshape(heads, -1, 2, *rows.shape[1:])
     return pairs.swapaxes(1, 2).reshape(rows.shape)
 
 
-def _less(block: Block, offset: float, dtype: DTypeLike) -> np.ndarray:
+def _less(block: Block, offset: float, dtype: DTypeLike | None) -> np.ndarray:
     """Subtracted in float32: near one, a 16-bit type keeps little of the difference."""
-    return (block.read(np.float32) - np.float32(offset)).astype(dtype)
+    return (block.read(np.float32) - np.float32(offset)).astype(np.float32 if dtype is None else dtype)

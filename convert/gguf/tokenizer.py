@@ -159,11 +159,11 @@ def _add_tokens(tokenizer: Any, said: dict[str, Any], special: dict[str, str]) -
         ]
         (tokenizer.add_special_tokens if is_special else tokenizer.add_tokens)(tokens)
     # llama.cpp begins SentencePiece's texts so unless the file says otherwise.
-    begins = said.get("add_bos_token", said["model"] == "llama") and "bos_token" in special
-    ends = said.get("add_eos_token", False) and "eos_token" in special
-    around = [special["bos_token"]] * begins, [special["eos_token"]] * ends
-    if begins or ends:
-        ids = {token: tokenizer.token_to_id(token) for token in (*around[0], *around[1])}
+    begins = said.get("add_bos_token", said["model"] == "llama")
+    before = [special["bos_token"]] if begins and "bos_token" in special else []
+    after = [special["eos_token"]] if said.get("add_eos_token", False) and "eos_token" in special else []
+    if before or after:
+        ids = {token: tokenizer.token_to_id(token) for token in (*before, *after)}
         tokenizer.post_processor = processors.TemplateProcessing(
-            single=[*around[0], "$A", *around[1]], special_tokens=list(ids.items())
+            single=[*before, "$A", *after], special_tokens=list(ids.items())
         )

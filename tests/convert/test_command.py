@@ -131,7 +131,10 @@ BROKEN = {
         lambda d: reweigh(d, **{GATE: np.full((48, 32), np.nan, np.float32)}),
         f"{GATE} has values that are infinite or no numbers",
     ),
-    "quantized": (lambda d: edit(d, quantization_config={"bits": 4}), "quantization_config={'bits': 4}"),
+    "quantized": (
+        lambda d: edit(d, quantization_config={"quant_method": "bitsandbytes"}),
+        "weights quantized by 'bitsandbytes' are not supported",
+    ),
     "activation": (lambda d: edit(d, hidden_act="gelu"), "hidden_act='gelu'"),
     "size is text": (lambda d: edit(d, hidden_size="wide"), "hidden_size"),
     "no heads": (lambda d: edit(d, num_attention_heads=0), "config.json does not describe a llama model"),

@@ -1,0 +1,52 @@
+"""Weights of 4 and 8 bits as the floats that they stand for: one file a format, chosen by `quant_method`.
+
+What is quantized the tensors themselves say, module by module, so modules that a checkpoint leaves out
+(`modules_to_not_convert`, `ignore`) are read as they are. Arithmetic is in the types of each format's own
+library, so values are equal to its own, and cast last.
+"""
+
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any
+
+from convert.errors import CheckpointError
+from convert.quantized import awq, compressed, fp8, gptq
+from convert.stored import Stored
+
+_FORMATS = {
+    "fp8": fp8.restore,
+    "awq": awq.restore,
+    "gptq": gptq.restore,
+    "compressed-tensors": compressed.restore,
+}
+_REFUSED = {
+    "bitsandbytes": "its 4-bit codes can be read by bitsandbytes only: save the dequantized model",
+    "fbgemm_fp8": "convert the original checkpoint",
+    "mxfp4": "it is for mixtures of experts",
+}
+_OF_ACTIVATIONS = {"input_scale", "input_zero_point", "output_scale", "k_scale", "v_scale"}
+
+
+def dequantized(tensors: Mapping[str, Stored], settings: Mapping[str, Any]) -> dict[str, Stored]:
+    """A checkpoint's tensors with a `weight` for every quantized module; none is read.
+
+    `settings` is the quantization_config of config.json. Scales of activations are left out: we compute
+    those in the model's own type.
+
+    Raises:
+        CheckpointError: the format is not supported; the message says why.
+    """
+    method = settings.get("quant_method")
+    if method not in _FORMATS:
+        reason = _REFUSED.get(str(method), f"choose one of {', '.join(_FORMATS)}")
+        raise CheckpointError(f"weights quantized by {method!r} are not supported: {reason}")
+    modules: dict[str, dict[str, Stored]] = defaultdict(dict)
+    for name, tensor in tensors.items():
+        module, _, field = name.rpartition(".")
+        modules[module][field] = tensor
+    return {
+        f"{module}.{field}".removeprefix("."): tensor
+        for module, parts in modules.items()
+        for field, tensor in _FORMATS[method](parts, settings).items()
+        if field not in _OF_ACTIVATIONS
+    }

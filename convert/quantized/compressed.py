@@ -1,0 +1,94 @@
+"""compressed-tensors: weights of 8 bits as they are, or fewer packed along inputs, with scales and zeros.
+
+Source: compressed-tensors, `compressors/pack_quantized`, `compressors/naive_quantized` and
+`quantization/lifecycle/forward.py`.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from convert.errors import CheckpointError
+from convert.quantized.parts import Parts, restored, unpack
+from convert.stored import Stored
+
+_READ = ("dense", "naive-quantized", "float-quantized", "int-quantized", "pack-quantized", "mixed-precision")
+
+
+def restore(parts: Parts, settings: Mapping[str, Any]) -> dict[str, Stored]:
+    """The module's tensors, its weight dequantized in the scales' type if it is packed or of 8 bits.
+
+    Raises:
+        CheckpointError: the checkpoint's format is another, or tensors do not fit together.
+    """
+    groups = settings.get("config_groups") or {}
+    formats = [settings.get("format"), *(group.get("format") for group in groups.values())]
+    if unknown := [name for name in formats if name is not None and name not in _READ]:
+        raise CheckpointError(
+            f"compressed-tensors' format {unknown[0]!r} is not supported: only {', '.join(_READ)}"
+        )
+    if "weight_packed" in parts:
+        return _packed(parts)
+    return _plain(parts) if "weight_scale" in parts else dict(parts)
+
+
+def _packed(parts: Parts) -> dict[str, Stored]:
+    if "weight_shape" not in parts:
+        raise CheckpointError("packed weights lack weight_shape")
+    outputs, inputs = (int(size) for size in parts["weight_shape"].read(None))
+    bits = parts["weight_packed"].shape[1] * 32 // inputs
+    if not 1 <= bits <= 8 or -(-inputs * bits // 32) != parts["weight_packed"].shape[1]:
+        raise CheckpointError(
+            f"packed weights of shape {list(parts['weight_packed'].shape)} do not hold {outputs} x {inputs}"
+        )
+    middle = 2 ** (bits - 1)
+
+    def rows(values: dict[str, np.ndarray]) -> Any:
+        scales, zeros = values["weight_scale"], np.zeros((outputs, 1), np.int16)
+        if "weight_zero_point" in values:  # packed along outputs
+            zeros = unpack(values["weight_zero_point"].T, bits).T[:outputs].astype(np.int16) - middle
+        groups = values.get("weight_g_idx", _runs(inputs, scales.shape[1]))
+
+        def make(part: slice) -> np.ndarray:
+            codes = unpack(values["weight_packed"][part], bits)[:, :inputs].astype(np.int16) - middle
+            return _scaled(codes, scales[part][:, groups], zeros[part][:, groups % zeros.shape[1]])
+
+        return make
+
+    optional = {"weight_zero_point", "weight_g_idx"} & parts.keys()
+    used = {"weight_packed", "weight_scale", "weight_shape"} | optional
+    return restored(parts, used, (outputs, inputs), rows)
+
+
+def _plain(parts: Parts) -> dict[str, Stored]:
+    outputs, inputs = parts["weight"].shape
+
+    def rows(values: dict[str, np.ndarray]) -> Any:
+        weight, scales = values["weight"], _grid(values["weight_scale"])
+        zeros = _grid(values.get("weight_zero_point", np.zeros(1, np.int8)))
+        down, across = _runs(outputs, len(scales)), _runs(inputs, scales.shape[1])
+
+        def make(part: slice) -> np.ndarray:
+            found = scales[down[part]][:, across]
+            shift = zeros[down[part] % len(zeros)][:, across % zeros.shape[1]]
+            return _scaled(weight[part], found, shift)
+
+        return make
+
+    used = {"weight", "weight_scale"} | ({"weight_zero_point"} & parts.keys())
+    return restored(parts, used, (outputs, inputs), rows)
+
+
+def _grid(values: np.ndarray) -> np.ndarray:
+    """Scales of a tensor or of its rows as those of blocks."""
+    return values.reshape(-1, 1) if values.ndim < 2 else values
+
+
+def _runs(length: int, count: int) -> np.ndarray:
+    """Which of `count` equal runs each of `length` positions stands in."""
+    return np.arange(length) // -(-length // count)
+
+
+def _scaled(codes: np.ndarray, scales: np.ndarray, zeros: np.ndarray) -> np.ndarray:
+    return (codes.astype(scales.dtype) - zeros.astype(scales.dtype)) * scales
