@@ -42,7 +42,7 @@ def load_gguf(file: FilePath, *, dtype: DTypeLike, progress: Progress | None = N
     """
     gguf = read_gguf(file)
     config = model_config(config_of(gguf))
-    _check_tokens(gguf, config)
+    _check(gguf, config)
     return fill(config, functools.partial(tensors_of, gguf), dtype=dtype, progress=progress)
 
 
@@ -67,9 +67,16 @@ def write_beside(file: FilePath, destination: FilePath) -> None:
         tokenizer.save_pretrained(str(destination))
 
 
-def _check_tokens(gguf: GGUF, config: ModelConfig) -> None:
+def _check(gguf: GGUF, config: ModelConfig) -> None:
+    """Before shapes are made of what may be a million layers."""
     tokens = len(gguf.metadata.get("tokenizer.ggml.tokens", ()))
     if tokens > config.vocab_size:
         raise CheckpointError(
             f"{gguf.file} has {tokens} tokens, but embeddings of {config.vocab_size}: it is damaged"
+        )
+    layers = len({name.split(".")[1] for name in gguf.tensors if name.startswith("blk.")})
+    if config.num_layers > layers:
+        raise CheckpointError(
+            f"{gguf.file} says block_count={config.num_layers}, but there are tensors of {layers}: "
+            "it is damaged"
         )

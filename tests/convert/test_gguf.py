@@ -100,8 +100,8 @@ def test_sentencepiece_merges_follow_the_order_of_pieces(tmp_path):
     from convert.gguf.tokenizer import read_tokenizer
 
     tokenizer = read_tokenizer(parts._replace(metadata=parts.metadata | said))
-    assert tokenizer("abb!")["input_ids"] == [1, 4, 9, 9, 3]  # ▁a is learned before ab
-    assert tokenizer.decode([1, 4, 9, 9, 3], skip_special_tokens=True) == "abb!"
+    assert tokenizer("abb!")["input_ids"] == [1, 6, 9, 3]  # ▁a is learned first, then it takes a b
+    assert tokenizer.decode([1, 6, 9, 3], skip_special_tokens=True) == "abb!"
 
 
 def test_no_tokenizer_is_none(tmp_path):
@@ -193,7 +193,13 @@ def too_many_tokens(file):
     write_gguf(file, words=["<s>", "<unk>", "a", "b", "Ġ", "ab", "Ġab", *(f"w{i}" for i in range(60))])
 
 
+def too_few_layers(file):
+    tensors = {name: t for name, t in random_tensors(LLAMA).items() if "layers.1" not in name}
+    write_gguf(file, tensors=tensors)
+
+
 DAMAGE = {
+    too_few_layers: "says block_count=2, but there are tensors of 1",
     cut_metadata: "cannot be read as GGUF",
     cut_tensors: "cannot be read as GGUF",
     no_gguf: "cannot be read as GGUF .GGUF magic invalid",
