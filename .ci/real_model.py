@@ -47,19 +47,8 @@ def main(
         chat(model, tokenizer)
         text = Path(__file__).parents[1] / "docs" / "explanation" / "cache-algebra.md"
         caches = [word for cache in CACHES for word in ("--cache", cache)]
-        length = ["--length", "256", "--limit", "4", "--batch", "4"]
-        run(
-            "eval",
-            "perplexity",
-            "--model",
-            model_folder,
-            "--data",
-            str(text),
-            *caches,
-            *length,
-            "--out",
-            folder,
-        )
+        sizes = ["--length", "256", "--limit", "4", "--batch", "4", "--out", folder]
+        run("eval", "perplexity", "--model", model_folder, "--data", str(text), *caches, *sizes)
         passkey = ["--tokens", "256", "--problems", "4"]
         run("eval", "passkey", "--model", model_folder, *caches, *passkey)
 
