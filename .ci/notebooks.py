@@ -10,6 +10,9 @@ import jupytext
 from nbclient import NotebookClient
 from nbformat import NotebookNode
 
+# Nearly all of a notebook's time is XLA's compiling, of programs that run once and briefly.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = ROOT / "notebooks"
 

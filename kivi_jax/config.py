@@ -158,6 +158,11 @@ class ModelConfig:
             return None
         return self.rope if self.window_of(layer) is None else self.window_rope or self.rope
 
+    def first_like(self, layer: int) -> int:
+        """The first layer that does the same as number `layer`, with parameters of its own."""
+        kind = self.window_of(layer), self.rope_of(layer)
+        return next(i for i in range(layer + 1) if (self.window_of(i), self.rope_of(i)) == kind)
+
 
 def config_from_dict(fields: Mapping[str, Any]) -> ModelConfig:
     """The config whose `dataclasses.asdict`, also after a journey through JSON, is `fields`.

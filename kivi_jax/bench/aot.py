@@ -72,12 +72,15 @@ class KernelReport:
         return tuple(loop.total() * lanes / codes for loop in self.loops)
 
 
-def pallas_reports(f: Callable[..., Any], *args: Any, sm: int) -> list[KernelReport]:
-    """Compile every Pallas-Triton kernel that `f(*args)` calls for compute capability `sm` (90: H100).
+def pallas_reports(
+    f: Callable[..., Any], *args: Any, sm: int, names: Sequence[str] | None = None
+) -> list[KernelReport]:
+    """Compile the Pallas-Triton kernels that `f(*args)` calls for compute capability `sm` (90: H100).
 
-    `args` are arrays or `jax.ShapeDtypeStruct`s.
+    `args` are arrays or `jax.ShapeDtypeStruct`s; `names` are those of the kernels to compile (None: all).
     """
-    return [_compile_module(*module, sm) for module, _ in _pallas_modules(_lower(f, *args, sm=sm))]
+    modules = (module for module, _ in _pallas_modules(_lower(f, *args, sm=sm)))
+    return [_compile_module(*module, sm) for module in modules if names is None or module[0] in names]
 
 
 def triton_report(
@@ -143,7 +146,7 @@ def record(
         def attend(query: Any, key: Any, value: Any, start: Any, end: Any) -> Any:
             return pallas_triton.attend(query, key, value, start=start, end=end, scale=scale, tuning=tuning)
 
-        report, _ = pallas_reports(attend, *arguments, sm=sm)
+        (report,) = pallas_reports(attend, *arguments, sm=sm, names=["quantized_attention"])
     codes = 2 * tuning.pages * PAGE * case.head_dim  # of keys and of values, in a tile
     programs = -(-case.query_groups // tuning.heads)
     each = report.per_code(codes)[0] * programs

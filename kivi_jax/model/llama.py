@@ -265,17 +265,19 @@ def _prefill(
     for index, layer in enumerate(model.layers):
         # A layer starts when the one before is packed: else many layers' keys and values are kept.
         blocks = after(layers[-1:], jnp.int32(tokens.shape[1] // block))
-        window = model.config.window_of(index)
+        window, kind = model.config.window_of(index), model.config.first_like(index)
         observed = strategy.observed if window is None else 0
         if not observed and has_flash(x.dtype, model.config.head_dim):
-            x, prompt = _prefill_layer_whole(layer, index, x, lengths, blocks, model.config, block)
+            x, prompt = _prefill_layer_whole(layer, kind, x, lengths, blocks, model.config, block)
         else:
-            x, prompt = _prefill_layer(layer, index, x, lengths, blocks, model.config, block, observed)
+            x, prompt = _prefill_layer(layer, kind, x, lengths, blocks, model.config, block, observed)
         layers.append(hold(prompt, window=window, layer=index))
     last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)
     return model._logits(last[:, 0]), KVCache(tuple(layers), lengths, strategy, capacity)
 
 
+# As for decoding, below: layers that differ in their parameters alone are traced once.
+@functools.partial(jax.jit, static_argnames=("index", "config", "block", "observed"))
 def _prefill_layer(
     layer: Layer,
     index: int,
@@ -286,7 +288,7 @@ def _prefill_layer(
     block: int,
     observed: int,
 ) -> tuple[Array, Prompt]:
-    """The residual stream after layer number `index`, and what it holds of the prompt, block by block.
+    """The residual stream after a layer like number `index`, and what it holds of the prompt, block by block.
 
     A block attends only to itself and what is before it, so one pass over the blocks computes keys and
     values, attends and replaces the stream in place. Of the last `observed` queries of a row (0: none,
@@ -323,6 +325,7 @@ def _prefill_layer(
     return x, Prompt(keys, values, weights, lengths)
 
 
+@functools.partial(jax.jit, static_argnames=("index", "config", "block"))
 def _prefill_layer_whole(
     layer: Layer,
     index: int,
@@ -372,21 +375,38 @@ def _decode(
     x = model._embedded(token)[:, None]
     layers: list[tuple[Segment, ...]] = []
     for index, (layer, segments) in enumerate(zip(model.layers, cache.layers, strict=True)):
-        rotate = rotation(model.config, index, cache.lengths + 1, cache.lengths[:, None])
-        query, key, value = (part[:, 0] for part in layer.project(x, rotate))
-        held = (segment.attend(query) for segment in segments)
-        attended = merge(*held, attend_token(query, key, value))
-        x = layer.finish(x, normalize(attended)[:, None])
-        # Appending overwrites what attending reads: without the order, each layer's cache is copied.
-        may_append = after(attended.out, active.astype(jnp.int32)) > 0
-        step = Step(query, key, value, attended.log_sum_exp, may_append)
-        layers.append(caches.append(segments, step))
+        kind = model.config.first_like(index)
+        x, grown = _decode_layer(layer, x, segments, cache.lengths, active, model.config, kind)
+        layers.append(grown)
     return model._logits(x[:, 0]), KVCache(
         caches.settle(layers, active),
         cache.lengths + active.astype(jnp.int32),
         cache.strategy,
         cache.capacity,
     )
+
+
+# Layers that differ in their parameters alone are traced and lowered once; XLA inlines the calls.
+@functools.partial(jax.jit, static_argnames=("config", "index"))
+def _decode_layer(
+    layer: Layer,
+    x: Float[Array, "B 1 D"],
+    segments: tuple[Segment, ...],
+    lengths: Int[Array, "B"],
+    active: Bool[Array, "B"],
+    config: ModelConfig,
+    index: int,
+) -> tuple[Array, tuple[Segment, ...]]:
+    """The residual stream after a layer that computes as number `index` does, and its cache."""
+    rotate = rotation(config, index, lengths + 1, lengths[:, None])
+    query, key, value = (part[:, 0] for part in layer.project(x, rotate))
+    held = (segment.attend(query) for segment in segments)
+    attended = merge(*held, attend_token(query, key, value))
+    x = layer.finish(x, normalize(attended)[:, None])
+    # Appending overwrites what attending reads: without the order, each layer's cache is copied.
+    may_append = after(attended.out, active.astype(jnp.int32)) > 0
+    step = Step(query, key, value, attended.log_sum_exp, may_append)
+    return x, caches.append(segments, step)
 
 
 def _linear(use_bias: bool, dtype: DTypeLike, rngs: nnx.Rngs) -> Callable[[int, int], nnx.Linear]:

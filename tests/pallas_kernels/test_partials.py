@@ -6,13 +6,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels.partials import AttentionPartial, attend, empty, merge, normalize
+from tests.draws import normal
 from tests.oracles import attention as oracle
 
 
 def partial(seed: int, offset: float = 0.0) -> AttentionPartial:
-    a, b, c = jax.random.split(jax.random.key(seed), 3)
-    out, top = jax.random.normal(a, (2, 3, 8)), 10 * jax.random.normal(b, (2, 3)) + offset
-    return AttentionPartial(out, top, jax.random.uniform(c, (2, 3), minval=1.0, maxval=9.0))
+    random = np.random.default_rng(seed)
+    out, top = random.normal(size=(2, 3, 8)), 10 * random.normal(size=(2, 3)) + offset
+    return AttentionPartial(*(jnp.asarray(x, jnp.float32) for x in (out, top, random.uniform(1, 9, (2, 3)))))
 
 
 def assert_same(x: AttentionPartial, y: AttentionPartial):
@@ -45,12 +46,10 @@ def test_empty_is_neutral():
 @pytest.mark.parametrize("groups", [1, 3])
 def test_attend_equals_the_oracle(dtype, tolerance, per_head, groups):
     batch, kv_heads, slots, dim = 2, 2, 40, 16
-    a, b, c, d = jax.random.split(jax.random.key(groups), 4)
-    query = jax.random.normal(a, (batch, kv_heads * groups, dim), dtype)
-    key = jax.random.normal(b, (batch, kv_heads, slots, dim), dtype)
-    value = jax.random.normal(c, (batch, kv_heads, slots, dim), dtype)
-    visible = jax.random.bernoulli(d, 0.6, (batch, kv_heads if per_head else 1, slots))
-    visible = visible.at[1].set(False)
+    query = normal(groups, batch, kv_heads * groups, dim, dtype=dtype)
+    key, value = normal(groups + 1, 2, batch, kv_heads, slots, dim, dtype=dtype)
+    visible = np.random.default_rng(groups).random((batch, kv_heads if per_head else 1, slots)) < 0.6
+    visible[1] = False
     got = jax.jit(lambda *x: attend(*x, scale=0.3))(query, key, value, visible)
     everywhere = np.broadcast_to(np.asarray(visible), (batch, kv_heads, slots))
     out, top, denom = oracle.attend(query, key, value, everywhere, 0.3)
@@ -69,7 +68,7 @@ def test_a_row_of_unseen_tokens_is_empty():
 
 
 def test_two_halves_merge_to_the_whole():
-    a, b, c = (jax.random.normal(jax.random.key(i), (1, 2, 32, 8)) for i in range(3))
+    a, b, c = normal(0, 3, 1, 2, 32, 8)
     query, left = a[:, :, 0], (jnp.arange(32) < 11)[None, None, :]
     parts = [attend(query, b, c, seen, scale=1.0) for seen in (left, ~left, left | ~left)]
     assert_same(merge(parts[0], parts[1]), parts[2])

@@ -20,6 +20,7 @@ BUDGET = {  # instructions per code; `kivi-jax bench kernels --aot` has more cas
     "2 bits, groups 128": 1.5,
     "4 bits": 2.0,
     "2 bits, H 64": 2.5,
+    "2 bits, H 256": 9.9,
     "2 bits, G 16": 2.4,
 }
 cases = [case for case in COMPILED if case.name in BUDGET]
@@ -58,10 +59,9 @@ def test_the_steps_other_kernels_do_not_spill(dim, rows, sm):
         return attend(query, key, value, residual=residual), taken, packed
 
     query, key, value = jax.eval_shape(lambda: (case.query(), *case.pack(*case.dense()[1:])))
-    reports = aot.pallas_reports(step, query, key, value, ring, token, number, sm=sm)
-    found = {report.name: report.spill_bytes for report in reports}
-    names = ("quantized_attention", "quantized_attention_merge", "take_token", "pack_block")
-    assert found == dict.fromkeys(names, 0)
+    names = ("quantized_attention_merge", "take_token", "pack_block")
+    reports = aot.pallas_reports(step, query, key, value, ring, token, number, sm=sm, names=names)
+    assert {report.name: report.spill_bytes for report in reports} == dict.fromkeys(names, 0)
 
 
 @pytest.mark.parametrize("sm", [80, 90])
@@ -85,6 +85,6 @@ def test_most_of_the_work_is_the_main_kernels(name):
 
 def test_the_sweep_leaves_out_tunings_that_spill(monkeypatch):
     monkeypatch.setattr(kernels, "compute_capability", lambda device: 9.0)
-    case = Case("wide", 1, 1, 16, 128, 1024, query_dtype="bfloat16")
-    (record,) = kernels.sweep([case], [Tuning(splits=1, pages=8)])
+    case = Case("wide", 1, 1, 16, 256, 1024, query_dtype="bfloat16")
+    (record,) = kernels.sweep([case], [Tuning(splits=1, pages=2)])
     assert record["reason"].endswith("bytes are spilled")

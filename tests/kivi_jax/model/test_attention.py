@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from kivi_jax.model import attention
+from tests.draws import normal
 
 fused = pytest.importorskip(
     "jax._src.cudnn.fused_attention_stablehlo", reason="jax has moved its cuDNN calls"
@@ -15,9 +16,8 @@ fused = pytest.importorskip(
 
 
 def inputs(dtype, tokens, slots, dim=64):
-    at = jax.random.split(jax.random.key(0), 3)
-    query = jax.random.normal(at[0], (2, tokens, 4, dim), dtype)
-    return query, *(jax.random.normal(key, (2, 2, slots, dim), dtype) for key in at[1:])
+    query = normal(0, 2, tokens, 4, dim, dtype=dtype)
+    return query, *normal(1, 2, 2, 2, slots, dim, dtype=dtype)
 
 
 @pytest.mark.parametrize("window", [None, 1, 5, 100])

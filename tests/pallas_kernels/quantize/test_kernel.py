@@ -14,6 +14,7 @@ from pallas_kernels import dispatch
 from pallas_kernels.quantize import kernel as quantize_kernel
 from pallas_kernels.quantize import quantization
 from pallas_kernels.quantize.quantization import quantize
+from tests.draws import normal
 
 SIXTEEN_BITS = ("float16", "bfloat16")
 
@@ -66,13 +67,13 @@ def test_equals_xla_bit_for_bit(case):
 @pytest.mark.parametrize("scale_dtype", SIXTEEN_BITS)
 def test_equals_xla_on_a_prompt(group_axis, scale_dtype):
     """KIVI's default groups; every row has runs of its own."""
-    x = (3 * jax.random.normal(jax.random.key(0), (2, 2, 256, 128)) + 1).astype(jnp.bfloat16)
+    x = (3 * normal(0, 2, 2, 256, 128) + 1).astype(jnp.bfloat16)
     options = {"bits": 2, "group_size": 32, "group_axis": group_axis, "scale_dtype": jnp.dtype(scale_dtype)}
     assert_identical(*both(x, **options))
 
 
 def test_rows_can_be_mapped_over():
-    x = jax.random.normal(jax.random.key(0), (3, 64, 64))
+    x = normal(0, 3, 64, 64)
     call = functools.partial(
         quantize_kernel.quantize,
         bits=2,
@@ -115,7 +116,7 @@ def test_a_gpu_uses_the_kernel_and_logs_once_why_it_does_not(monkeypatch, caplog
         monkeypatch.setattr(module, "default_device", _Gpu)
     monkeypatch.setattr(quantize_kernel, "quantize", refuse)
     options = {"bits": 2, "group_size": 32, "group_axis": "token"}
-    x = jax.random.normal(jax.random.key(0), (32, 8))
+    x = normal(0, 32, 8)
     with caplog.at_level(logging.WARNING):
         found = [quantize(x, **options) for _ in range(2)]
     assert len(calls) == 2

@@ -7,9 +7,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pallas_kernels.quantize import quantization
 from pallas_kernels.quantize.packing import from_pages, unpack
-from pallas_kernels.quantize.quantization import dequantize, quantize, set_block, set_token, zeros
+from pallas_kernels.quantize.quantization import set_block, set_token, zeros
+from tests.draws import normal
 from tests.oracles import quantization as oracle
+
+# One program a call, as in the product: operation by operation, each would be compiled for each shape.
+quantize = jax.jit(quantization.quantize, static_argnames=("bits", "group_size", "group_axis", "scale_dtype"))
+dequantize = jax.jit(quantization.dequantize, static_argnames="dtype")
 
 AXIS = {"k": "token", "v": "channel"}
 each_axis = pytest.mark.parametrize("axis", ["token", "channel"])
@@ -120,7 +126,7 @@ def test_error_is_at_most_half_a_step_of_the_stored_scale(axis, scale_dtype, x, 
 
 @each_axis
 def test_dequantize_equals_the_oracle(axis):
-    x = jax.random.normal(jax.random.key(0), (2, 2, 64, 24))
+    x = normal(0, 2, 2, 64, 24)
     got = quantize(x, bits=2, group_size=8, group_axis=axis)
     want = oracle.dequantize(got.words, got.scale, got.zero, bits=2, group_size=8, group_axis=axis)
     np.testing.assert_allclose(dequantize(got), want, rtol=1e-6, atol=1e-6)
@@ -128,7 +134,7 @@ def test_dequantize_equals_the_oracle(axis):
 
 @each_axis
 def test_error_shrinks_with_bits(axis):
-    x = jax.random.normal(jax.random.key(0), (1, 2, 128, 64))
+    x = normal(0, 1, 2, 128, 64)
 
     def error(bits):
         return float(jnp.abs(x - dequantize(quantize(x, bits=bits, group_size=32, group_axis=axis))).mean())
@@ -158,7 +164,7 @@ def assert_equal(got, want):
 
 
 def test_setting_every_token_equals_quantizing_the_whole():
-    x = jax.random.normal(jax.random.key(0), (2, 3, 64, 16))
+    x = normal(0, 2, 3, 64, 16)
     got = zeros(x.shape, bits=2, group_size=8, group_axis="channel")
     write = jax.jit(set_token)
     for i in range(64):  # row 1 fills its ring from the end
@@ -170,7 +176,7 @@ def test_setting_every_token_equals_quantizing_the_whole():
 
 
 def test_setting_every_block_equals_quantizing_the_whole():
-    x = jax.random.normal(jax.random.key(0), (2, 3, 96, 16))
+    x = normal(0, 2, 3, 96, 16)
     got = zeros(x.shape, bits=2, group_size=16, group_axis="token")
     write = jax.jit(set_block)
     for at in (64, 0, 32):

@@ -7,6 +7,7 @@ prints, as JSON, the relative error of every case against the XLA implementation
 every EVERY-th case from the FIRST on.
 """
 
+import functools
 import json
 import sys
 from typing import Any
@@ -22,6 +23,7 @@ from pallas_kernels.quantized_attention import triton_kernels, xla
 from pallas_kernels.quantized_attention.cases import CORRECTNESS, Case
 from pallas_kernels.quantized_attention.split_kv import operands, plan
 from pallas_kernels.quantized_attention.tuning import Tuning
+from tests.draws import dense
 
 
 class HostArray:
@@ -60,14 +62,14 @@ class HostArray:
 
 
 def attend(case: Case) -> tuple[AttentionPartial, AttentionPartial]:
-    query, key, value = case.dense()
+    query, key, value = dense(case)
     key, value = jax.jit(case.pack)(key, value)
     start, end = case.token_ranges()
     scale = case.head_dim**-0.5
     tuning = Tuning(splits=3, pages=2)
     planned = plan(query, key, value, scale, tuning, interpret=True)
     backend.check(planned)
-    arrays = operands(planned, query, key, value, start, end)
+    arrays = jax.jit(functools.partial(operands, planned))(query, key, value, start, end)
     rows, programs, stores = (arrays[i].shape[0] for i in (0, 2, 4))
 
     def empty(*lead: int) -> list[HostArray]:
@@ -82,7 +84,8 @@ def attend(case: Case) -> tuple[AttentionPartial, AttentionPartial]:
     out, top, denom = (jnp.asarray(x.array) for x in merged)
     heads = query.shape[:2]
     got = AttentionPartial(out.reshape(query.shape), top.reshape(heads), denom.reshape(heads))
-    return got, xla.attend(query, key, value, start=start, end=end, scale=scale)
+    want = jax.jit(functools.partial(xla.attend, scale=scale))
+    return got, want(query, key, value, start=start, end=end)
 
 
 def relative_error(case: Case) -> float:

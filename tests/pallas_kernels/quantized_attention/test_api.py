@@ -15,6 +15,7 @@ from pallas_kernels.quantize.quantization import QuantizedTensor, dequantize
 from pallas_kernels.quantized_attention import pallas_mosaic, pallas_triton, quantized_attention, xla
 from pallas_kernels.quantized_attention.cases import CORRECTNESS, Case
 from pallas_kernels.residual.ring import Ring
+from tests.draws import dense, normal
 from tests.oracles import attention as oracle
 from tests.oracles import quantization as quantization_oracle
 
@@ -28,7 +29,7 @@ each_case = pytest.mark.parametrize("case", CORRECTNESS, ids=str)
 
 @functools.cache
 def inputs(case: Case):
-    query, key, value = case.dense()
+    query, key, value = dense(case)
     key, value = jax.jit(case.pack)(key, value)
     return query.astype(jnp.dtype(case.query_dtype)), key, value, *case.token_ranges()
 
@@ -70,7 +71,7 @@ def relative_error(got, want) -> float:
 def test_the_packed_words_denote_what_dequantize_says(case):
     _, key, value, _, _ = inputs(case)
     for tensor in (key, value):
-        assert relative_error(dequantize(tensor), read(tensor)) < 1e-6
+        assert relative_error(jax.jit(dequantize)(tensor), read(tensor)) < 1e-6
 
 
 @each_implementation
@@ -111,7 +112,7 @@ def test_also_attends_to_a_residual(implementation, name, slots, newer):
     (case,) = [c for c in CORRECTNESS if c.name == name]
     query, key, value, start, end = inputs(case)
     shape = (case.batch, case.kv_heads, slots, case.head_dim)
-    ring = Ring(*jax.random.normal(jax.random.key(slots), (2, *shape)), end + newer)
+    ring = Ring(*normal(slots, 2, *shape), end + newer)
     got = run(implementation, query, key, value, start, end, residual=ring)
 
     packed = oracle.ring_visible(start, end, case.slots)

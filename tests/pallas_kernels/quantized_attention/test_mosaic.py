@@ -12,6 +12,7 @@ import pytest
 
 from pallas_kernels.quantized_attention import pallas_mosaic
 from pallas_kernels.quantized_attention.cases import CORRECTNESS
+from tests.draws import dense
 
 pytestmark = pytest.mark.skipif(
     not hasattr(pallas_mosaic.plgpu, "InterpretGPUParams"), reason="the kernel needs jax 0.11 or later"
@@ -21,7 +22,9 @@ pytestmark = pytest.mark.skipif(
 def interpret(name):
     """Run a case, two tiles in flight; the interpreter raises where it sees a race."""
     (case,) = [c for c in CORRECTNESS if c.name == name]
-    query, (key, value), (start, end) = case.query(), case.pack(*case.dense()[1:]), case.token_ranges()
+    query, *tokens = dense(case)
+    query, (start, end) = query.astype(case.query_dtype), case.token_ranges()
+    key, value = jax.jit(case.pack)(*tokens)
     tuning = pallas_mosaic.Tuning(splits=1, pages=2)
     attend = functools.partial(pallas_mosaic.attend, scale=1.0, tuning=tuning, interpret=True)
     jax.block_until_ready(jax.jit(attend)(query, key, value, start=start, end=end))

@@ -12,13 +12,14 @@ import pytest
 from kivi_jax.cache import kivi as kivi_segment
 from kivi_jax.cache.kivi import KiviQuantization, KiviTokens
 from kivi_jax.cache.segments import Step
+from tests.draws import normal
 
 BATCH, KV_HEADS = 3, 2
 
 
 def tokens_of(lengths, *, residual, dim, bits, group, value_group, dtype, scale_dtype, window=None):
     shape = (BATCH, KV_HEADS, max(lengths), dim)
-    key, value = jax.random.normal(jax.random.key(0), (2, *shape), dtype)
+    key, value = normal(0, 2, *shape, dtype=dtype)
     quantization = KiviQuantization(
         key_bits=bits,
         value_bits=bits,
@@ -77,7 +78,7 @@ def test_steps_equal_those_of_xla(case):
     ours = xla = tokens_of([3, residual - 2, 3 * residual - 1], **case)
     step_ours, step_xla = jax.jit(with_kernels), jax.jit(with_xla)
     for i in range(residual + 4):
-        query, key, value = jax.random.normal(jax.random.key(i + 1), (3, BATCH, KV_HEADS, case["dim"]))
+        query, key, value = normal(i + 1, 3, BATCH, KV_HEADS, case["dim"])
         active = jnp.array([True, i % 5 != 2, True])
         step = Step(query, key, value, jnp.zeros((BATCH, KV_HEADS)), active)
         ours, xla = step_ours(ours, step), step_xla(xla, step)
