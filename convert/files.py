@@ -2,6 +2,7 @@
 
 import fcntl
 import hashlib
+import json
 import os
 import shutil
 import time
@@ -12,7 +13,8 @@ from pathlib import Path as FilePath
 
 from convert.errors import CheckpointError, brief
 
-# What this package writes: a manifest, and a folder beside it. Nothing else is ever replaced.
+# What this package writes: a manifest, and a folder. The manifest lists the folder's `files` and those `beside`
+# itself; nothing else is ever replaced.
 _OURS = {"kivi_jax.json": "parameters", "prefix.json": "arrays"}
 
 
@@ -27,8 +29,8 @@ def replacing(
 
     Raises:
         CheckpointError: `destination` is a file, or a mount point; or not empty, and `overwrite` is false or
-            this package did not write it; or it holds a source, the current or the home directory; or another
-            process writes to it; or there is too little space.
+            this package did not write all of it; or it holds a source, the current or the home directory; or
+            another process writes to it; or there is too little space.
     """
     _check_replaceable(destination, overwrite, sources)
     target = destination.resolve()  # of a symbolic link, what it points to is replaced
@@ -67,9 +69,8 @@ def _check_replaceable(destination: FilePath, overwrite: bool, sources: Sequence
         raise CheckpointError(
             f"{destination} is a mount point, which cannot be replaced: choose a folder in it"
         )
-    precious = [*sources, FilePath.cwd(), FilePath(os.path.expanduser("~"))]
-    for path in precious:
-        if path.resolve().is_relative_to(target):
+    for path in [*sources, FilePath.cwd(), FilePath(os.path.expanduser("~"))]:
+        if path.exists() and path.resolve().is_relative_to(target):
             raise CheckpointError(
                 f"{destination} cannot be replaced, as {path} is in it: choose another directory"
             )
@@ -77,10 +78,26 @@ def _check_replaceable(destination: FilePath, overwrite: bool, sources: Sequence
         return
     if not overwrite:
         raise CheckpointError(f"{destination} is not empty: choose another directory, or pass --overwrite")
-    if not any((target / file).is_file() and (target / folder).is_dir() for file, folder in _OURS.items()):
+    listed = _listed(target)
+    held = (path for path in sorted(target.rglob("*")) if path.is_symlink() or not path.is_dir())
+    if foreign := next((path for path in held if path.relative_to(target).as_posix() not in listed), None):
         raise CheckpointError(
-            f"{destination} holds files that kivi-jax did not write: choose another, or empty it yourself"
+            f"{destination} holds files that kivi-jax did not write ({foreign.relative_to(target)}): "
+            "choose another, or move them away"
         )
+
+
+def _listed(target: FilePath) -> set[str]:
+    """The files that a manifest of ours in `target` says were written with it; none without a manifest."""
+    for name, folder in _OURS.items():
+        try:
+            manifest = json.loads((target / name).read_bytes())
+            if isinstance(manifest["format"], int):
+                files = (f"{folder}/{file}" for file in manifest["files"])
+                return {name, *files, *manifest.get("beside", ())}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            continue
+    return set()
 
 
 def _clear(workspace: FilePath, target: FilePath) -> None:

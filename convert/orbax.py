@@ -2,7 +2,7 @@
 
 DST/kivi_jax.json     format version, dtype, ModelConfig, sizes and SHA-256 of the files in parameters/
 DST/parameters/       orbax checkpoint, one array per parameter, named by its path
-DST/config.json, generation_config.json, tokenizer and template files: as they were in the source
+DST/config.json, generation_config.json, tokenizer and template files: as in the source, listed in the manifest
 """
 
 import dataclasses
@@ -65,16 +65,18 @@ def write(model: Llama, folder: FilePath, *, source: FilePath | None = None) -> 
     )
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(handler_impl=handler)) as checkpointer:
         checkpointer.save(folder.absolute() / "parameters", args=ocp.args.PyTreeSave(parameters))
+    if source is not None:
+        _copy_beside(source, folder)
+    beside = [name for name in file_sizes(folder) if not name.startswith("parameters/")]
     manifest = {
         "format": FORMAT,
         "dtype": jnp.dtype(leaves[0][1].dtype).name,
         "config": dataclasses.asdict(model.config),
         "files": file_sizes(folder / "parameters"),
         "checksums": checksums(folder / "parameters"),
+        "beside": beside,  # what may be replaced with it
     }
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
-    if source is not None:
-        _copy_beside(source, folder)
 
 
 def load(directory: FilePath, *, dtype: DTypeLike | None = None) -> Llama:

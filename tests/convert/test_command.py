@@ -184,8 +184,12 @@ def test_a_destination_in_use(command, tmp_path):
     assert "did not write" in fails(command, source, destination, "--overwrite")
     (destination / "precious").unlink()
     assert command(source, destination)[0] == 0
-    (destination / "kivi_jax.json").write_text("{}")
+    manifest = json.loads((destination / "kivi_jax.json").read_text())
+    (destination / "kivi_jax.json").write_text(json.dumps(manifest | {"config": {}}))
     assert command(source, destination, "--overwrite")[0] == 0
+    (destination / "precious").touch()
+    assert "did not write (precious)" in fails(command, source, destination, "--overwrite")
+    (destination / "precious").unlink()
     assert read_manifest(destination).config.vocab_size == 61
     for other in (source, tmp_path):
         assert "cannot be replaced, as" in fails(command, source, other, "--overwrite")

@@ -1,6 +1,8 @@
 """Only what this package wrote is replaced, by one writer at a time, and no killed run leaves traces."""
 
+import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -18,7 +20,14 @@ ROOT = Path(__file__).parents[2]
 def write(destination, content="new", **options):
     with replacing(destination, **{"overwrite": True, **options}) as partial:
         (partial / "parameters").mkdir()
-        (partial / "kivi_jax.json").write_text(content)
+        (partial / "parameters" / "weights").write_text("x")
+        (partial / "tokenizer.json").write_text("{}")
+        manifest = {"format": 2, "files": {"weights": 1}, "beside": ["tokenizer.json"], "content": content}
+        (partial / "kivi_jax.json").write_text(json.dumps(manifest))
+
+
+def written(directory):
+    return json.loads((directory / "kivi_jax.json").read_text())["content"]
 
 
 def content(directory):
@@ -32,7 +41,7 @@ def test_what_was_written_is_replaced_if_asked(tmp_path):
     write(tmp_path / "saved")
     (tmp_path / "link").symlink_to("saved")
     write(tmp_path / "link", "through the link")
-    assert (tmp_path / "saved" / "kivi_jax.json").read_text() == "through the link"
+    assert written(tmp_path / "saved") == "through the link"
     (tmp_path / "empty").mkdir()
     write(tmp_path / "empty")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "link", "saved"]
@@ -51,15 +60,48 @@ def test_what_others_wrote_is_never_replaced(tmp_path, files):
     assert content(tmp_path) == before
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["notes.txt", "parameters/mine", "parameters/sub/mine", "sub/weights", "prefix.json", ".env", "link"],
+)
+def test_what_was_put_beside_ours_is_never_replaced(tmp_path, name):
+    write(tmp_path / "saved")
+    mine = tmp_path / "saved" / name
+    mine.parent.mkdir(exist_ok=True)
+    if name == "link":
+        mine.symlink_to("nowhere")
+    else:
+        mine.write_text("x")
+    before = content(tmp_path)
+    with pytest.raises(CheckpointError, match=rf"files that kivi-jax did not write \({re.escape(name)}\)"):
+        write(tmp_path / "saved")
+    assert content(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    "manifest", ["", "[]", "null", "{}", '{"format": "2", "files": {}}', '{"format": 2}', "[" * 200_000]
+)
+def test_a_file_of_a_manifests_name_is_none(tmp_path, manifest):
+    (tmp_path / "mine" / "parameters").mkdir(parents=True)
+    (tmp_path / "mine" / "kivi_jax.json").write_text(manifest)
+    with pytest.raises(CheckpointError, match=r"did not write \(kivi_jax\.json\)"):
+        write(tmp_path / "mine")
+
+
 @pytest.mark.parametrize("precious", ["", "below", "source", "source/file"])
 def test_nothing_that_holds_the_source_is_replaced(tmp_path, precious):
     """Nor the current directory, nor the home directory, whatever they hold."""
     write(tmp_path / "saved")
-    (tmp_path / "saved" / "source").mkdir()
-    (tmp_path / "saved" / "source" / "file").write_text("x")
+    for name in ("source/file", "below"):
+        (tmp_path / "saved" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "saved" / name).write_text("x")
     with pytest.raises(CheckpointError, match=r"cannot be replaced, as .* is in it"):
         write(tmp_path / "saved", sources=[tmp_path / "saved" / precious])
-    write(tmp_path / "saved", sources=[tmp_path, tmp_path / "saved2"])
+
+
+def test_what_is_elsewhere_or_nowhere_is_no_source_in_it(tmp_path):
+    write(tmp_path / "saved")
+    write(tmp_path / "saved", sources=[tmp_path, tmp_path / "saved2", tmp_path / "saved" / "demo"])
 
 
 def test_the_current_and_the_home_directory_are_never_replaced(tmp_path, monkeypatch):
@@ -161,7 +203,7 @@ def test_what_a_killed_run_had_moved_away_comes_back(tmp_path):
     write(tmp_path / ".saved.partial" / "old", "precious")
     with pytest.raises(CheckpointError, match="is not empty"):
         write(tmp_path / "saved", overwrite=False)
-    assert (tmp_path / "saved" / "kivi_jax.json").read_text() == "precious"
+    assert written(tmp_path / "saved") == "precious"
 
 
 def test_an_interrupt_between_the_two_renames_loses_nothing(tmp_path, monkeypatch):
@@ -177,7 +219,7 @@ def test_an_interrupt_between_the_two_renames_loses_nothing(tmp_path, monkeypatc
     monkeypatch.setattr(Path, "rename", rename_but_once)
     with pytest.raises(KeyboardInterrupt):
         write(tmp_path / "saved", "new")
-    assert (tmp_path / "saved" / "kivi_jax.json").read_text() == "precious"
+    assert written(tmp_path / "saved") == "precious"
     assert [path.name for path in tmp_path.iterdir()] == ["saved"]
 
 
