@@ -10,7 +10,7 @@ from typer import Context
 from typer.cli import get_docs_for_click
 from typer.main import get_command
 
-from kivi_jax.commands.main import app
+from kivi_jax.commands.app import app
 
 MODEL = Path(__file__).parents[1] / "kivi_jax" / "demo" / "model"
 

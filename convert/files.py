@@ -13,7 +13,7 @@ from pathlib import Path as FilePath
 
 from convert.errors import CheckpointError, brief
 
-# What this package writes: a manifest, and a folder. The manifest lists the folder's `files` and those `beside`
+# What this package writes: a manifest, and a folder. The manifest lists the folder's `files` and those beside
 # itself; nothing else is ever replaced.
 _OURS = {"kivi_jax.json": "parameters", "prefix.json": "arrays"}
 

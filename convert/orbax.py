@@ -2,7 +2,9 @@
 
 DST/kivi_jax.json     format version, dtype, ModelConfig, sizes and SHA-256 of the files in parameters/
 DST/parameters/       orbax checkpoint, one array per parameter, named by its path
-DST/config.json, generation_config.json, tokenizer and template files: as in the source, listed in the manifest
+DST/config.json, generation_config.json, tokenizer and template files: as they were in the source
+
+The manifest names these others, too, as `beside`: only what it names is replaced with it.
 """
 
 import dataclasses

@@ -5,68 +5,23 @@ model, tokenizer = kj.load("path/to/checkpoint")
 texts = kj.complete(model, tokenizer, ["Once upon a time"], cache=kj.kivi(bits=2), max_new_tokens=64)
 """
 
-from kivi_jax.cache.decode_selectors import Adaptive, DecodeSelector, Discontinuous, Slide
-from kivi_jax.cache.names import parse_cache
-from kivi_jax.cache.prompt_selectors import KeepAll, PromptSelector, PyramidInfer, PyramidKV, SnapKV
-from kivi_jax.cache.stores import PoolQuantization
-from kivi_jax.cache.strategy import CacheStrategy, KVCache, cache_bytes, full, kivi, scope
-from kivi_jax.cache.unified_selectors import H2O, StreamingLLM
-from kivi_jax.config import ModelConfig, RopeConfig
-from kivi_jax.generation.chat import Chat
-from kivi_jax.generation.generate import Generation, generate
-from kivi_jax.generation.loading import load
-from kivi_jax.generation.prefix import Prefix
-from kivi_jax.generation.prefix_files import load_prefix, save_prefix
-from kivi_jax.generation.sampling import Greedy, Sample
-from kivi_jax.generation.text import Completion, complete, completions, read_prefix, stream, stream_tokens
-from kivi_jax.model.llama import Llama
-from kivi_jax.plan.memory import largest_batch, plan_cache
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kivi_jax.api import *  # noqa: F403
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "H2O",
-    "Adaptive",
-    "CacheStrategy",
-    "Chat",
-    "Completion",
-    "DecodeSelector",
-    "Discontinuous",
-    "Generation",
-    "Greedy",
-    "KVCache",
-    "KeepAll",
-    "Llama",
-    "ModelConfig",
-    "PoolQuantization",
-    "Prefix",
-    "PromptSelector",
-    "PyramidInfer",
-    "PyramidKV",
-    "RopeConfig",
-    "Sample",
-    "Slide",
-    "SnapKV",
-    "StreamingLLM",
-    "cache_bytes",
-    "complete",
-    "completions",
-    "full",
-    "generate",
-    "kivi",
-    "largest_batch",
-    "load",
-    "load_prefix",
-    "parse_cache",
-    "plan_cache",
-    "read_prefix",
-    "save_prefix",
-    "scope",
-    "stream",
-    "stream_tokens",
-]
+
+def __getattr__(name: str) -> Any:
+    """A public name. The first one that is asked for imports all, and JAX, which takes seconds."""
+    api = importlib.import_module("kivi_jax.api")
+    if not hasattr(api, name):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(api, name)
 
 
 def __dir__() -> list[str]:
     """The public names alone: rooms and modules are imported by their own."""
-    return [*__all__, "__version__"]
+    return [*__getattr__("__all__"), "__version__"]

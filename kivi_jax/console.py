@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import platformdirs
+import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.status import Status
@@ -20,6 +21,7 @@ from rich.table import Table
 INTERRUPTED = 128 + signal.SIGINT  # the exit code that typer gives a KeyboardInterrupt, too
 COMPILED = "KIVI_JAX_COMPILATION_CACHE"  # the directory of compiled programs, or off
 NAME = 14  # columns for a cache's name, at least
+USAGE_ERROR: Any = typer.BadParameter.__mro__[1]  # click's UsageError, be it typer's own copy or not
 READABLE = 70  # columns of a terminal in which all tables can be read
 
 
@@ -44,9 +46,7 @@ def main(app: Callable[[], Any]) -> None:
     sys.unraisablehook = again
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # an ASCII terminal shows ? for what it has no sign for
+    accept_all_text()
     logging.getLogger("transformers").addFilter(_is_no_advice)
     keep_compiled()
     try:
@@ -58,6 +58,18 @@ def main(app: Callable[[], Any]) -> None:
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
         os._exit(128 + stopped[0])
+
+
+def accept_all_text() -> None:
+    """Let no stream fail over a character, nor over being closed: what reads text says what is none."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # an ASCII terminal shows ? for what it has no sign for
 
 
 def keep_compiled() -> None:
@@ -79,16 +91,28 @@ def _is_no_advice(record: logging.LogRecord) -> bool:
 def run(app: Callable[[], Any]) -> None:
     """Run a command line; a user's mistake becomes one line on stderr and exit code 2."""
     try:
+        if isinstance(app, typer.Typer):  # its own report of a mistake would fill a screen
+            code = app(standalone_mode=False)
+            sys.exit(code if isinstance(code, int) else 0)
         app()
+    except USAGE_ERROR as error:
+        if text := error.format_message():  # else its help was asked for, and is printed
+            place = "" if error.ctx is None else f" ({error.ctx.command_path} --help shows what there is)"
+            fail(text[0].lower() + text[1:].rstrip(".") + place)
+        sys.exit(2)
     except (ValueError, NotImplementedError, OSError, MemoryError, jax.errors.JaxRuntimeError) as error:
         memory = out_of_memory(error)
         unexpected = memory is None and isinstance(error, jax.errors.JaxRuntimeError)
         if unexpected or os.environ.get("KIVI_JAX_TRACEBACK"):  # for reporting a bug
             raise
-        # A path may look like rich's markup: model[/a]
-        message = escape(memory or " ".join(str(error).split()))
-        Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {message}", highlight=False)
+        fail(memory or str(error))
         sys.exit(2)
+
+
+def fail(message: str) -> None:
+    """Say what went wrong, in one line on stderr."""
+    text = escape(" ".join(message.split()))  # a path may look like rich's markup: model[/a]
+    Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {text}", highlight=False)
 
 
 def out_of_memory(error: BaseException) -> str | None:

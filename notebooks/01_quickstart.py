@@ -70,6 +70,27 @@ for name, cache in caches.items():
 print("right ", [problem.answer, tasks.passkey(seed=1, tokens=256).answer])
 
 # %% [markdown]
+# ## Conversations, and where an answer ends
+#
+# Messages are written by the tokenizer's chat template, as an instruct model was trained to read them. The demo's model
+# has none, so it gets one here, which makes every message its task of copying. `stop` strings end an answer and are left
+# out of it; `completions` says besides how each ended.
+
+# %%
+import copy
+
+copying = copy.deepcopy(tokenizer)
+copying.chat_template = (
+    "{{ bos_token }}{% for said in messages %}Copy: {{ said.content }}.\nCopied:{% endfor %}"
+)
+conversation = [{"role": "user", "content": "moon owl lemon"}]
+for stop in ([], [" lemon"]):
+    (answer,) = kj.completions(
+        model, copying, conversation, stop=stop, cache=caches["kivi2"], max_new_tokens=8
+    )
+    print(f"{answer.text!r} ended by {answer.finish_reason} after {len(answer.tokens)} tokens")
+
+# %% [markdown]
 # ## Read once, ask many times
 #
 # A prompt's cache can be kept and continued; it can also be saved with `kj.save_prefix` and loaded in another process.

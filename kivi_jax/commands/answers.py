@@ -1,6 +1,6 @@
 """`kivi-jax generate --input`: a file of prompts becomes a file of answers, resumed after a cut."""
 
-import hashlib
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path as FilePath
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -12,8 +12,8 @@ from kivi_jax.commands.hints import say
 from kivi_jax.eval.jobs import Record, finish, in_batches
 from kivi_jax.eval.run import progress_bar
 from kivi_jax.eval.samples import read_rows
-from kivi_jax.generation.text import completions, encode_prompt
-from kivi_jax.generation.tokens import Tokenizer, pad_prompts
+from kivi_jax.generation.text import complete_tokens, encode_prompt
+from kivi_jax.generation.tokens import Tokenizer, padded_width
 
 if TYPE_CHECKING:
     from kivi_jax.generation.generate import Decoding
@@ -24,8 +24,12 @@ if TYPE_CHECKING:
 class _Question(NamedTuple):
     id: str
     number: int  # in the file
-    prompt: "Prompt"
-    width: int  # tokens with padding
+    tokens: list[int]
+
+    @property
+    def width(self) -> tuple[int]:
+        """Tokens with padding: questions of one width share a compiled program."""
+        return (padded_width(len(self.tokens)),)
 
 
 def answer_file(
@@ -35,6 +39,7 @@ def answer_file(
     destination: FilePath,
     *,
     ask: Callable[[str], "Prompt"],
+    system: str | None,
     settings: Record,
     stop: Sequence[str],
     rows: int,
@@ -43,15 +48,20 @@ def answer_file(
 ) -> None:
     """Answer every prompt of `source`, `rows` together, in `destination`.
 
-    A line is an object with a text `prompt`, which `ask` makes a prompt, or with `messages`, and possibly an
-    `id`; else its number is that. What is drawn for a line does not depend on the others, nor on `rows`.
+    A line is an object with a text `prompt`, which `ask` makes a prompt, or with `messages`, before which the
+    `system` speaks, and possibly an `id`; else its number is that. What is drawn for a line does not depend
+    on the others, nor on `rows`.
 
     Raises:
-        ValueError: a line has neither or both; `source` is no file; `destination` is `source` or a directory;
-            or see `completions` and `jobs.finish`.
+        ValueError: a line has neither or both, or messages of a system besides `system`; `source` is no file
+            or holds no line; `destination` is `source` or a directory; or see `complete_tokens` and
+            `jobs.finish`.
     """
     if not source.is_file():
-        raise ValueError(f"{source} is no file of prompts: pass one, with a JSON object a line")
+        raise ValueError(
+            f"{source} is no file of prompts: pass one, with a JSON object a line, which is read again after "
+            "a cut (standard input cannot be)"
+        )
     if destination.is_dir():
         raise ValueError(f"{destination} is a directory: name a file in it for the answers")
     if destination.exists() and destination.samefile(source):
@@ -59,16 +69,18 @@ def answer_file(
     prefix = drawing.get("prefix")
     questions: list[_Question] = []
     for number, row in enumerate(read_rows(source)):
-        prompt = _prompt(row, ask, f"{source}: row {number + 1}")
-        width = pad_prompts([encode_prompt(tokenizer, prompt, prefix)], least=0)[0].shape[1]
-        questions.append(_Question(str(row.get("id", number)), number, prompt, width))
+        prompt = _prompt(row, ask, system, f"{source}: row {number + 1}")
+        tokens = encode_prompt(tokenizer, prompt, prefix)
+        questions.append(_Question(str(row.get("id", number)), number, tokens))
+    counts = Counter(question.width for question in questions)
 
     def answer(batch: Sequence[_Question]) -> list[Record]:
-        padded = [*batch, *[batch[0]] * (rows - len(batch))]  # batches of a width share a compiled program
+        together = min(rows, counts[batch[0].width])
+        padded = [*batch, *[batch[0]] * (together - len(batch))]
         numbers = jnp.asarray([question.number for question in padded])
-        prompts, options = [question.prompt for question in padded], drawing.copy()
+        prompts, options = [question.tokens for question in padded], drawing.copy()
         options["key"] = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(seed), numbers)
-        found = completions(model, tokenizer, prompts, stop=stop, **options)
+        found = complete_tokens(model, tokenizer, prompts, stop=stop, **options)
         return [
             {
                 "text": out.text,
@@ -82,8 +94,8 @@ def answer_file(
     with progress_bar() as progress:
         records = finish(
             destination,
-            settings | {"input": hashlib.sha256(source.read_bytes()).hexdigest()},
-            in_batches(questions, rows, key=lambda question: (question.width,)),
+            settings,
+            in_batches(questions, rows, key=lambda question: question.width),
             answer,
             identify=lambda question: question.id,
             progress=progress,
@@ -92,14 +104,20 @@ def answer_file(
     say(f"{len(records):,} answers in {destination}" + f", {cut:,} cut at --max-new-tokens" * bool(cut))
 
 
-def _prompt(row: Mapping[str, Any], ask: Callable[[str], "Prompt"], place: str) -> "Prompt":
+def _prompt(
+    row: Mapping[str, Any], ask: Callable[[str], "Prompt"], system: str | None, place: str
+) -> "Prompt":
     match row:
         case {"prompt": _, "messages": _}:
             raise ValueError(f"{place} has both a prompt and messages: keep one")
         case {"prompt": str(text)}:
             return ask(text)
         case {"messages": list(messages)}:
-            return messages
+            if system is None:
+                return messages
+            if any(isinstance(message, dict) and message.get("role") == "system" for message in messages):
+                raise ValueError(f"{place} has a system message: leave it out there, or leave out --system")
+            return [{"role": "system", "content": system}, *messages]
         case _:
             raise ValueError(
                 f"{place} has neither a text prompt nor a list of messages, but {', '.join(row)}"

@@ -46,6 +46,7 @@ def save(
     import jax
 
     from convert.files import replacing, writing
+    from convert.hub import resolve
     from kivi_jax.cache.names import parse_cache
     from kivi_jax.generation.loading import open_model
     from kivi_jax.generation.prefix_files import write_prefix
@@ -54,7 +55,7 @@ def save(
     strategy = parse_cache(cache)
     text = sys.stdin.read() if prompt_file == "-" else _read_text(FilePath(prompt_file))
     errors = Console(stderr=True)
-    sources = [FilePath(source) for source in (model, prompt_file)]
+    sources = [resolve(model), FilePath(prompt_file)]
     with replacing(
         destination, overwrite=overwrite, sources=sources
     ) as partial:  # before anything is computed

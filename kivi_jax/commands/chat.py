@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 
 from kivi_jax import options
 from kivi_jax.commands.hints import FIRST_TOKEN, reading, say
-from kivi_jax.console import compare_bytes
+from kivi_jax.console import compare_bytes, fail
 
 if TYPE_CHECKING:
     from kivi_jax.generation.chat import Chat
@@ -85,7 +84,7 @@ def chat(
             try:
                 _write(talk, tokens)
             except ValueError as error:  # the conversation is as it was
-                notes.print(f"[bold red]error:[/] {escape(str(error))}")
+                fail(str(error))
 
 
 def _write(talk: "Chat", tokens: Iterator[int]) -> None:

@@ -99,8 +99,13 @@ def generate(
         answer = _stream(llama, tokenizer, ask(text), stops, drawing, shown=not as_json)
         answer.report(llama, as_json=as_json)
         return
+    from convert.hub import resolve
     from kivi_jax.commands.answers import answer_file
+    from kivi_jax.eval import contents
+    from kivi_jax.generation.prefix_files import MANIFEST
 
+    assert source is not None
+    assert destination is not None
     settings = dict(
         model=model,
         cache=cache,
@@ -112,15 +117,19 @@ def generate(
         sampler=repr(sampler),
         seed=seed,
         dtype=None if dtype is None else dtype.value,
+        **contents.together(
+            input=contents.of_data(source),
+            model=contents.of_model(resolve(model)),
+            prefix=None if prefix is None else contents.of_data(prefix / MANIFEST),
+        ),
     )
-    assert source is not None
-    assert destination is not None
     answer_file(
         llama,
         tokenizer,
         source,
         destination,
         ask=ask,
+        system=system,
         settings=settings,
         stop=stops,
         rows=batch,

@@ -82,7 +82,8 @@ def inspect(
         padding=(0, 1 if console.width >= 110 else 0),  # nine columns, in 80 characters, too
     )
     table.add_column("cache", overflow="fold", min_width=11)  # names differ at their ends
-    columns = ("bytes/token", "total", "smaller", "packed", "scales", "full prec.", "pool", "max batch")
+    # From the last to the first they are left out in a narrow terminal.
+    columns = ("total", "bytes/token", "smaller", "packed", "scales", "full prec.", "pool", "max batch")
     for column in columns:
         table.add_column(column.replace(" ", "\n").replace("/", "/\n"), justify="right", no_wrap=True)
     size = functools.partial(
@@ -98,8 +99,8 @@ def inspect(
         plans[name] = parts | {"max_batch": rows}
         table.add_row(
             name,
-            f"{parts['total'] / (context * batch):,.0f}",
             format_bytes(parts["total"]),
+            f"{parts['total'] / (context * batch):,.0f}",
             f"{whole['total'] / parts['total']:.2f}x",
             format_bytes(parts["packed"]),
             format_bytes(parts["scales"]),

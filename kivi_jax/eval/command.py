@@ -97,10 +97,10 @@ def longbench(
 
     Example:  kivi-jax eval longbench --model ./llama-8b --data ./data --out out
     """
-    from kivi_jax.eval.longbench import LONGEST_ANSWER, read_samples
+    from kivi_jax.eval.longbench import LONGEST_ANSWER, prompt_files, read_samples
 
     samples = read_samples(data, prompts, limit=limit, tasks=task or ())
-    run = Run("longbench", model, data, out, dtype)
+    run = Run("longbench", model, data, out, dtype, beside=prompt_files(data, prompts))
     if max_length is None:  # the same for all tasks, which may run one by one
         positions = run.loaded[0].config.max_position_embeddings
         max_length = positions - LONGEST_ANSWER
@@ -171,7 +171,9 @@ def longgenbench(
     settings: dict[str, Any] = dict(max_new_tokens=max_new_tokens, chat=chat, questions=questions)
     if build is not None:
         settings |= dict(build=build, examples=examples)
-    Run("longgenbench", model, data, out, dtype).generate(samples, cache, batch=batch, **settings)
+    beside = {} if build is None else {"build": build}
+    run = Run("longgenbench", model, data, out, dtype, beside=beside)
+    run.generate(samples, cache, batch=batch, **settings)
 
 
 @evaluate.command()

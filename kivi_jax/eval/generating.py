@@ -1,5 +1,6 @@
 """Samples to predictions: greedy, batched, resumed where a file already holds some."""
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from kivi_jax.eval.samples import Sample
 from kivi_jax.generation.generate import generate
 from kivi_jax.generation.stops import find_stop
 from kivi_jax.generation.templates import user_turn, write
-from kivi_jax.generation.tokens import encode_as_is, pad_prompts
+from kivi_jax.generation.text import decode_after, text_before
+from kivi_jax.generation.tokens import encode_as_is, pad_prompts, padded_width
 from kivi_jax.model.llama import Llama
 
 Encoded = tuple[Sample, list[int]]
@@ -35,8 +37,9 @@ def predict(
 ) -> list[Record]:
     """A record per sample, in `path` and returned.
 
-    Samples of one padded width are computed together; a batch that is not full is padded with rows that
-    are thrown away, so a prediction does not depend on where an earlier run was cut off.
+    Samples of one padded width and as many new tokens share a compiled program and are computed together; a
+    batch that is not full is padded with rows that are thrown away, so a prediction does not depend on where
+    an earlier run was cut off.
 
     Args:
         model: the model.
@@ -54,19 +57,27 @@ def predict(
         ValueError: the tokenizer has no chat template but one is asked for; or see `jobs.finish`.
     """
     encoded = [(sample, encode(tokenizer, sample, max_length=max_length, chat=chat)) for sample in samples]
+    counts = Counter(map(_program, encoded))
 
     def compute(batch: Sequence[Encoded]) -> list[Record]:
         prompts = [ids for _, ids in batch]
         rows = continue_prompts(
-            model, prompts, cache=cache, max_new_tokens=batch[0][0].max_new_tokens, rows=batch_size
+            model,
+            prompts,
+            cache=cache,
+            max_new_tokens=batch[0][0].max_new_tokens,
+            rows=min(batch_size, counts[_program(batch[0])]),
         )
+        texts = [
+            decode_after(tokenizer, text_before(ids, None), new)
+            for (_, ids), new in zip(batch, rows, strict=True)
+        ]
         return [
-            record(sample, len(ids), new, cut(tokenizer.decode(new, skip_special_tokens=True), sample.stop))
-            for (sample, ids), new in zip(batch, rows, strict=True)
+            record(sample, len(ids), new, cut(text, sample.stop))
+            for (sample, ids), new, text in zip(batch, rows, texts, strict=True)
         ]
 
-    # Of one padded width and as many new tokens: they share a compiled program.
-    batches = in_batches(encoded, batch_size, key=lambda item: (_width(item[1]), item[0].max_new_tokens))
+    batches = in_batches(encoded, batch_size, key=_program)
     return finish(path, settings, batches, compute, identify=lambda item: item[0].id, progress=progress)
 
 
@@ -106,8 +117,10 @@ def continue_prompts(
     return [row[:n].tolist() for row, n in zip(new, count, strict=True)][: len(prompts)]
 
 
-def _width(ids: Sequence[int]) -> int:
-    return pad_prompts([ids])[0].shape[1]
+def _program(item: Encoded) -> tuple[int, int]:
+    """What samples must have in common to be computed together."""
+    sample, ids = item
+    return padded_width(len(ids)), sample.max_new_tokens
 
 
 def cut(text: str, stop: Sequence[str]) -> str:

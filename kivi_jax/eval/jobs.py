@@ -6,7 +6,7 @@ flushed to disk batch by batch. A line that a cut tore is dropped when the file 
 
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,6 +24,11 @@ def read_records(path: Path) -> tuple[Record, list[Record]]:
         ValueError: a line other than a torn last one is not JSON, or the settings are missing, or two records
             have one id.
     """
+    return _read(path)[:2]
+
+
+def _read(path: Path) -> tuple[Record, list[Record], int]:
+    """`read_records`, and where the last whole line ends."""
     data = path.read_bytes() if path.exists() else b""
     # Also where no line has ended: a cut leaves the beginning of our own first line.
     if data[: len(_BEGIN)] != _BEGIN[: len(data)]:
@@ -38,7 +43,7 @@ def read_records(path: Path) -> tuple[Record, list[Record]]:
         raise ValueError(f"{path} is damaged ({reason}): move it away")
     if twice := _repeated(record.get("id") for record in records):
         raise ValueError(f"{path} holds {twice} more than once, so it would count as several: move it away")
-    return settings, records
+    return settings, records, data.rfind(b"\n") + 1
 
 
 def in_batches(
@@ -90,16 +95,15 @@ def _finish(
     identify: Callable[[Item], str],
     progress: Progress,
 ) -> list[Record]:
-    held, records = read_records(path)
+    held, records, end = _read(path)
     if held and held != settings:
-        names = sorted(name for name in held.keys() | settings.keys() if held.get(name) != settings.get(name))
-        changed = ", ".join(f"{name}={held.get(name)!r}, not {settings.get(name)!r}" for name in names)
+        changed = ", ".join(_changes(held, settings))
         raise ValueError(f"{path} was computed with {changed}: choose another place, or move it away")
     done = {record["id"]: record for record in records}
     wanted = [identify(item) for batch in batches for item in batch]
     bar = progress.add_task(path.stem, total=len(wanted), completed=sum(name in done for name in wanted))
     with path.open("ab") as file:
-        file.truncate(_end_of_last_line(path) if held else 0)
+        file.truncate(end if held else 0)
         if not held:
             _write(file, [{"settings": settings}])
         for batch in batches:
@@ -119,8 +123,18 @@ def _repeated(names: Iterable[Any]) -> Any | None:
     return next((name for name in names if name in seen or seen.add(name)), None)
 
 
-def _end_of_last_line(path: Path) -> int:
-    return path.read_bytes().rfind(b"\n") + 1
+def _changes(held: Record, wanted: Record) -> Iterator[str]:
+    """What differs between two settings, of files (see `contents.py`) their names alone."""
+    for name in _differing(held, wanted):
+        before, now = held.get(name), wanted.get(name)
+        if name == "contents":
+            yield f"other contents of its {', '.join(_differing(before or {}, now or {}))}"
+        else:
+            yield f"{name}={before!r}, not {now!r}"
+
+
+def _differing(first: Record, second: Record) -> list[str]:
+    return sorted(name for name in first.keys() | second.keys() if first.get(name) != second.get(name))
 
 
 def _write(file: Any, records: Iterable[Record]) -> None:

@@ -142,11 +142,12 @@ class KiviJax(TemplateLM):
     ) -> list[tuple[float, bool]]:
         del kwargs
         pairs = [self._fit(context, continuation) for _, context, continuation in requests]
+        rows = min(self.rows, len(pairs))
 
         def compute(batch: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
             contexts, continuations = zip(*batch, strict=True)
             scored = continuation_log_probs(
-                self.model, contexts, continuations, cache=self.strategy, rows=self.rows
+                self.model, contexts, continuations, cache=self.strategy, rows=rows
             )
             return [(float(row.log_probs.sum()), bool(row.greedy.all())) for row in scored]
 
@@ -216,9 +217,10 @@ class KiviJax(TemplateLM):
         stop = handle_stop_sequences(options["until"], eos=None)
         sampler = _sampler(options)
         prompts = [(index, self.tok_encode(text)[-room:]) for index, text in group]
+        rows = min(self.rows, len(prompts))
 
         def compute(batch: Sequence[tuple[int, list[int]]]) -> list[str]:
-            padded = [*batch, *[batch[0]] * (self.rows - len(batch))]
+            padded = [*batch, *[batch[0]] * (rows - len(batch))]
             tokens, lengths = (jnp.asarray(array) for array in pad_prompts([ids for _, ids in padded]))
             draws = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
             numbers = jnp.asarray([index for index, _ in padded])

@@ -39,6 +39,13 @@ MORE_THAN_KIVI = ("lsht", "passage_count", "passage_retrieval_zh")
 KIVI_TASKS = tuple(task for task in METRICS if task not in MORE_THAN_KIVI)  # the 15 whose mean KIVI prints
 
 
+def prompt_files(data: str | Path, prompts: str | Path | None) -> dict[str, Path]:
+    """LongBench's config files of prompts and lengths: in the folder `prompts`, or else beside the data."""
+    path = Path(data)
+    folder = Path(prompts) if prompts is not None else path if path.is_dir() else path.parent
+    return {name: folder / f"dataset2{name}.json" for name in ("prompt", "maxlen")}
+
+
 def read_samples(
     data: str | Path, prompts: str | Path | None, *, limit: int | None, tasks: Sequence[str] = ()
 ) -> list[Sample]:
@@ -56,8 +63,7 @@ def read_samples(
     if unknown := [task for task in tasks if task not in METRICS]:
         raise ValueError(f"unknown task {', '.join(unknown)}: choose from {', '.join(METRICS)}")
     path = Path(data)
-    folder = Path(prompts) if prompts is not None else path if path.is_dir() else path.parent
-    templates, most = (_read_json(folder / f"dataset2{name}.json") for name in ("prompt", "maxlen"))
+    templates, most = (_read_json(file) for file in prompt_files(data, prompts).values())
     sources: Mapping[str, Any] = (
         files_by_task(path, METRICS)
         if path.exists()
@@ -68,6 +74,7 @@ def read_samples(
     samples: list[Sample] = []
     for task in tasks or sources:
         if task not in templates or task not in most:
+            folder = prompt_files(data, prompts)["prompt"].parent
             raise ValueError(f"{folder} has no prompt or no answer length of {task} in dataset2*.json")
         classes = ("all_classes",) if METRICS[task] is None else ()
         rows = read_rows(sources[task], "context", "input", "answers", *classes)

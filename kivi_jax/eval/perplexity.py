@@ -57,9 +57,11 @@ def score_windows(
         ValueError: see `jobs.finish`.
     """
 
+    rows = min(batch_size, len(windows))
+
     def compute(batch: Sequence[Window]) -> list[Record]:
         _, contexts, continuations = zip(*batch, strict=True)
-        scored = continuation_log_probs(model, contexts, continuations, cache=cache, rows=batch_size)
+        scored = continuation_log_probs(model, contexts, continuations, cache=cache, rows=rows)
         return [{"nll": [round(-float(value), 6) for value in row.log_probs]} for row in scored]
 
     batches = [windows[begin : begin + batch_size] for begin in range(0, len(windows), batch_size)]

@@ -49,7 +49,7 @@ class Comparison:
     @property
     def title(self) -> str:
         """What was evaluated on what."""
-        named = ("eval", "model", "data")
+        named = ("eval", "model", "data", "contents")
         options = (f"{name}={value}" for name, value in self.settings.items() if value and name not in named)
         shown = "".join(f", {option}" for option in options)
         return f"{self.evaluation}: {self.settings['model']} on {self.settings['data']}{shown}"
@@ -65,8 +65,8 @@ def read_comparisons(folders: Iterable[Path]) -> list[Comparison]:
     files = [file for folder in folders for file in sorted(folder.rglob("*.jsonl"))]
     for file in sorted(files, key=lambda file: (file.stem != "full", file.stem, str(file))):
         settings, records = read_records(file)
-        if not records:
-            continue
+        if not records or settings.get("eval") not in [*SCORES, "perplexity", "study"]:
+            continue  # answers of `kivi-jax generate`, for example
         cache = settings.pop("cache", "")
         comparison = found.setdefault(repr(sorted(settings.items())), Comparison(settings, {}, file.parent))
         comparison.by_cache[cache] = records

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,9 @@ class Run:
     data: str
     out: Path
     dtype: Dtype | None
+    beside: Mapping[str, str | Path] = dataclasses.field(
+        default_factory=dict
+    )  # what it reads besides, by name
 
     @functools.cached_property
     def loaded(self) -> "tuple[Llama, Any]":
@@ -43,10 +46,21 @@ class Run:
         """Where the evaluation's records stand."""
         return self.out / self.name
 
+    @functools.cached_property
+    def contents(self) -> dict[str, Any]:
+        """What the files of the model and of the data hold, as settings."""
+        from convert.hub import resolve
+        from kivi_jax.eval import contents
+
+        sources = {"data": self.data, **self.beside}
+        read = {name: contents.of_data(source, without=self.folder) for name, source in sources.items()}
+        return contents.together(model=contents.of_model(resolve(self.model)), **read)
+
     def settings(self, **more: Any) -> dict[str, Any]:
         """What records depend on: a run with others may not add to them."""
         dtype = None if self.dtype is None else self.dtype.value
-        return dict(eval=self.name, model=self.model, data=self.data, dtype=dtype) | more
+        named = dict(eval=self.name, model=self.model, data=self.data, dtype=dtype)
+        return named | self.contents | more
 
     def generate(
         self, samples: "Sequence[Sample]", caches: Sequence[str] | None, *, batch: int, **more: Any
@@ -90,9 +104,10 @@ class Run:
 
 
 def progress_bar() -> Progress:
-    """A bar on stderr that leaves nothing behind."""
+    """A bar on stderr that leaves nothing behind, where that is a terminal."""
+    console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=Console(stderr=True), transient=True)
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
 def print_report(folders: Sequence[Path]) -> None:

@@ -35,11 +35,13 @@ def read_rows(source: str | Path, *fields: str) -> list[dict[str, Any]]:
     """The rows of a JSON-lines file, or of a data set on the hub: "name:config:split" (test by default).
 
     Raises:
-        ValueError: there is neither, a line is not a JSON object, or one of `fields` is missing in a row, or
-            no text where it is one.
+        ValueError: there is neither, or no row; a line is not a JSON object, or one of `fields` is missing
+            in a row, or no text where it is one.
     """
     path = Path(source)
     rows = _read_lines(path) if path.is_file() else _load_hub(str(source))
+    if not rows:
+        raise ValueError(f"{source} holds no rows: there is nothing to ask")
     for number, row in enumerate(rows, 1):
         if missing := [name for name in fields if name not in row]:
             raise ValueError(

@@ -150,11 +150,33 @@ def completions(
     Raises:
         ValueError: see `complete`.
     """
-    prefix, stop, batch = options.get("prefix"), check_stop(stop), as_batch(prompts)
+    prefix, batch = options.get("prefix"), as_batch(prompts)
     ids = [encode_prompt(tokenizer, prompt, prefix, row=row) for row, prompt in enumerate(batch)]
-    tokens, lengths = pad_prompts(ids, least=0 if prefix is not None else 1)
+    found = complete_tokens(model, tokenizer, ids, stop=stop, log_probs=log_probs, **options)
+    ends = _ends(model, tokenizer, options)
+    for prompt, out in zip(batch, found, strict=True):
+        _say_if_empty(tokenizer, prompt, out.tokens[0] in ends)
+    return found
+
+
+def complete_tokens(
+    model: Llama,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Sequence[int]],
+    *,
+    stop: Sequence[str] = (),
+    log_probs: bool = False,
+    **options: Unpack[Decoding],
+) -> list[Completion]:
+    """`completions` of prompts that are token ids already, see `encode_prompt`.
+
+    Raises:
+        ValueError: see `generate` and `pad_prompts`; a stop string is empty.
+    """
+    prefix, stop = options.get("prefix"), check_stop(stop)
+    tokens, lengths = pad_prompts(prompts, least=0 if prefix is not None else 1)
     ends = options["eos_ids"] = _ends(model, tokenizer, options)
-    before = [text_before(prompt, prefix, row=row) for row, prompt in enumerate(ids)]
+    before = [text_before(prompt, prefix, row=row) for row, prompt in enumerate(prompts)]
 
     def text(row: int, new: Sequence[int]) -> str:
         return decode_after(tokenizer, before[row], new[:-1] if new and new[-1] in ends else new)
@@ -171,11 +193,9 @@ def completions(
         log_probs=log_probs,
         ends=stopped if stop else None,
     )
-    for prompt, first in zip(batch, out.tokens[:, 0].tolist(), strict=True):
-        _say_if_empty(tokenizer, prompt, first in ends)
     return [
         _completion(out, row, stop, ends, len(prompt), functools.partial(text, row))
-        for row, prompt in enumerate(ids)
+        for row, prompt in enumerate(prompts)
     ]
 
 

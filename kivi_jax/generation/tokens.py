@@ -118,8 +118,7 @@ def pad_prompts(
 ) -> tuple[Int[np.ndarray, "B P"], Int[np.ndarray, "B"]]:
     """Right-pad token ids to one width, and their lengths, of which each is at least `least`.
 
-    The width is rounded up by at most an eighth (at least to a multiple of 32), so that prompts of similar
-    lengths share a compiled program.
+    The width is `padded_width`, so that prompts of similar lengths share a compiled program.
 
     Raises:
         ValueError: there is no prompt, or one has too few tokens.
@@ -129,12 +128,13 @@ def pad_prompts(
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     if lengths.min() < least:
         raise ValueError(f"prompt {int(lengths.argmin())} has no tokens: pass at least one")
-    tokens = np.zeros((len(prompts), _width(int(lengths.max()))), np.int32)
+    tokens = np.zeros((len(prompts), padded_width(int(lengths.max()))), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = prompt
     return tokens, lengths
 
 
-def _width(longest: int) -> int:
+def padded_width(longest: int) -> int:
+    """The width of prompts of up to `longest` tokens: at most an eighth more, or a multiple of 32."""
     step = max(32, 1 << max(longest.bit_length() - 4, 0))
     return -(-longest // step) * step

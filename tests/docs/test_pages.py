@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import typer
 
-from kivi_jax.commands.main import app
+from kivi_jax.commands.app import app
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("kivi_jax", "pallas_kernels", "convert")

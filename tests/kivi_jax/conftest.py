@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from kivi_jax.commands.main import app
+from kivi_jax.commands.app import app
 from kivi_jax.console import run
 
 

@@ -64,6 +64,22 @@ def test_a_signal_unwinds_and_ends(number):
     assert (process.returncode, out, error) == (128 + number, b"cleaned\n", b"")
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("module", ["kivi_jax", "kivi_jax.commands.main", "convert"])
+def test_a_signal_while_the_process_still_imports_ends_it(module, number):
+    """NumPy is the first of what JAX imports: seconds pass until a command runs."""
+    with subprocess.Popen(
+        [sys.executable, "-X", "importtime", "-m", module, "--help"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
+        assert any(b"numpy" in line for line in process.stderr)
+        process.send_signal(number)
+        out, error = process.communicate()
+    said = [line for line in error.splitlines() if not line.startswith(b"import time:")]
+    assert (process.returncode, out, said) == (128 + number, b"", [])
+
+
 @pytest.mark.parametrize("kind", ["RESOURCE_EXHAUSTED", "INTERNAL: Error dispatching computation"])
 def test_out_of_memory_is_one_line(monkeypatch, capsys, kind):
     monkeypatch.setenv("COLUMNS", "200")
@@ -120,6 +136,13 @@ def test_a_cache_has_one_color_everywhere():
     assert len(set(colors.values())) == len(names)
     assert all(colors[name] == CACHE_COLORS[name] for name in ("full", "kivi2"))
     assert colors["scope:window=8"] == CACHE_COLORS["scope"]
+
+
+def test_a_closed_stream_is_an_empty_one(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)
+    console.accept_all_text()
+    with sys.stdin as opened:
+        assert opened.readline() == ""
 
 
 def test_a_place_for_a_plot_is_checked_before(tmp_path):

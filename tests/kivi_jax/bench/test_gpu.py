@@ -7,7 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from kivi_jax.bench import gpu
-from kivi_jax.commands.main import app
+from kivi_jax.commands.app import app
 
 SMALL = dataclasses.replace(
     gpu.REHEARSAL,

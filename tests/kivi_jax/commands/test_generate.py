@@ -13,6 +13,7 @@ import pytest
 import kivi_jax as kj
 from kivi_jax.checks import warn_once
 from kivi_jax.commands.hints import FIRST_TOKEN, say_once
+from kivi_jax.console import accept_all_text
 from kivi_jax.generation.stops import Decoder
 from kivi_jax.generation.templates import encode_conversation
 from tests.models import config, random_llama
@@ -157,6 +158,99 @@ def test_prompts_that_ask_nothing_or_twice_are_refused(command, instruct, tmp_pa
     asked.write_text('{"prompt": "hello", "messages": []}\n')
     code, _, error = command("generate", "demo", *options)
     assert (code, "row 1 has both a prompt and messages: keep one" in error) == (2, True)
+
+
+@pytest.fixture
+def asked(instruct, monkeypatch):
+    """What a file of prompts asks, batch by batch, as text; nothing is computed."""
+    batches = []
+
+    def answer(model, tokenizer, prompts, **options):
+        batches.append([tokenizer.decode(ids, skip_special_tokens=False) for ids in prompts])
+        return [kj.Completion("yes", [1], "stop", len(ids)) for ids in prompts]
+
+    monkeypatch.setattr("kivi_jax.commands.answers.complete_tokens", answer)
+    return batches
+
+
+def write_rows(file, *rows):
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return ("--input", file, "--output", file.with_name("answers.jsonl"), *FULL)
+
+
+def test_no_more_rows_are_computed_than_there_are(command, asked, tmp_path):
+    options = write_rows(tmp_path / "in.jsonl", *[{"prompt": word} for word in ("a", "b", "hello " * 40)])
+    assert command("generate", "demo", *options, "--batch", "1000")[0] == 0
+    assert [len(batch) for batch in asked] == [1, 2]
+
+
+def test_the_system_speaks_before_messages(command, asked, tmp_path):
+    options = write_rows(tmp_path / "in.jsonl", {"messages": user("hello")}, {"prompt": "hello"})
+    assert command("generate", "demo", *options, "--system", "be brief")[0] == 0
+    assert len(set(asked[0])) == 1
+    assert "system\nbe brief" in asked[0][0]
+    options = write_rows(tmp_path / "two.jsonl", {"prompt": "a"}, {"messages": user("hello", "be long")})
+    code, _, error = command("generate", "demo", *options, "--system", "be brief")
+    assert (code, error.count("\n")) == (2, 1)
+    assert "two.jsonl: row 2 has a system message: leave it out there" in error
+
+
+def test_what_was_written_anew_at_its_path_is_another(command, asked, tmp_path):
+    model = tmp_path / "model"
+    model.mkdir()
+    options = write_rows(tmp_path / "in.jsonl", {"prompt": "a"})
+    assert command("generate", model, *options)[0] == 0
+    (model / "tokenizer_config.json").write_text("{}")
+    code, _, error = command("generate", model, *options)
+    assert (code, error.count("\n")) == (2, 1)
+    assert "answers.jsonl was computed with other contents of its model: choose another place" in error
+    write_rows(tmp_path / "in.jsonl", {"prompt": "b"})
+    assert "other contents of its input, model:" in command("generate", model, *options)[2]
+    assert len(asked) == 1
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("in.jsonl", "in.jsonl holds no rows"),
+        ("-", "- is no file of prompts: pass one"),
+        ("a/b", "a/b is no"),
+    ],
+)
+def test_nothing_is_written_for_what_asks_nothing(command, asked, tmp_path, monkeypatch, source, message):
+    monkeypatch.chdir(tmp_path)
+    write_rows(tmp_path / "in.jsonl")
+    code, _, error = command("generate", "demo", "--input", source, "--output", "answers.jsonl", *FULL)
+    assert (code, message in error, error.count("\n")) == (2, True, 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
+
+
+def test_a_prefix_does_not_take_the_place_of_where_one_stands(command, instruct, tmp_path, monkeypatch):
+    """`demo` is no folder here, so nothing can be in it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text("hello")
+    code, _, error = command("cache", "save", "demo", "text.txt", ".", "--overwrite")
+    assert (code, f"as {tmp_path} is in it" in error or "as text.txt is in it" in error) == (2, True)
+
+
+def test_bytes_that_are_no_text_do_not_end_a_chat(command, instruct, monkeypatch):
+    typed = io.TextIOWrapper(io.BytesIO(b"hello \xff\n/stats\n"), encoding="utf-8")
+    monkeypatch.setattr(sys, "stdin", typed)
+    accept_all_text()
+    code, _, error = command("chat", "demo", *FULL, "--context", "128")
+    _, refused, stats = error.splitlines()
+    assert (code, "error: the text holds what is no Unicode" in refused) == (0, True)
+    assert stats.startswith("nothing yet")
+
+
+def test_a_reply_that_the_context_cuts_is_said_to_be(command, instruct, monkeypatch):
+    context = len(encode_conversation(instruct[1], user("hello"))) + 3
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hello\n"))
+    code, _, error = command("chat", "demo", *FULL, "--context", context)
+    assert (code, error.splitlines()[1:]) == (
+        0,
+        ["cut where the context ends: /reset, or start with a larger --context"],
+    )
 
 
 def test_ctrl_c_stops_a_reply_and_not_the_chat(command, instruct, monkeypatch):

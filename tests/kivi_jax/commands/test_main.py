@@ -11,7 +11,7 @@ from typer.core import TyperGroup
 from typer.main import get_command
 
 import kivi_jax as kj
-from kivi_jax.commands.main import app
+from kivi_jax.commands.app import app
 from kivi_jax.console import run
 from tests.convert.checkpoints import LLAMA, write_checkpoint
 
@@ -67,7 +67,7 @@ def test_inspect_prints_a_plan(command, model):
     # Two layers, two KV heads of 8 channels in bfloat16: 128 bytes of keys and values a token, and lengths.
     (row,) = [line for line in out.splitlines() if re.match(r"\W*full ", line)]
     cells = [cell.strip() for cell in re.split("[│┃|]", row) if cell.strip()]
-    assert cells[:-1] == ["full", "128", "16 KiB", "1.00x", "0 B", "0 B", "16 KiB", "0 B"]
+    assert cells[:-1] == ["full", "16 KiB", "128", "1.00x", "0 B", "0 B", "16 KiB", "0 B"]
 
 
 def test_inspect_needs_no_weights(command, tmp_path):
@@ -177,6 +177,13 @@ def test_every_command_says_what_it_does_with_examples_that_it_takes(path):
         (("inspect", "nowhere"), "nowhere does not exist"),
         (("inspect", "MODEL", "--memory", "much"), "cannot read 'much' as a memory size"),
         (("inspect", "MODEL", "--context", "0"), "must be positive"),
+        (("generate", "MODEL", "--bach", "2"), "no such option: --bach"),
+        (("generate", "MODEL", "w1", "w2"), "generate --help shows what there is"),
+        (("generate",), "missing argument"),
+        (("generate", "MODEL", "w1", "--dtype", "int3"), "'int3' is not one of 'float32', 'bfloat16'"),
+        (("generate", "MODEL", "w1", "--seed", "[/x]"), "invalid value for '--seed'"),
+        (("eval", "needle", "--model", "MODEL"), "missing option '--out'"),
+        (("evil",), "no such command 'evil'"),
     ],
     ids=lambda value: value if isinstance(value, str) else value[0],
 )
@@ -187,6 +194,20 @@ def test_a_mistake_is_one_line(command, model, arguments, message):
     assert error.startswith("error: ")
     assert error.count("\n") == 1
     assert message in error
+
+
+@pytest.mark.parametrize("group", [(), ("eval",)])
+def test_a_group_alone_shows_its_help(command, group):
+    code, out, error = command(*group)
+    assert (code, error) == (2, "")
+    assert "Usage: " in out
+
+
+def test_inspect_shows_the_total_in_the_narrowest_terminal(command, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "26")
+    code, out, _ = command("inspect", "llama-1b", "--context", "64", "--cache", "full")
+    assert code == 0
+    assert re.search(r"full\W+2 MiB\b", out)
 
 
 def test_a_model_without_tokenizer_cannot_read_a_prompt(command, tmp_path):

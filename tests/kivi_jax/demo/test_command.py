@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from kivi_jax.commands.main import app
+from kivi_jax.commands.app import app
 from kivi_jax.console import run
 from kivi_jax.demo import command as demo_command
 from tests.convert.checkpoints import LLAMA, write_checkpoint

@@ -158,6 +158,7 @@ def test_the_report_marks_differences_within_noise(command, tmp_path):
     ("arguments", "message"),
     [
         (("report", "nowhere"), "no predictions"),
+        (("report", "answers"), "no predictions"),  # of no evaluation
         (("needle", "--model", "MODEL", "--out", "o", "--cache", "kivi3"), "unknown cache 'kivi3'"),
         (("needle", "--model", "MODEL", "--out", "o", "--length", "5"), "no text fits"),
         (("perplexity", "--model", "MODEL", "--out", "o", "--data", "nowhere.txt"), "cannot be read"),
@@ -179,6 +180,7 @@ def test_the_report_marks_differences_within_noise(command, tmp_path):
 )
 def test_mistakes_end_in_one_line(command, model, arguments, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    write_records(tmp_path / "answers" / "a.jsonl", "full", [1], evaluation=None)
     (tmp_path / "rows").mkdir()
     (tmp_path / "rows" / "train.jsonl").write_text('{"other": 1}\n')
     code, _, error = command(*(str(model) if word == "MODEL" else word for word in arguments))
@@ -216,3 +218,27 @@ def test_prompts_are_messages_where_that_is_asked_for(command, tmp_path, monkeyp
     begin, end = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"
     assert seen[0].startswith(begin)
     assert seen[0].endswith(f"{ANSWERS[name]}{end}" if name == "gsm8k" else f"{end}{ANSWERS[name]}")
+
+
+def test_rows_are_those_there_are_and_changed_data_is_other_data(command, tmp_path, monkeypatch):
+    rows = []
+
+    def continued(model, prompts, **options):
+        rows.append(options["rows"])
+        return [prompts[0][:1]] * len(prompts)
+
+    loaded = random_llama(config(vocab_size=VOCAB)), build("bytes", "chatml")
+    monkeypatch.setattr("kivi_jax.generation.loading.open_model", lambda *_: loaded)
+    monkeypatch.setattr(generating, "continue_prompts", continued)
+    text, model = tmp_path / "book.txt", tmp_path / "model"
+    model.mkdir()
+    text.write_text("The sun rose. " * 200)
+    options = ("--model", model, "--data", text, "--length", 200, "--depths", 3, "--cache", "full")
+    run = ("needle", *options, "--batch", 1000, "--out", tmp_path / "out")
+    assert command(*run)[0] == 0
+    assert rows == [3]
+    (model / "config.json").write_text("{}")
+    text.write_text("The moon rose. " * 200)
+    code, _, error = command(*run)
+    assert (code, "full.jsonl was computed with other contents of its data, model:" in error) == (2, True)
+    assert len(rows) == 1

@@ -54,6 +54,8 @@ def test_more_items_are_added_and_other_settings_refused(tmp_path):
     assert run(path)[1] == ["c", "d", "e"]
     with pytest.raises(ValueError, match="cache='full', not 'kivi2': choose another place"):
         run(path, settings=SETTINGS | {"cache": "kivi2"})
+    with pytest.raises(ValueError, match="computed with other contents of its data, model: choose"):
+        run(path, settings=SETTINGS | {"contents": {"data": "a", "model": "b"}})
 
 
 @pytest.mark.parametrize(

@@ -244,5 +244,5 @@ def test_a_mistake_on_the_command_line_ends_in_one_line(checkpoint, tmp_path, mo
 
 
 def test_the_package_does_not_need_the_harness():
-    code = "import sys; sys.modules['lm_eval'] = None; import kivi_jax.commands.main, kivi_jax.eval.command"
+    code = "import sys; sys.modules['lm_eval'] = None; import kivi_jax.commands.app, kivi_jax.eval.command"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,60 @@
+"""The public names of `kivi_jax`, which has them from here."""
+
+from kivi_jax.cache.decode_selectors import Adaptive, DecodeSelector, Discontinuous, Slide
+from kivi_jax.cache.names import parse_cache
+from kivi_jax.cache.prompt_selectors import KeepAll, PromptSelector, PyramidInfer, PyramidKV, SnapKV
+from kivi_jax.cache.stores import PoolQuantization
+from kivi_jax.cache.strategy import CacheStrategy, KVCache, cache_bytes, full, kivi, scope
+from kivi_jax.cache.unified_selectors import H2O, StreamingLLM
+from kivi_jax.config import ModelConfig, RopeConfig
+from kivi_jax.generation.chat import Chat
+from kivi_jax.generation.generate import Generation, generate
+from kivi_jax.generation.loading import load
+from kivi_jax.generation.prefix import Prefix
+from kivi_jax.generation.prefix_files import load_prefix, save_prefix
+from kivi_jax.generation.sampling import Greedy, Sample
+from kivi_jax.generation.text import Completion, complete, completions, read_prefix, stream, stream_tokens
+from kivi_jax.model.llama import Llama
+from kivi_jax.plan.memory import largest_batch, plan_cache
+
+__all__ = [
+    "H2O",
+    "Adaptive",
+    "CacheStrategy",
+    "Chat",
+    "Completion",
+    "DecodeSelector",
+    "Discontinuous",
+    "Generation",
+    "Greedy",
+    "KVCache",
+    "KeepAll",
+    "Llama",
+    "ModelConfig",
+    "PoolQuantization",
+    "Prefix",
+    "PromptSelector",
+    "PyramidInfer",
+    "PyramidKV",
+    "RopeConfig",
+    "Sample",
+    "Slide",
+    "SnapKV",
+    "StreamingLLM",
+    "cache_bytes",
+    "complete",
+    "completions",
+    "full",
+    "generate",
+    "kivi",
+    "largest_batch",
+    "load",
+    "load_prefix",
+    "parse_cache",
+    "plan_cache",
+    "read_prefix",
+    "save_prefix",
+    "scope",
+    "stream",
+    "stream_tokens",
+]
