@@ -296,7 +296,7 @@ def gpu(
     Example:  kivi-jax bench gpu --out results --stage predictions
     """
     from kivi_jax.bench import gpu as stages
-    from kivi_jax.bench import kernels, packing, predictions
+    from kivi_jax.bench import kernels, packing, predictions, prompts
 
     console = Console(width=110)
     for name, found in stages.run(out, stage or list(stages.STAGES), rehearse=rehearse, seconds=seconds):
@@ -312,6 +312,8 @@ def gpu(
             print_table(console, kernels.table(records))
         if name == "packing" and records:
             print_table(console, packing.table(records))
+    if read := [record for name in stages.PROMPTS for record in stages.read(out / f"{name}.json")]:
+        print_table(console, prompts.table(read))
     measured = [record for name in ("speed", *stages.STEPS) for record in stages.read(out / f"{name}.json")]
     if compared := predictions.compare(stages.read(out / "predictions.json"), measured):
         print_table(console, predictions.table(compared))

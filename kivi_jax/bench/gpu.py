@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from kivi_jax.bench import decode, kernels, packing, predictions
+from kivi_jax.bench import decode, kernels, packing, predictions, prompts
 from kivi_jax.cache.names import parse_cache
 from kivi_jax.config import ModelConfig
 from kivi_jax.plan.shapes import SHAPES
@@ -45,6 +45,7 @@ class Sizes:
     dtype: str
     contexts: tuple[int, int]  # for one row
     batch_context: int  # for the most rows
+    prompts: tuple[tuple[int, int], ...]  # (rows, tokens) that are read
     new_tokens: int
     caches: tuple[str, ...]
     memory: int | None  # for the most rows, in bytes; None: what the device has
@@ -62,6 +63,7 @@ FULL = Sizes(
     dtype="bfloat16",
     contexts=(32768, 131072),
     batch_context=8192,
+    prompts=((1, 2048), (8, 2048), (1, 8192), (1, 32768), (1, 131072)),
     new_tokens=32,
     caches=CACHES,
     memory=None,
@@ -82,6 +84,7 @@ REHEARSAL = Sizes(
     dtype="float32",
     contexts=(256, 512),
     batch_context=256,
+    prompts=((2, 64),),
     new_tokens=4,
     caches=CACHES,
     memory=8 * 2**20,
@@ -144,8 +147,12 @@ STAGES: dict[str, Callable[[Sizes], Iterator[Record]]] = {
     "steps-short": lambda sizes: _steps(sizes, sizes.contexts[0], 1),
     "steps-long": lambda sizes: _steps(sizes, sizes.contexts[1], 1),
     "steps-most": lambda sizes: _steps(sizes, sizes.batch_context, None),
+    "prompts": lambda sizes: prompts.ours(sizes.model, sizes.prompts, ("full", "kivi2"), sizes.dtype),
+    # Not the longest: what transformers keeps of it does not fit beside its weights.
+    "prompts-transformers": lambda sizes: prompts.transformers(sizes.model, sizes.prompts[:4], sizes.dtype),
 }
 STEPS = ("steps-short", "steps-long", "steps-most")
+PROMPTS = ("prompts", "prompts-transformers")
 
 
 def run(

@@ -41,6 +41,14 @@ def test_kernels_are_timed(tmp_path):
     assert measured["packed, xla"]["bytes"] < measured["bfloat16, XLA"]["bytes"] / 5
 
 
+def test_prompts_are_timed_beside_transformers(tmp_path, torch):
+    records = [record for name in gpu.PROMPTS for record in staged(name, tmp_path)]
+    assert [record["contender"] for record in records] == ["full", "kivi2", "transformers"]
+    assert all(record["first_s"] > record["s"] > 0 for record in records[:2])
+    ratios = list(gpu.prompts.table(records).columns[5].cells)
+    assert ratios[2] == "1.00x"
+
+
 def test_every_backend_is_checked(tmp_path):
     errors = {(r["case"], r["implementation"]): r["error"] for r in staged("correctness", tmp_path)}
     assert errors["one_page", "pallas_triton"] < 1e-3
