@@ -224,8 +224,11 @@ def test_rulers_own_folders_are_tasks_and_lengths(tmp_path):
     assert read_ruler(single) == read_ruler(single / "validation.jsonl") == expected
     write_rows(tmp_path / "flat" / "niah_single_1.jsonl", *RULER)
     assert read_ruler(tmp_path / "flat") == expected
-    with pytest.raises(ValueError, match="there are no samples"):
+    with pytest.raises(ValueError, match=r"empty\.jsonl holds no rows"):
         ruler.read_samples(write_rows(tmp_path / "empty.jsonl"), limit=None, max_new_tokens=4)
+    (tmp_path / "nothing").mkdir()
+    with pytest.raises(ValueError, match="there are no samples"):
+        ruler.read_samples(tmp_path / "nothing", limit=None, max_new_tokens=4)
 
 
 def test_the_beginning_of_an_answer_ends_the_prompt():
