@@ -24,6 +24,7 @@ def staged(name, tmp_path, sizes=SMALL):
     return gpu.read(path)
 
 
+@pytest.mark.slow
 def test_whole_steps_meet_their_predictions(tmp_path):
     predicted, measured = staged("predictions", tmp_path), staged("steps-most", tmp_path)
     found = gpu.predictions.compare(predicted, measured)

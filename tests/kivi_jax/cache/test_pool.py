@@ -67,9 +67,9 @@ class Schedule:
 
 SELECTORS = [
     Slide(window=6, recent=3),
-    Slide(window=5, recent=1),
+    pytest.param(Slide(window=5, recent=1), marks=pytest.mark.slow),
     Adaptive(window=9, recent=3, max_new_tokens=24),
-    Discontinuous(window=9, recent=3, max_new_tokens=24),
+    pytest.param(Discontinuous(window=9, recent=3, max_new_tokens=24), marks=pytest.mark.slow),
     Discontinuous(window=8, recent=2, max_new_tokens=8),
     H2O(budget=9, recent=3),
     StreamingLLM(sinks=2, recent=7),

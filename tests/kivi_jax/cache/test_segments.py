@@ -188,7 +188,9 @@ def test_capacity_exactly_full():
         np.testing.assert_allclose(attend(segment, query)[0, k], expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("scale_dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize(
+    "scale_dtype", ["float16", *(pytest.param(d, marks=pytest.mark.slow) for d in ("bfloat16", "float32"))]
+)
 def test_more_bits_are_closer(scale_dtype):
     """The error of what is held falls from 1 to 2 to 4 to 8 bits, whatever the scales are stored in."""
     keys, values = random((1, 1, 64, 8), 11), random((1, 1, 64, 8), 12)

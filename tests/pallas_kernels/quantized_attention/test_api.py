@@ -25,6 +25,22 @@ KERNELS = {"pallas_triton": pallas_triton, "pallas_mosaic": pallas_mosaic}
 INTERPRETED = {} if jax.default_backend() == "gpu" else KERNELS
 each_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 each_case = pytest.mark.parametrize("case", CORRECTNESS, ids=str)
+# The cases that a plain `pytest` gives interpreted kernels, one of a kind; the others are slow tests.
+QUICK = [
+    "mha",
+    "gqa",
+    "one_page",
+    "head_8",
+    "head_80",
+    "head_256",
+    "bits_1",
+    "bits_4_1",
+    "groups_3",
+    "groups_128",
+    "wrapped",
+    "empty_row",
+    "tiles_bits_8",
+]
 
 
 @functools.cache
@@ -74,8 +90,19 @@ def test_the_packed_words_denote_what_dequantize_says(case):
         assert relative_error(jax.jit(dequantize)(tensor), read(tensor)) < 1e-6
 
 
-@each_implementation
-@each_case
+@pytest.mark.parametrize(
+    ("implementation", "case"),
+    [
+        pytest.param(
+            name,
+            case,
+            id=f"{case}-{name}",
+            marks=[] if name == "xla" or str(case) in QUICK else [pytest.mark.slow],
+        )
+        for case in CORRECTNESS
+        for name in IMPLEMENTATIONS
+    ],
+)
 def test_equals_the_oracle(implementation, case):
     tolerance = IMPLEMENTATIONS[implementation]
     got = run(implementation, *inputs(case))
