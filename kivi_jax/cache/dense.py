@@ -8,7 +8,7 @@ from jaxtyping import Array, Bool, Float, Int
 from kivi_jax.cache.segments import Step, Tokens, first_visible, round_up, set_slot
 from pallas_kernels.partials import AttentionPartial
 from pallas_kernels.pytree import pytree, static
-from pallas_kernels.residual.ring import Ring, fill, newest_token
+from pallas_kernels.residual.ring import Ring, fill, newest_token, slot_of
 
 
 @pytree
@@ -42,9 +42,10 @@ class DenseTokens:
 
     def append(self, step: Step) -> "DenseTokens":
         """See `Segment`."""
+        slot = slot_of(self.lengths, self.keys.shape[2])
         return DenseTokens(
-            set_slot(self.keys, self.lengths, step.key, step.active),
-            set_slot(self.values, self.lengths, step.value, step.active),
+            set_slot(self.keys, slot, step.key, step.active),
+            set_slot(self.values, slot, step.value, step.active),
             self.lengths + step.active.astype(jnp.int32),
             self.window,
         )

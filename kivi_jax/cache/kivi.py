@@ -1,4 +1,9 @@
-"""`KiviTokens`: packed tokens behind a full-precision residual of the newest. Read `pool.py` next."""
+"""`KiviTokens`: packed tokens behind a full-precision residual of the newest. Read `pool.py` next.
+
+Two things that the paper does not have make 2 bits hold better on real models. The first `sinks` tokens of
+a text are never packed: their keys are unlike all others, and would stretch the groups they are in. And keys
+may be turned by a Hadamard matrix before they come here (`strategy.py`).
+"""
 
 import dataclasses
 import math
@@ -27,7 +32,7 @@ from pallas_kernels.quantize.quantization import (
     set_token,
 )
 from pallas_kernels.quantized_attention import quantized_attention
-from pallas_kernels.residual.ring import Ring, fill, newest_token
+from pallas_kernels.residual.ring import NO_TOKEN, Ring, fill, held_tokens, newest_token, slot_of
 
 _KERNELS = "pallas_kernels.residual.kernel"  # imported where there is a GPU for them
 
@@ -42,6 +47,8 @@ class KiviQuantization:
     value_group_size: int | None  # None: `DEFAULT_GROUP`, or what of it divides the model's heads: see `fit`
     residual_length: int
     scale_dtype: ScaleDtype
+    rotate_keys: bool = False
+    sinks: int = 0
 
     def __post_init__(self) -> None:
         """Check the ranges.
@@ -49,7 +56,7 @@ class KiviQuantization:
         Raises:
             ValueError: a field is out of its range, or the key group does not divide the residual.
         """
-        counts = ["key_bits", "value_bits", "key_group_size", "residual_length"]
+        counts = ["key_bits", "value_bits", "key_group_size", "residual_length", "sinks"]
         for name in counts if self.value_group_size is None else [*counts, "value_group_size"]:
             whole(name, getattr(self, name))
         for name in ("key_bits", "value_bits"):
@@ -63,6 +70,8 @@ class KiviQuantization:
                 f"residual_length={self.residual_length} must be a multiple of "
                 f"key_group_size={self.key_group_size}: keys leave the residual in whole groups"
             )
+        if self.sinks < 0:
+            raise ValueError(f"sinks={self.sinks} must not be negative: pass 0 for none")
         check_scale_dtype(self.scale_dtype)
 
     def fit(self, head_dim: int) -> "KiviQuantization":
@@ -95,9 +104,9 @@ class KiviQuantization:
 
 @pytree
 class KiviTokens:
-    """KIVI's cache: packed tokens, and the newest R tokens in full precision.
+    """KIVI's cache: packed tokens, and the newest R tokens and the first `sinks` in full precision.
 
-    With n tokens and R = residual_length, exactly and at every length:
+    With n tokens behind the sinks and R = residual_length, exactly and at every length:
 
         packed keys    [0, floor(n / R) * R)     leave the residual a block of R at a time
         packed values  [0, max(0, n - R))        leave it one token at a time
@@ -106,15 +115,19 @@ class KiviTokens:
     attention sees: a key that has been packed is there in its dequantized form until it is overwritten,
     so the boundary between keys and values needs no case of its own, and nothing is quantized twice.
 
+    The sinks are slots behind the ring's (see `Ring`): tokens -sinks to -1, so that no group, block or bound
+    knows of them. A window hides them as it hides any other token that it has passed.
+
     Source: KIVI (arXiv 2402.02750) algorithm 1.
     """
 
     keys: QuantizedTensor  # [B, K, S, H], groups over tokens
     values: QuantizedTensor  # [B, K, S, H], groups over channels
-    key_ring: Float[Array, "B K R H"]
-    value_ring: Float[Array, "B K R H"]
-    lengths: Int[Array, "B"]
+    key_ring: Float[Array, "B K slots H"]  # R and the sinks
+    value_ring: Float[Array, "B K slots H"]
+    lengths: Int[Array, "B"]  # sinks included
     window: int | None = static()
+    sinks: int = static()
 
     @classmethod
     def from_prompt(
@@ -134,9 +147,9 @@ class KiviTokens:
         """
         quantization = quantization.fit(key.shape[3])
         assert quantization.value_group_size is not None
-        residual_length = quantization.residual_length
+        residual_length, sinks = quantization.residual_length, quantization.sinks
         unit = math.lcm(residual_length, PAGE)
-        slots = cls._slots(capacity, window, residual_length)
+        slots = cls._slots(capacity - sinks, window, residual_length)
         check_groups(
             slots,
             key.shape[3],
@@ -144,31 +157,40 @@ class KiviTokens:
             group_size=quantization.value_group_size,
             group_axis="channel",
         )
-        blocks_end = lengths // residual_length * residual_length
+        first_key, first_value = (fill(x[:, :, :sinks], lengths, sinks) for x in (key, value))
+        key, value, end = key[:, :, sinks:], value[:, :, sinks:], jnp.maximum(lengths - sinks, 0)
+        blocks_end = end // residual_length * residual_length
         # Only as many slots as the prompt can fill are quantized; the rest start as zeros.
-        filled = min(slots, round_up(key.shape[2], unit))
+        filled = min(slots, round_up(max(key.shape[2], 1), unit))
         last_block = dequantize(quantization.pack_keys(fill(key, blocks_end, residual_length)), key.dtype)
-        recent = newest_token(lengths, residual_length)
+        recent = newest_token(end, residual_length)
         in_block = (recent < blocks_end[:, None])[:, None, :, None]
+        key_ring = jnp.where(in_block, last_block, fill(key, end, residual_length))
         return cls(
             keys=pad_tokens(quantization.pack_keys(fill(key, blocks_end, filled)), slots),
-            values=pad_tokens(quantization.pack_values(fill(value, lengths, filled)), slots),
-            key_ring=jnp.where(in_block, last_block, fill(key, lengths, residual_length)),
-            value_ring=fill(value, lengths, residual_length),
+            values=pad_tokens(quantization.pack_values(fill(value, end, filled)), slots),
+            key_ring=jnp.concatenate([key_ring, first_key], axis=2),
+            value_ring=jnp.concatenate([fill(value, end, residual_length), first_value], axis=2),
             lengths=lengths,
             window=window,
+            sinks=sinks,
         )
 
     @staticmethod
     def _slots(capacity: int, window: int | None, residual_length: int) -> int:
         """Packed slots: whole pages and whole residuals."""
         needed = capacity if window is None else min(capacity, window + residual_length)
-        return round_up(needed, math.lcm(residual_length, PAGE))
+        return round_up(max(needed, 1), math.lcm(residual_length, PAGE))
 
     @property
     def residual_length(self) -> int:
         """R: how many of the newest tokens the rings hold."""
-        return self.key_ring.shape[2]
+        return self.key_ring.shape[2] - self.sinks
+
+    @property
+    def end(self) -> Int[Array, "B"]:
+        """The next token's number where the first behind the sinks is 0: negative while these fill."""
+        return self.lengths - self.sinks
 
     def attend(self, query: Float[Array, "B N H"]) -> AttentionPartial:
         """See `Segment`."""
@@ -176,9 +198,9 @@ class KiviTokens:
             query,
             self.keys,
             self.values,
-            start=first_visible(self.lengths, self.window),
-            end=jnp.maximum(self.lengths - self.residual_length, 0),
-            residual=Ring(self.key_ring, self.value_ring, self.lengths),
+            start=first_visible(self.lengths, self.window) - self.sinks,
+            end=jnp.maximum(self.end - self.residual_length, 0),
+            residual=Ring(self.key_ring, self.value_ring, self.end, self.sinks),
         )
 
     def append(self, step: Step) -> "KiviTokens":
@@ -187,33 +209,40 @@ class KiviTokens:
             "take_token",
             _KERNELS,
             lambda kernels: kernels.take_token(
-                self.values, self.key_ring, self.value_ring, step.key, step.value, self.lengths, step.active
+                self.values,
+                Ring(self.key_ring, self.value_ring, self.end, self.sinks),
+                step.key,
+                step.value,
+                step.active,
             ),
             lambda: self._take_token(step),
         )
         lengths = self.lengths + step.active.astype(jnp.int32)
-        return KiviTokens(self.keys, values, key_ring, value_ring, lengths, self.window)
+        return dataclasses.replace(
+            self, values=values, key_ring=key_ring, value_ring=value_ring, lengths=lengths
+        )
 
     def _take_token(self, step: Step) -> tuple[QuantizedTensor, Array, Array]:
         """The packed values and the rings after a step."""
         slots = self.values.shape[2]
-        leaving = self.lengths - self.residual_length
-        row, ring_slot = jnp.arange(leaving.shape[0]), self.lengths % self.residual_length
+        leaving = self.end - self.residual_length
+        row, ring_slot = jnp.arange(leaving.shape[0]), slot_of(self.end, self.key_ring.shape[2], self.sinks)
         packed_slot = jnp.where(step.active & (leaving >= 0), leaving % slots, slots)  # slots: nowhere
         return (
             set_token(self.values, packed_slot, self.value_ring[row, :, ring_slot]),
-            set_slot(self.key_ring, self.lengths, step.key, step.active),
-            set_slot(self.value_ring, self.lengths, step.value, step.active),
+            set_slot(self.key_ring, ring_slot, step.key, step.active),
+            set_slot(self.value_ring, ring_slot, step.value, step.active),
         )
 
     @classmethod
     def settle(cls, segments: Sequence["KiviTokens"], active: Bool[Array, "B"]) -> tuple["KiviTokens", ...]:
         """Pack the key ring of rows whose block has just become full."""
-        lengths, residual = segments[0].lengths, segments[0].residual_length
-        due = active & (lengths % residual == 0)
+        end, residual = segments[0].end, segments[0].residual_length
+        due = active & (end > 0) & (end % residual == 0)
 
         def packed_in_place(kernels: Any, segment: "KiviTokens") -> "KiviTokens":
-            keys, key_ring = kernels.pack_block(segment.keys, segment.key_ring, lengths, due)
+            ring = Ring(segment.key_ring, segment.value_ring, end, segment.sinks)
+            keys, key_ring = kernels.pack_block(segment.keys, ring, due)
             return dataclasses.replace(segment, keys=keys, key_ring=key_ring)
 
         return by_kernel_or_xla(
@@ -232,7 +261,7 @@ class KiviTokens:
         def pack_ring(segment: "KiviTokens") -> QuantizedTensor:
             store = segment.keys
             return quantize(
-                segment.key_ring,
+                segment.key_ring[:, :, : segment.residual_length],
                 bits=store.bits,
                 group_size=store.group_size,
                 group_axis="token",
@@ -249,36 +278,29 @@ class KiviTokens:
         return tuple(segment._take_block(block, due) for segment, block in zip(segments, blocks, strict=True))
 
     def _take_block(self, block: QuantizedTensor, due: Bool[Array, "B"]) -> "KiviTokens":
-        slot = (self.lengths - self.residual_length) % self.keys.shape[2]
-        seen = dequantize(block, self.key_ring.dtype)
-        return KiviTokens(
-            set_block(self.keys, slot, block, due),
-            self.values,
-            jnp.where(due[:, None, None, None], seen, self.key_ring),
-            self.value_ring,
-            self.lengths,
-            self.window,
+        slot = (self.end - self.residual_length) % self.keys.shape[2]
+        first = self.key_ring[:, :, self.residual_length :]
+        seen = jnp.concatenate([dequantize(block, self.key_ring.dtype), first], axis=2)
+        return dataclasses.replace(
+            self,
+            keys=set_block(self.keys, slot, block, due),
+            key_ring=jnp.where(due[:, None, None, None], seen, self.key_ring),
         )
 
     def grow(self, tokens: int) -> "KiviTokens":
         """See `Segment`: as for dense tokens, a store that can still grow has not wrapped."""
         slots = self._slots(self.keys.shape[2] + tokens, self.window, self.residual_length)
-        return KiviTokens(
-            pad_tokens(self.keys, slots),
-            pad_tokens(self.values, slots),
-            self.key_ring,
-            self.value_ring,
-            self.lengths,
-            self.window,
+        return dataclasses.replace(
+            self, keys=pad_tokens(self.keys, slots), values=pad_tokens(self.values, slots)
         )
 
     def materialize(self) -> Tokens:
-        """See `Segment`: the packed slots, then the ring's."""
-        packed = newest_token(self.lengths - self.residual_length, self.keys.shape[2])
-        ring = newest_token(self.lengths, self.residual_length)
-        dtype = self.key_ring.dtype
+        """See `Segment`: the packed slots, then the ring's, then the sinks."""
+        packed = held_tokens(self.end - self.residual_length, self.keys.shape[2])
+        ring = held_tokens(self.end, self.key_ring.shape[2], self.sinks)
+        token, dtype = jnp.concatenate([packed, ring], axis=1), self.key_ring.dtype
         return Tokens(
             jnp.concatenate([dequantize(self.keys, dtype), self.key_ring], axis=2),
             jnp.concatenate([dequantize(self.values, dtype), self.value_ring], axis=2),
-            jnp.maximum(jnp.concatenate([packed, ring], axis=1), -1)[:, None],
+            jnp.where(token == NO_TOKEN, -1, token + self.sinks)[:, None],
         )

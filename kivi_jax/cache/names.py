@@ -1,8 +1,10 @@
 """Cache strategies by name: in calls (`cache="kivi2"`), on command lines and in configuration strings.
 
     full                              kivi2                             kivi4:group_size=64
-    scope:window=512:recent=256       kivi2+scope:prompt=snapkv:prompt_budget=2048
+    scope:window=512:recent=256       kivi2r+scope:prompt=snapkv:prompt_budget=2048
 
+kivi1, kivi2, kivi4 and kivi8 pack in so many bits; an r after it is for rotated keys, and sinks=4. kivi42r
+has keys of 4 and values of 2 bits.
 A name is followed by fields, separated by colons (no commas or brackets, so that a name survives shells
 and comma-separated lists). Fields of KIVI are those of `kivi()`. With `scope`, `decode=` and `prompt=` name
 selectors; `prompt_NAME` is a field of the prompt selector, `pool_NAME` (pool_bits=4) one of the pool's
@@ -16,13 +18,18 @@ from collections.abc import Sequence
 from typing import Any
 
 from kivi_jax.cache.decode_selectors import Adaptive, Discontinuous, Slide
+from kivi_jax.cache.kivi import KiviQuantization
 from kivi_jax.cache.prompt_selectors import KeepAll, PyramidInfer, PyramidKV, SnapKV
 from kivi_jax.cache.stores import PoolQuantization
 from kivi_jax.cache.strategy import CacheStrategy, full, kivi, scope
 from kivi_jax.cache.unified_selectors import H2O, StreamingLLM
 
-KIVI_BITS = {"kivi1": 1, "kivi2": 2, "kivi4": 4, "kivi8": 8}
-NAMES = ("full", *KIVI_BITS, "scope", *(f"{name}+scope" for name in KIVI_BITS))
+_KIVI: dict[str, dict[str, Any]] = {
+    **{f"kivi{bits}": {"bits": bits} for bits in (1, 2, 4, 8)},
+    **{f"kivi{bits}r": {"bits": bits, "rotate_keys": True, "sinks": 4} for bits in (1, 2, 4, 8)},
+    "kivi42r": {"key_bits": 4, "value_bits": 2, "rotate_keys": True, "sinks": 4},
+}
+NAMES = ("full", *_KIVI, "scope", *(f"{name}+scope" for name in _KIVI))
 DECODE = {
     "slide": Slide,
     "adaptive": Adaptive,
@@ -43,7 +50,7 @@ WORDS = {  # fields whose values are not numbers
     "scale_dtype": ("float16", "bfloat16", "float32"),
     "pooling": ("average", "max"),
 }
-_KIVI_FIELDS = set(inspect.signature(kivi).parameters) - {"bits", "prompt", "decode", "pool"}
+_KIVI_FIELDS = set(inspect.signature(kivi).parameters) - {"bits", "rotate_keys", "prompt", "decode", "pool"}
 
 
 def parse_cache(text: str) -> CacheStrategy:
@@ -59,7 +66,7 @@ def parse_cache(text: str) -> CacheStrategy:
         raise ValueError(f"unknown cache {name!r}: choose one of {', '.join(NAMES)}")
     options = _read_fields(fields, text)
     base, _, plus = name.partition("+")
-    quantized = {key: options.pop(key) for key in list(options) if base in KIVI_BITS and key in _KIVI_FIELDS}
+    quantized = {key: options.pop(key) for key in list(options) if base in _KIVI and key in _KIVI_FIELDS}
     selectors: dict[str, Any] = {}
     if "scope" in (base, plus):
         prompt = _take(options, "prompt_")
@@ -69,11 +76,11 @@ def parse_cache(text: str) -> CacheStrategy:
         selectors["decode"] = _selector(DECODE, options.pop("decode", "slide"), options, text)
         options = {}
     if options:
-        known = ", ".join(sorted(_KIVI_FIELDS)) if base in KIVI_BITS else "none"
+        known = ", ".join(sorted(_KIVI_FIELDS)) if base in _KIVI else "none"
         raise ValueError(f"cache {text!r}: {name} has no field {', '.join(options)}; its fields: {known}")
-    if base in KIVI_BITS:
+    if base in _KIVI:
         _check_values(quantized, text)
-        return kivi(KIVI_BITS[base], **quantized, **selectors)
+        return kivi(**{**_KIVI[base], **quantized}, **selectors)
     return scope(**selectors) if base == "scope" else full()
 
 
@@ -98,8 +105,7 @@ def cache_name(strategy: CacheStrategy) -> str:
     """
     name, fields = "", []
     if (packed := strategy.quantization) is not None:
-        name = f"kivi{packed.key_bits}"
-        fields += _changed(_kivi_fields(packed), _kivi_fields(kivi(packed.key_bits).quantization), "")
+        name, fields = _kivi_name(packed)
     keeps_all = KeepAll()
     if strategy.prompt != keeps_all or strategy.decode != keeps_all or strategy.pool is not None:
         name = f"{name}+scope" if name else "scope"
@@ -118,6 +124,16 @@ def _selector_name(kinds: dict[str, Any], selector: Any, default: str, prefix: s
     named = f"{default.partition('=')[0]}={kind}"
     usual = {field.name: field.default for field in dataclasses.fields(selector)}
     return [named] * (named != default) + _changed(vars(selector), usual, prefix)
+
+
+def _kivi_name(packed: KiviQuantization) -> tuple[str, list[str]]:
+    """The name that needs the fewest fields beside it, of equals that with the keys' bits; and the fields."""
+    changed = {
+        name: _changed(_kivi_fields(packed), _kivi_fields(kivi(**usual).quantization), "")
+        for name, usual in _KIVI.items()
+        if usual.get("rotate_keys", False) == packed.rotate_keys
+    }
+    return min(changed.items(), key=lambda item: (len(item[1]), f"{packed.key_bits}" not in item[0]))
 
 
 def _kivi_fields(quantization: Any) -> dict[str, Any]:

@@ -60,12 +60,23 @@ class PromptSelector(ABC):
         return jnp.minimum(lengths, self.budget)
 
     def select(
-        self, weights: Float[Array, "B K P"], lengths: Int[Array, "B"], layer: int, layers: int
+        self,
+        weights: Float[Array, "B K P"],
+        lengths: Int[Array, "B"],
+        layer: int,
+        layers: int,
+        *,
+        first: int = 0,
     ) -> tuple[Int[Array, "B K M"], Int[Array, "B"]]:
-        """Kept positions, ascending, M = `most(layer, layers, P)`; and how many of them count per row."""
+        """Kept positions, ascending, M = `most(layer, layers, P)`; and how many of them count per row.
+
+        The row's `first` tokens are among them, whatever their rank.
+        """
         most = self.most(layer, layers, weights.shape[2])
         kept = self.kept(lengths, layer, layers)
-        return keep_best(self.rank(weights, lengths), lengths, kept, recent=self.newest, most=most)
+        is_first = jnp.arange(weights.shape[2])[None, None] < first
+        score = jnp.where(is_first, jnp.inf, self.rank(weights, lengths))
+        return keep_best(score, lengths, kept, recent=self.newest, most=most)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,13 +226,15 @@ def keep_best(
 ) -> tuple[Int[Array, "B K M"], Int[Array, "B"]]:
     """The last `recent` tokens of each row and the best of the others, `budget[b]` <= M = `most` in all.
 
-    Positions are ascending; those past a row's budget are P - 1 and do not count.
+    A token of infinite score stays before all others. Positions are ascending; those past a row's budget are
+    P - 1 and do not count.
     """
     width = score.shape[2]
     position = jnp.arange(width)[None, None]
     real = position < lengths[:, None, None]
     kept_anyway = real & (position >= (lengths - recent)[:, None, None])
-    score = jnp.where(kept_anyway, jnp.inf, jnp.where(real, score, -jnp.inf))
+    newest = jnp.where(score < jnp.inf, jnp.finfo(score.dtype).max, score)
+    score = jnp.where(kept_anyway, newest, jnp.where(real, score, -jnp.inf))
     # top_k prefers the lower index of equals: reversed, that is the newer token.
     best = width - 1 - jax.lax.top_k(score[:, :, ::-1], most)[1]
     counts = jnp.arange(most)[None, None] < budget[:, None, None]

@@ -85,13 +85,12 @@ def first_visible(lengths: Int[Array, "B"], window: int | None) -> Int[Array, "B
 
 def set_slot(
     ring: Float[Array, "B K S H"],
-    position: Int[Array, "B"],
+    slot: Int[Array, "B"],
     token: Float[Array, "B K H"],
     write: Bool[Array, "B"],
 ) -> Float[Array, "B K S H"]:
-    """The ring after token number `position[b]` of each row has been written, where `write[b]`."""
-    slots = ring.shape[2]
-    slot = jnp.where(write, position % slots, slots)  # out of bounds: dropped
+    """The ring after a token of each row has been written to `slot[b]`, where `write[b]`."""
+    slot = jnp.where(write, slot, ring.shape[2])  # out of bounds: dropped
     return ring.at[jnp.arange(slot.shape[0]), :, slot].set(token.astype(ring.dtype), mode="drop")
 
 

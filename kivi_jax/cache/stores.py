@@ -73,7 +73,7 @@ class TokenStore(Protocol):
         ...
 
     def turn(self, query: Float[Array, "B N H"]) -> Float[Array, "B N H"]:
-        """A query in the basis that keys are held in."""
+        """A query, or a key, in the basis that keys are held in."""
         ...
 
     def put(
@@ -123,6 +123,7 @@ class PackedStore:
     values: QuantizedTensor
     kv_heads: int = static()
     dtype: str = static()  # that tokens are read in
+    rotates: bool = static()  # whether the transform is the store's to do: not where keys come turned
 
     @classmethod
     def of(
@@ -131,6 +132,8 @@ class PackedStore:
         values: Float[Array, "B K M H"],
         slots: int,
         packing: PoolQuantization,
+        *,
+        rotates: bool,
     ) -> "PackedStore":
         """A store of at least `slots` slots, the first M of which hold the given tokens."""
         batch, kv_heads, _, dim = keys.shape
@@ -147,7 +150,8 @@ class PackedStore:
                 scale_dtype=packing.scale_dtype,
             )
 
-        return cls(pack(_rotate(keys)), pack(values), kv_heads, keys.dtype.name)
+        turned = rotate(keys) if rotates else keys
+        return cls(pack(turned), pack(values), kv_heads, keys.dtype.name, rotates)
 
     def read(self) -> tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]]:
         """See `TokenStore`: dequantized, which a pool's bound keeps small."""
@@ -159,7 +163,7 @@ class PackedStore:
 
     def turn(self, query: Float[Array, "B N H"]) -> Float[Array, "B N H"]:
         """See `TokenStore`."""
-        return _rotate(query)
+        return rotate(query) if self.rotates else query
 
     def put(
         self, slot: Int[Array, "B K"], key: Float[Array, "B K H"], value: Float[Array, "B K H"]
@@ -170,8 +174,8 @@ class PackedStore:
             # A pool's last page may have more slots than the pool: "past the last" is past the store.
             return set_token(held, slot.reshape(-1), new.reshape(slot.size, 1, -1))
 
-        return PackedStore(
-            set_slot(self.keys, _rotate(key)), set_slot(self.values, value), self.kv_heads, self.dtype
+        return dataclasses.replace(
+            self, keys=set_slot(self.keys, self.turn(key)), values=set_slot(self.values, value)
         )
 
 
@@ -184,7 +188,8 @@ def hadamard(size: int) -> Float[np.ndarray, "size size"]:
     return np.kron(np.eye(size // power), block) / np.sqrt(power)
 
 
-def _rotate(x: Float[Array, "*B H"]) -> Float[Array, "*B H"]:
+def rotate(x: Float[Array, "*B H"]) -> Float[Array, "*B H"]:
+    """`x . hadamard`: scores of queries and keys that are both rotated are what they were."""
     matrix = jnp.asarray(hadamard(x.shape[-1]), jnp.float32)
     return jnp.matmul(x.astype(jnp.float32), matrix, precision="highest").astype(x.dtype)
 

@@ -15,7 +15,14 @@ from kivi_jax.cache.kivi import KiviQuantization, KiviTokens
 from kivi_jax.cache.pool import TokenPool
 from kivi_jax.cache.prompt_selectors import KeepAll, PromptSelector
 from kivi_jax.cache.segments import Segment, Step
-from kivi_jax.cache.stores import DEFAULT_GROUP, DenseStore, PackedStore, PoolQuantization, ScaleDtype
+from kivi_jax.cache.stores import (
+    DEFAULT_GROUP,
+    DenseStore,
+    PackedStore,
+    PoolQuantization,
+    ScaleDtype,
+    rotate,
+)
 from kivi_jax.checks import warn_once
 from kivi_jax.config import ModelConfig
 from pallas_kernels.pytree import pytree, static
@@ -66,11 +73,29 @@ class CacheStrategy:
                 f"{self.decode} keeps prompt and output in one full-precision pool, so nothing would be "
                 "packed: use scope(...), or a decode selector of SCOPE such as Slide"
             )
+        if self.prompt != KeepAll() and self.prompt.budget < self.sinks + self.prompt.newest:
+            raise ValueError(
+                f"{self.prompt} has no room for the first {self.sinks} tokens beside the newest "
+                f"{self.prompt.newest}: give it a budget of at least {self.sinks + self.prompt.newest}"
+            )
 
     @property
     def observed(self) -> int:
         """See `PromptSelector.observed`."""
         return self.prompt.observed
+
+    @property
+    def sinks(self) -> int:
+        """How many of a text's first tokens are held in full precision, and kept by any prompt selector."""
+        return 0 if self.quantization is None else self.quantization.sinks
+
+    @property
+    def _rotates(self) -> bool:
+        return self.quantization is not None and self.quantization.rotate_keys
+
+    def turn(self, queries_or_keys: Float[Array, "*B H"]) -> Float[Array, "*B H"]:
+        """Queries or keys, after RoPE, in the basis in which segments take them."""
+        return rotate(queries_or_keys) if self._rotates else queries_or_keys
 
     @property
     def _unified(self) -> bool:
@@ -138,9 +163,12 @@ class CacheStrategy:
         keys, values, kept, positions = prompt.keys, prompt.values, prompt.lengths, None
         if window is None and not self.prompt.keeps_all(width):
             most = self.prompt.most(layer, layers, width)
-            positions, kept = self.prompt.select(prompt.weights, prompt.lengths, layer, layers)
+            positions, kept = self.prompt.select(
+                prompt.weights, prompt.lengths, layer, layers, first=self.sinks
+            )
             index = positions[..., None]
             keys, values = (jnp.take_along_axis(x, index, axis=2) for x in (keys, values))
+        keys = self.turn(keys)
         if window is not None or isinstance(self.decode, KeepAll):
             return (self._hold(keys, values, kept, capacity=capacity - width + most, window=window),)
         if self.decode.unified:
@@ -169,7 +197,7 @@ class CacheStrategy:
         if self.pool is None:
             store = DenseStore.of(keys, values, selector.slots)
         else:
-            store = PackedStore.of(keys, values, selector.slots, self.pool)
+            store = PackedStore.of(keys, values, selector.slots, self.pool, rotates=not self._rotates)
         return TokenPool.of(store, positions, kept, lengths, selector=selector)
 
     def _hold(
@@ -220,6 +248,8 @@ def kivi(
     key_group_size: int | None = None,
     value_group_size: int | None = None,
     scale_dtype: ScaleDtype = "float16",
+    rotate_keys: bool = False,
+    sinks: int = 0,
     prompt: PromptSelector | None = None,
     decode: DecodeSelector | KeepAll | None = None,
     pool: PoolQuantization | None = None,
@@ -233,6 +263,11 @@ def kivi(
             named shrink to a power of two that divides the model's heads.
         residual_length: R, the newest tokens kept in full precision; a multiple of the key group.
         scale_dtype: how scales and zeros are stored.
+        rotate_keys: whether queries and keys are turned by a Hadamard matrix after RoPE. Scores stay what
+            they are, and outliers are spread over all channels.
+        sinks: how many of a text's first tokens stay in full precision: they are unlike all others, and
+            most attention goes to them. A layer with a window forgets them as it forgets any other token;
+            whatever a `prompt` selector drops, it is not these.
         prompt: which tokens of the prompt are packed; by default all. Selected in full precision.
         decode: a selector that bounds what is decoded, in a full-precision pool beside the packed prompt;
             by default decoded tokens are packed, too.
@@ -241,7 +276,8 @@ def kivi(
     Raises:
         ValueError: a number is out of range, or the key group does not divide the residual.
 
-    Source: KIVI (arXiv 2402.02750); its default is 2 bits, groups of 32, R = 128.
+    Source: KIVI (arXiv 2402.02750); its default is 2 bits, groups of 32, R = 128. Turned keys are QuaRot's
+    (2404.00456); first tokens apart, StreamingLLM's (2309.17453).
     """
     quantization = KiviQuantization(
         key_bits=bits if key_bits is None else key_bits,
@@ -250,6 +286,8 @@ def kivi(
         value_group_size=group_size if value_group_size is None else value_group_size,
         residual_length=residual_length,
         scale_dtype=scale_dtype,
+        rotate_keys=rotate_keys,
+        sinks=sinks,
     )
     return CacheStrategy(
         quantization=quantization, prompt=prompt or KeepAll(), decode=decode or KeepAll(), pool=pool
@@ -323,8 +361,8 @@ def repeat_row(cache: KVCache, rows: int) -> KVCache:
 def cache_bytes(cache: KVCache) -> dict[str, int]:
     """Bytes of the cache by part, from the arrays themselves; `total` is their sum.
 
-    `packed`: codes. `scales`: scales and zeros. `rings`: KIVI's residual. `dense`: full-precision tokens.
-    `pool`: tokens of a bounded decoding phase. `metadata`: lengths, positions, weights.
+    `packed`: codes. `scales`: scales and zeros. `rings`: KIVI's residual and sinks. `dense`: full-precision
+    tokens. `pool`: tokens of a bounded decoding phase. `metadata`: lengths, positions, weights.
     """
     parts: dict[str, int] = dict.fromkeys(("packed", "scales", "rings", "dense", "pool", "metadata"), 0)
     of_field = {

@@ -376,7 +376,9 @@ def _decode(
     layers: list[tuple[Segment, ...]] = []
     for index, (layer, segments) in enumerate(zip(model.layers, cache.layers, strict=True)):
         kind = model.config.first_like(index)
-        x, grown = _decode_layer(layer, x, segments, cache.lengths, active, model.config, kind)
+        x, grown = _decode_layer(
+            layer, x, segments, cache.lengths, active, model.config, cache.strategy, kind
+        )
         layers.append(grown)
     return model._logits(x[:, 0]), KVCache(
         caches.settle(layers, active),
@@ -387,7 +389,7 @@ def _decode(
 
 
 # Layers that differ in their parameters alone are traced and lowered once; XLA inlines the calls.
-@functools.partial(jax.jit, static_argnames=("config", "index"))
+@functools.partial(jax.jit, static_argnames=("config", "strategy", "index"))
 def _decode_layer(
     layer: Layer,
     x: Float[Array, "B 1 D"],
@@ -395,11 +397,13 @@ def _decode_layer(
     lengths: Int[Array, "B"],
     active: Bool[Array, "B"],
     config: ModelConfig,
+    strategy: CacheStrategy,
     index: int,
 ) -> tuple[Array, tuple[Segment, ...]]:
     """The residual stream after a layer that computes as number `index` does, and its cache."""
-    rotate = rotation(config, index, lengths + 1, lengths[:, None])
-    query, key, value = (part[:, 0] for part in layer.project(x, rotate))
+    rope = rotation(config, index, lengths + 1, lengths[:, None])
+    rotated = layer.project(x, lambda heads: strategy.turn(rope(heads)))
+    query, key, value = (part[:, 0] for part in rotated)
     held = (segment.attend(query) for segment in segments)
     attended = merge(*held, attend_token(query, key, value))
     x = layer.finish(x, normalize(attended)[:, None])

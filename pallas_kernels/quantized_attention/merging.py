@@ -61,7 +61,7 @@ def merge(
         jax.ShapeDtypeStruct((programs, case.heads, *own), jnp.float32) for own in ((case.dim,), (), ())
     ]
     return triton_call(
-        functools.partial(_merge, case, share),
+        functools.partial(_merge, case, share, 0 if residual is None else residual.sinks),
         name="quantized_attention_merge",
         grid=(programs, -(-case.heads // share.heads), -(-case.dim // share.channels)),
         in_specs=[of_program(array) for array in rest],
@@ -85,7 +85,9 @@ def _block(share: _Share, tokens: int) -> int:
     return min(_NUMBERS // share.channels, max(ROWS, power_of_two(tokens)))
 
 
-def _merge(case: Case, share: _Share, out_ref: Any, top_ref: Any, denom_ref: Any, *refs: Any) -> None:
+def _merge(
+    case: Case, share: _Share, sinks: int, out_ref: Any, top_ref: Any, denom_ref: Any, *refs: Any
+) -> None:
     """One program: some channels of some query heads of one (row, KV head)."""
     *recent, merged_ref, merged_top_ref, merged_denom_ref = refs
     row = jnp.arange(ROWS, dtype=jnp.int32)
@@ -95,7 +97,7 @@ def _merge(case: Case, share: _Share, out_ref: Any, top_ref: Any, denom_ref: Any
     real, inside = (row < share.heads) & (head < case.heads), channel < case.dim
     running = _fold_splits(case, share, first, head, channel, (out_ref, top_ref, denom_ref))
     if recent:
-        running = _fold_residual(case, share, running, head, real, channel, recent)
+        running = _fold_residual(case, share, sinks, running, head, real, channel, recent)
     mask = real[:, None] & inside[None, :]
     plt.store(merged_ref.at[head[:, None], channel[None, :]], running.out, mask=mask)
     # The same from every program that shares the channels.
@@ -129,13 +131,22 @@ def _fold_splits(case: Case, share: _Share, first: Array, head: Array, channel: 
 
 
 def _fold_residual(
-    case: Case, share: _Share, running: Running, head: Array, real: Array, channel: Array, refs: Any
+    case: Case,
+    share: _Share,
+    sinks: int,
+    running: Running,
+    head: Array,
+    real: Array,
+    channel: Array,
+    refs: Any,
 ) -> Running:
+    """The last `sinks` slots hold tokens -sinks to -1, before those of the ring (see `Ring`)."""
     query_ref, key_ref, value_ref, start_ref, end_ref = refs
     slots, dims = key_ref.shape[0], max(ROWS, power_of_two(case.dim))
     block = min(_MOST_KEYS, _block(share, slots))
     query = online_softmax.load_rows(query_ref, head, real, dims).astype(key_ref.dtype)
-    start, last = jnp.maximum(start_ref[0], 0), end_ref[0] - 1
+    start, last, ring = start_ref[0], end_ref[0] - 1, slots - sinks
+    newest = jnp.maximum(last, -1)  # in the ring, which is empty while the sinks fill
 
     def visit(i: Array, running: Running) -> Running:
         slot = i * block + jnp.arange(block, dtype=jnp.int32)
@@ -144,9 +155,12 @@ def _fold_residual(
         mask = present[:, None] & (channel < case.dim)[None, :]
         nothing = jnp.zeros(mask.shape, value_ref.dtype)
         value = plt.load(value_ref.at[slot[:, None], channel[None, :]], mask=mask, other=nothing)
-        token = last - jax.lax.rem(last - slot + slots, jnp.full_like(slot, slots))
+        token = newest - jax.lax.rem(newest - slot + ring, jnp.full_like(slot, ring))
+        token = jnp.where(slot < ring, token, slot - slots)
+        lowest = jnp.where(slot < ring, jnp.maximum(start, 0), start)
+        seen = present & (token >= lowest) & (token <= last)
         score = online_softmax.dot(query, key, trans_b=True) * (case.scale * LOG2E)
-        score = jnp.where((present & (token >= start))[None, :], score, NO_SCORE)
+        score = jnp.where(seen[None, :], score, NO_SCORE)
         return online_softmax.fold(running, score, value, interpret=case.interpret)
 
     return jax.lax.fori_loop(0, -(-slots // block), visit, running)

@@ -23,6 +23,7 @@ from jaxtyping import Array, Bool, Float, Int
 from pallas_kernels.quantize import groups
 from pallas_kernels.quantize.packing import PAGE, pack_planes, split_channels
 from pallas_kernels.quantize.quantization import QuantizedTensor
+from pallas_kernels.residual.ring import Ring
 from pallas_kernels.triton_call import check_powers_of_two, triton_call
 
 _ALL = slice(None)
@@ -31,18 +32,16 @@ _quantize_groups = functools.partial(groups.quantize_groups, to_code=groups.roun
 
 def take_token(
     values: QuantizedTensor,
-    key_ring: Float[Array, "B K R H"],
-    value_ring: Float[Array, "B K R H"],
+    ring: Ring,
     key: Float[Array, "B K H"],
     value: Float[Array, "B K H"],
-    lengths: Int[Array, "B"],
     active: Bool[Array, "B"],
     *,
     interpret: bool = False,
 ) -> tuple[QuantizedTensor, Array, Array]:
-    """`values` and the rings after a token joined those of active rows, of `lengths` tokens before it.
+    """`values` and the ring's keys and values after token `ring.end` of active rows has joined it.
 
-    The value that it displaces from its ring, token `lengths - R`, is packed into `values`.
+    The value that it displaces from the ring, token `ring.end - R`, is packed into `values`.
 
     Raises:
         NotImplementedError: a group or head size that the kernel has no block for.
@@ -57,42 +56,42 @@ def take_token(
         return x.reshape(*x.shape[:-1], *axes)
 
     stores = (
-        cut(key_ring),
-        cut(value_ring),
+        cut(ring.keys),
+        cut(ring.values),
         values.words.reshape(*values.words.shape[:2], pages, *axes[2:], PAGE),
         *(x.reshape(*x.shape[:2], pages, sets, shared, PAGE) for x in (values.scale, values.zero)),
     )
-    token = (cut(key.astype(key_ring.dtype)), cut(value.astype(value_ring.dtype)))
+    token = (cut(key.astype(ring.keys.dtype)), cut(value.astype(ring.values.dtype)))
     keys, held, *packed = _in_place(
-        functools.partial(_take_token, values.bits),
+        functools.partial(_take_token, values.bits, ring.sinks),
         stores,
         token,
-        lengths,
+        ring.end,
         active,
         parts=1,
         warps=1,
         name="take_token",
         interpret=interpret,
     )
-    return _holding(values, *packed), keys.reshape(key_ring.shape), held.reshape(value_ring.shape)
+    return _holding(values, *packed), keys.reshape(ring.keys.shape), held.reshape(ring.values.shape)
 
 
 def pack_block(
     keys: QuantizedTensor,
-    key_ring: Float[Array, "B K R H"],
-    lengths: Int[Array, "B"],
+    ring: Ring,
     due: Bool[Array, "B"],
     *,
     interpret: bool = False,
 ) -> tuple[QuantizedTensor, Array]:
-    """`keys` with the rings of the rows that are due, and these as `keys` denotes them.
+    """`keys` with the ring's of the rows that are due, and the ring's keys as `keys` denotes them.
 
-    A ring holds the R tokens before `lengths`, a multiple of R where it is due.
+    `ring.end` is a positive multiple of R where a row is due.
 
     Raises:
         NotImplementedError: a group or head size that the kernel has no block for.
     """
-    channels, group = key_ring.shape[-1], keys.group_size
+    slots, channels = ring.keys.shape[2:]
+    group = keys.group_size
     check_powers_of_two(channels, group)
     words, planes = keys.words.shape[-1], 8 // keys.bits
 
@@ -100,22 +99,23 @@ def pack_block(
         return x.reshape(*x.shape[:2], -1, rows, *rest)
 
     stores = (
-        cut(key_ring, group, planes, words),
+        ring.keys.reshape(*ring.keys.shape[:2], slots, planes, words),
         cut(keys.words, group, words),
         *(cut(x, planes, words) for x in (keys.scale, keys.zero)),
     )
-    ring, *packed = _in_place(
-        functools.partial(_pack_block, keys.bits),
+    parts = (slots - ring.sinks) // group
+    key_ring, *packed = _in_place(
+        functools.partial(_pack_block, keys.bits, parts),
         stores,
         (),
-        lengths,
+        ring.end,
         due,
-        parts=stores[0].shape[2],
+        parts=parts,
         warps=_warps(group * words),
         name="pack_block",
         interpret=interpret,
     )
-    return _holding(keys, *packed), ring.reshape(key_ring.shape)
+    return _holding(keys, *packed), key_ring.reshape(ring.keys.shape)
 
 
 def _holding(tensor: QuantizedTensor, words: Array, scale: Array, zero: Array) -> QuantizedTensor:
@@ -163,16 +163,19 @@ def _in_place(
 
 
 def _take_token(
-    bits: int, length_ref: Any, active_ref: Any, key_ref: Any, value_ref: Any, *refs: Any
+    bits: int, sinks: int, end_ref: Any, active_ref: Any, key_ref: Any, value_ref: Any, *refs: Any
 ) -> None:
     """One program: the token of one row and head, [sets of planes, planes, groups of a plane, channels].
 
     Without branches, and everything is read first: what it waits for is memory's latency, once.
     """
     key_ring_ref, value_ring_ref, words_ref, scale_ref, zero_ref = refs[len(refs) // 2 :]
-    residual, sets, members = value_ring_ref.shape[:3]
-    length, active = length_ref[0], active_ref[0] != 0
-    slot, leaving = jax.lax.rem(length, residual), length - residual
+    slots, sets, members = value_ring_ref.shape[:3]
+    residual = slots - sinks
+    end, active = end_ref[0], active_ref[0] != 0
+    slot, leaving = jax.lax.rem(end, residual), end - residual
+    if sinks:
+        slot = jnp.where(end < 0, end + slots, slot)
     parts = list(itertools.product(range(sets), range(members)))
     token = [(key_ref[part], value_ref[part]) for part in parts]
     displaced = [value_ring_ref[slot, *part] for part in parts]
@@ -199,22 +202,23 @@ def _take_token(
     store(pack_planes(planes, bits), full, words_ref, page, _ALL, _ALL, lane)
 
 
-def _pack_block(bits: int, length_ref: Any, due_ref: Any, *refs: Any) -> None:
-    """One program: a group of the ring of one row and head, [groups, tokens, planes, channels of a plane]."""
+def _pack_block(bits: int, parts: int, end_ref: Any, due_ref: Any, *refs: Any) -> None:
+    """One program: a group of the ring of one row and head, [tokens, planes, channels of a plane]."""
     ring_ref, words_ref, scale_ref, zero_ref = refs[len(refs) // 2 :]
-    groups, tokens, planes = ring_ref.shape[:3]
+    tokens, planes = words_ref.shape[1], ring_ref.shape[1]
     i = pl.program_id(2)
+    group = pl.ds(i * tokens, tokens)
 
     @pl.when(due_ref[0] != 0)
     def _pack() -> None:
-        at = jax.lax.rem(jax.lax.div(length_ref[0], tokens) - groups + i, words_ref.shape[0])
+        at = jax.lax.rem(jax.lax.div(end_ref[0], tokens) - parts + i, words_ref.shape[0])
         coded = []
         for j in range(planes):
-            (codes,), scale, zero = _quantize_groups([ring_ref[i, :, j]], 0, bits, scale_ref.dtype)
+            (codes,), scale, zero = _quantize_groups([ring_ref[group, j]], 0, bits, scale_ref.dtype)
             scale_ref[at, j], zero_ref[at, j] = scale, zero
             scale, zero = scale.astype(jnp.float32)[None], zero.astype(jnp.float32)[None]
             seen = codes.astype(jnp.float32) * scale + zero
-            ring_ref[i, :, j] = seen.astype(ring_ref.dtype)
+            ring_ref[group, j] = seen.astype(ring_ref.dtype)
             coded.append(codes)
         words_ref[at] = pack_planes(coded, bits)
 

@@ -4,27 +4,34 @@ A buffer that never overflows is a ring that never wraps, so one formula serves 
 window and KIVI's residual.
 """
 
-from typing import NamedTuple
-
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
 from pallas_kernels import partials
 from pallas_kernels.partials import AttentionPartial
+from pallas_kernels.pytree import pytree, static
+
+NO_TOKEN = jnp.iinfo(jnp.int32).min
 
 
-class Ring(NamedTuple):
-    """The newest S tokens before `end[b]` of each row, in full precision."""
+@pytree
+class Ring:
+    """The newest S - `sinks` tokens before `end[b]` of each row, in full precision, and its first ones.
+
+    The last `sinks` slots are no part of the ring: they hold the tokens that come before token 0 and are
+    numbered -sinks to -1. So everything that counts tokens, packed ones too, starts behind them.
+    """
 
     keys: Float[Array, "B K S H"]
     values: Float[Array, "B K S H"]
     end: Int[Array, "B"]
+    sinks: int = static(default=0)
 
     def attend(
         self, query: Float[Array, "B N H"], *, start: Int[Array, "B"], scale: float
     ) -> AttentionPartial:
         """Attention over those of its tokens that are not before `start`."""
-        visible = newest_token(self.end, self.keys.shape[2]) >= jnp.maximum(start, 0)[:, None]
+        visible = held_tokens(self.end, self.keys.shape[2], self.sinks) >= start[:, None]
         return partials.attend(query, self.keys, self.values, visible[:, None], scale=scale)
 
 
@@ -37,6 +44,19 @@ def newest_token(end: Int[Array, "B"], slots: int, slot: Int[Array, "s"] | None 
         slot = jnp.arange(slots)
     last = end[:, None] - 1
     return last - (last - slot[None, :]) % slots
+
+
+def held_tokens(end: Int[Array, "B"], slots: int, sinks: int = 0) -> Int[Array, "B S"]:
+    """The token in each slot of a `Ring`, `NO_TOKEN` where there is none."""
+    newest = newest_token(end, slots - sinks)
+    newest = jnp.where(newest >= 0, newest, NO_TOKEN)
+    first = jnp.arange(-sinks, 0, dtype=end.dtype)[None]
+    return jnp.concatenate([newest, jnp.where(first < end[:, None], first, NO_TOKEN)], axis=1)
+
+
+def slot_of(token: Int[Array, "B"], slots: int, sinks: int = 0) -> Int[Array, "B"]:
+    """Where a `Ring` of so many slots holds a token."""
+    return jnp.where(token < 0, slots + token, token % (slots - sinks))
 
 
 def fill(tokens: Shaped[Array, "B K P H"], end: Int[Array, "B"], slots: int) -> Shaped[Array, "B K slots H"]:

@@ -23,9 +23,23 @@ def attention(query: np.ndarray, keys: list[np.ndarray], values: list[np.ndarray
 
 
 class ListKivi:
-    """One row and KV head: four growing lists, exactly as the paper keeps them."""
+    """One row and KV head: four growing lists, exactly as the paper keeps them.
 
-    def __init__(self, key_bits: int, value_bits: int, key_group: int, value_group: int, residual: int):
+    The first `sinks` tokens go to lists of their own, of which the others know nothing.
+    """
+
+    def __init__(
+        self,
+        key_bits: int,
+        value_bits: int,
+        key_group: int,
+        value_group: int,
+        residual: int,
+        sinks: int = 0,
+    ):
+        self.sinks = sinks
+        self.first_keys: list[np.ndarray] = []
+        self.first_values: list[np.ndarray] = []
         self.key_bits, self.value_bits = key_bits, value_bits
         self.key_group, self.value_group, self.residual = key_group, value_group, residual
         self.packed_keys: list[np.ndarray] = []
@@ -35,6 +49,10 @@ class ListKivi:
 
     def append(self, key: np.ndarray, value: np.ndarray) -> None:
         """Take a token, then pack a full block of keys and the value that leaves the residual."""
+        if len(self.first_keys) < self.sinks:
+            self.first_keys.append(np.asarray(key, np.float64))
+            self.first_values.append(np.asarray(value, np.float64))
+            return
         self.full_keys.append(np.asarray(key, np.float64))
         self.full_values.append(np.asarray(value, np.float64))
         if len(self.full_keys) == self.residual:
@@ -52,7 +70,10 @@ class ListKivi:
 
     def tokens(self) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """Keys and values as attention sees them, in the order of the tokens."""
-        return self.packed_keys + self.full_keys, self.packed_values + self.full_values
+        return (
+            self.first_keys + self.packed_keys + self.full_keys,
+            self.first_values + self.packed_values + self.full_values,
+        )
 
     def attend(self, query: np.ndarray, window: int | None = None) -> np.ndarray:
         """Attention of the next token's query, its own key and value left out."""

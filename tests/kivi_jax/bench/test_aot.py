@@ -54,8 +54,8 @@ def test_the_steps_other_kernels_do_not_spill(dim, rows, sm):
         start, active = jnp.zeros_like(length), length > 0
         residual = Ring(ring, ring, length)
         attend = functools.partial(pallas_triton.attend, start=start, end=length, scale=dim**-0.5)
-        taken = residual_kernel.take_token(value, ring, ring, token, token, length, active)
-        packed = residual_kernel.pack_block(key, ring, length, active)
+        taken = residual_kernel.take_token(value, residual, token, token, active)
+        packed = residual_kernel.pack_block(key, residual, active)
         return attend(query, key, value, residual=residual), taken, packed
 
     query, key, value = jax.eval_shape(lambda: (case.query(), *case.pack(*case.dense()[1:])))

@@ -1,5 +1,7 @@
 """The pool against lists that are physically pruned, and against the recorded original SCOPE."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -234,11 +236,10 @@ def test_ties_keep_the_newer_token():
 def test_a_packed_pool_holds_what_it_was_given(bits, error):
     """Outlier channel included, slots reused many times, rows that end: nearer with more bits."""
     selector, dim = Slide(window=12, recent=8), 32
+    packed = functools.partial(PackedStore.of, rotates=True)
     draw = np.random.default_rng(3)
     n = jnp.asarray([0, 0])
-    segments = (
-        empty_pool(n, HEADS, dim, selector, PackedStore.of, PoolQuantization(bits=bits, group_size=16)),
-    )
+    segments = (empty_pool(n, HEADS, dim, selector, packed, PoolQuantization(bits=bits, group_size=16)),)
     keys, values = draw.normal(size=(2, 40, 2, HEADS, dim)).astype(np.float32)
     keys[..., 5] += 12  # as keys of real models have
     for t in range(40):

@@ -59,27 +59,36 @@ def kivi_tokens(keys, values, lengths, *, capacity, window=None, **options):
     return from_prompt(keys, values, jnp.asarray(lengths), quantization, capacity=capacity, window=window)
 
 
-def list_kivi(keys, values, tokens, *, key_bits=2, value_bits=4, key_group=4, value_group=4, residual=8):
-    row = ListKivi(key_bits, value_bits, key_group, value_group, residual)
+def list_kivi(
+    keys, values, tokens, *, key_bits=2, value_bits=4, key_group=4, value_group=4, residual=8, sinks=0
+):
+    row = ListKivi(key_bits, value_bits, key_group, value_group, residual, sinks)
     for t in range(tokens):
         row.append(keys[t], values[t])
     return row
 
 
 @pytest.mark.parametrize(
-    ("bits", "key_group", "value_group", "residual"),
+    ("bits", "key_group", "value_group", "residual", "sinks"),
     [
-        ((2, 4), 4, 8, 8),
-        ((8, 8), 1, 1, 1),
+        ((2, 4), 4, 8, 8, 0),
+        ((8, 8), 1, 1, 1, 0),
+        ((2, 4), 4, 8, 8, 11),  # more sinks than residual
         *(
             pytest.param(*case, marks=pytest.mark.slow)
-            for case in (((2, 2), 2, 2, 6), ((4, 2), 8, 4, 8), ((1, 4), 4, 4, 12))
+            for case in (
+                ((2, 2), 2, 2, 6, 0),
+                ((4, 2), 8, 4, 8, 0),
+                ((1, 4), 4, 4, 12, 0),
+                ((2, 4), 4, 4, 8, 3),
+                ((4, 8), 1, 1, 1, 24),  # and than any prompt
+            )
         ),
     ],
 )
 @settings(max_examples=12, deadline=None)
 @given(lengths=st.lists(st.integers(1, 21), min_size=BATCH, max_size=BATCH), steps=st.integers(0, 19))
-def test_kivi_denotes_what_the_lists_hold(bits, key_group, value_group, residual, lengths, steps):
+def test_kivi_denotes_what_the_lists_hold(bits, key_group, value_group, residual, sinks, lengths, steps):
     """Any prompt length and number of steps: the same tokens, and the same attention."""
     keys, values = random((BATCH, KV_HEADS, 40, 8), 0), random((BATCH, KV_HEADS, 40, 8), 1)
     query = random((BATCH, KV_HEADS * GROUPS, 8), 2)
@@ -93,6 +102,7 @@ def test_kivi_denotes_what_the_lists_hold(bits, key_group, value_group, residual
         key_group_size=key_group,
         value_group_size=value_group,
         residual_length=residual,
+        sinks=sinks,
     )
     segment = stream(segment, keys, values, steps)
     held = segment.materialize()
@@ -112,6 +122,7 @@ def test_kivi_denotes_what_the_lists_hold(bits, key_group, value_group, residual
                 key_group=key_group,
                 value_group=value_group,
                 residual=residual,
+                sinks=sinks,
             )
             for seen, expected in zip((held.key, held.value), row.tokens(), strict=True):
                 np.testing.assert_allclose(seen[b, k, order], np.array(expected), atol=2e-6)
@@ -120,11 +131,11 @@ def test_kivi_denotes_what_the_lists_hold(bits, key_group, value_group, residual
                 np.testing.assert_allclose(out[b, head], row.attend(query[b, head]), atol=1e-5)
 
 
-@pytest.mark.parametrize("dense", [True, False])
+@pytest.mark.parametrize(("dense", "sinks"), [(True, 0), (False, 0), (False, 3)])
 @pytest.mark.parametrize("window", [1, 7, 24])
 @settings(max_examples=8, deadline=None)
 @given(lengths=st.lists(st.integers(1, 30), min_size=BATCH, max_size=BATCH), steps=st.integers(0, 60))
-def test_window_sees_the_last_tokens_and_holds_few(dense, window, lengths, steps):
+def test_window_sees_the_last_tokens_and_holds_few(dense, sinks, window, lengths, steps):
     """Beyond the window nothing is seen, and the buffers do not grow with the length."""
     keys, values = random((BATCH, KV_HEADS, 90, 8), 3), random((BATCH, KV_HEADS, 90, 8), 4)
     query = random((BATCH, KV_HEADS, 8), 5)
@@ -133,7 +144,7 @@ def test_window_sees_the_last_tokens_and_holds_few(dense, window, lengths, steps
         segment = DenseTokens.from_prompt(*prompt, jnp.asarray(lengths), capacity=90, window=window)
         assert segment.keys.shape[2] == window
     else:
-        segment = kivi_tokens(*prompt, lengths, capacity=90, window=window)
+        segment = kivi_tokens(*prompt, lengths, capacity=90, window=window, sinks=sinks)
         assert segment.keys.shape[2] == -(-(window + 8) // 32) * 32
     segment = stream(segment, keys, values, steps)
     out = attend(segment, query)
@@ -148,7 +159,7 @@ def test_window_sees_the_last_tokens_and_holds_few(dense, window, lengths, steps
                     list(np.asarray(values[b, k, first:n], np.float64)),
                 )
             else:
-                expected = list_kivi(keys[b, k], values[b, k], n).attend(query[b, k], window)
+                expected = list_kivi(keys[b, k], values[b, k], n, sinks=sinks).attend(query[b, k], window)
             np.testing.assert_allclose(out[b, k], expected, atol=1e-5)
 
 

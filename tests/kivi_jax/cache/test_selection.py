@@ -83,6 +83,16 @@ def test_kept_prompt_tokens_equal_the_original(shared, case, selector, layers):
             assert set(positions[0, head, : kept[0]].tolist()) == expected
 
 
+@pytest.mark.parametrize("selector", [kj.H2O(budget=10, recent=4), kj.PyramidInfer(budget=10, window=4)])
+def test_first_tokens_stay_whatever_their_rank(selector):
+    """Those that a cache holds as sinks; where a layer's budget is too small, before its newest."""
+    weights = jnp.arange(40.0)[None, None] * jnp.ones((2, 3, 1))
+    for layer in range(4):
+        positions, kept = selector.select(weights, jnp.asarray([40, 2]), layer, 4, first=3)
+        assert positions[0, :, :3].tolist() == [[0, 1, 2]] * 3
+        assert positions[1, 0, : kept[1]].tolist() == [0, 1]
+
+
 def test_pooling_is_over_neighbours_before_the_window():
     weights = jnp.asarray(np.random.default_rng(1).random((1, 1, 12)), jnp.float32)
     end = jnp.asarray([9])

@@ -33,7 +33,7 @@ CACHES = {
         pool=kj.PoolQuantization(bits=4, group_size=8),
     ),
     "unified": kj.scope(prompt=kj.H2O(budget=16, recent=4), decode=kj.H2O(budget=24, recent=4)),
-    "selected kivi": kj.kivi(4, 8, 8, prompt=kj.SnapKV(budget=20, window=4)),
+    "selected kivi": kj.kivi(4, 8, 8, rotate_keys=True, sinks=3, prompt=kj.SnapKV(budget=20, window=4)),
 }
 P, LENGTHS, Q, QUESTIONS, NEW = 40, np.array([40, 17]), 7, np.array([7, 0]), 12
 ENOUGH = P + Q + NEW
@@ -279,6 +279,7 @@ NAMED = {
     "mixed": kj.kivi(4, value_bits=2, key_group_size=64, scale_dtype="bfloat16"),
     "default pool": kj.kivi(8, decode=SLIDE, pool=kj.PoolQuantization()),
     "unused pool": kj.kivi(2, pool=kj.PoolQuantization(bits=8)),
+    "keys and values": kj.kivi(key_bits=4, value_bits=2, rotate_keys=True, sinks=8),
     "sinks": kj.scope(prompt=kj.StreamingLLM(sinks=2, recent=8), decode=kj.Slide()),
     "infer": kj.scope(prompt=kj.PyramidInfer(budget=99, beta=10), decode=kj.KeepAll()),
     "max": kj.scope(prompt=kj.SnapKV(budget=99, pooling="max"), decode=kj.Adaptive(max_new_tokens=4096)),
@@ -291,12 +292,8 @@ def test_a_cache_is_read_from_its_name(kind):
 
 
 def test_names_are_short():
-    assert [cache_name(parse_cache(name)) for name in ("full", "kivi2", "scope", "kivi4+scope")] == [
-        "full",
-        "kivi2",
-        "scope",
-        "kivi4+scope",
-    ]
+    names = ["full", "kivi2", "kivi2r", "kivi42r", "scope", "kivi4+scope"]
+    assert [cache_name(parse_cache(name)) for name in names] == names
 
 
 def test_a_selector_of_ones_own_has_no_name():

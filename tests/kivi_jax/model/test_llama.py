@@ -16,6 +16,7 @@ from tests.models import config, random_llama, stories
 STRATEGIES = {
     "full": kj.full(),
     "kivi2": kj.kivi(2, 8, 16),
+    "kivi2r": kj.kivi(2, 8, 16, rotate_keys=True, sinks=3),
     "kivi4": kj.kivi(key_bits=4, value_bits=2, key_group_size=4, value_group_size=8, residual_length=8),
 }
 SELECTING = {
@@ -29,10 +30,12 @@ SELECTING = {
     ),
     "kivi2+h2o": kj.kivi(2, 8, 8, prompt=kj.H2O(budget=12, recent=4), decode=kj.Slide(window=8, recent=4)),
     "kivi2+pyramid": kj.kivi(2, 8, 8, prompt=kj.PyramidKV(budget=12, window=4, beta=2)),
-    "kivi2+scope": kj.kivi(
+    "kivi2r+scope": kj.kivi(
         2,
         8,
         8,
+        rotate_keys=True,
+        sinks=3,
         prompt=kj.PyramidInfer(budget=14, window=4),
         decode=kj.Discontinuous(window=8, recent=3, max_new_tokens=24),
         pool=kj.PoolQuantization(bits=4, group_size=8),
@@ -190,7 +193,7 @@ def test_block_size_does_not_change_the_result(name):
             pytest.param(name, (11, None), marks=pytest.mark.slow)
             for name in ("full", "kivi2", "scope", "h2o")
         ),
-        ("kivi2+scope", (11, None)),
+        ("kivi2r+scope", (11, None)),
     ],
 )
 def test_a_row_is_the_same_alone_and_in_any_batch(name, windows):
@@ -214,6 +217,18 @@ def test_a_row_is_the_same_alone_and_in_any_batch(name, windows):
         if row < 6 or name in ("full", "kivi2"):
             alone = generate(slice(row, row + 1), 17 if row < 6 else 33)
             np.testing.assert_array_equal(together[row], alone[0])
+
+
+def test_turned_keys_and_sinks_alone_change_nothing():
+    """Before anything is packed: prompts shorter than the sinks, and longer than these."""
+    model, lengths = random_llama(config(head_dim=24)), jnp.asarray([2, 20])
+    cache = kj.kivi(2, 8, 64, rotate_keys=True, sinks=4)
+    start = {
+        name: model.prefill(tokens(2, 20), lengths, cache=c, capacity=40)
+        for name, c in {"full": kj.full(), "turned": cache}.items()
+    }
+    got, expected = (decode_all(model, *start[name], tokens(20, 2, seed=9))[0] for name in ("turned", "full"))
+    np.testing.assert_allclose(got, expected, atol=3e-5)
 
 
 def test_what_stands_in_the_padding_does_not_matter():

@@ -140,6 +140,11 @@ def test_plans_check_the_strategy():
         ("kivi4", kj.kivi(4)),
         ("kivi8", kj.kivi(8)),
         ("kivi2:group_size=64:residual_length=64", kj.kivi(2, 64, 64)),
+        ("kivi2r", kj.kivi(2, rotate_keys=True, sinks=4)),
+        ("kivi42r", kj.kivi(key_bits=4, value_bits=2, rotate_keys=True, sinks=4)),
+        ("kivi4r:sinks=0", kj.kivi(4, rotate_keys=True)),
+        ("kivi2:sinks=8", kj.kivi(2, sinks=8)),
+        ("kivi2r+scope", kj.kivi(2, rotate_keys=True, sinks=4, decode=kj.Slide())),
         ("kivi2:value_bits=4:scale_dtype=float32", kj.kivi(2, value_bits=4, scale_dtype="float32")),
     ],
 )
@@ -173,6 +178,12 @@ def test_names_of_caches(text, strategy):
         ("scope:pool_scale_dtype=half", "scale_dtype=half must be one of float16"),
         ("scope:pool_bits=3", "must be 1, 2, 4 or 8"),
         ("kivi2+scope:decode=h2o:budget=8:recent=4", "nothing would be packed"),
+        ("kivi2:sinks=-1", "sinks=-1 must not be negative: pass 0 for none"),
+        ("kivi2:rotate_keys=1", "kivi2 has no field rotate_keys"),
+        (
+            "kivi2r+scope:prompt=snapkv:prompt_budget=34",
+            "no room for the first 4 tokens beside the newest 32: give it a budget of at least 36",
+        ),
         ("kivi2:group_size=48", "residual_length=128 must be a multiple of key_group_size=48"),
     ],
 )

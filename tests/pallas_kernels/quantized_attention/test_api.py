@@ -127,23 +127,29 @@ def test_equals_the_oracle(implementation, case):
     ],
 )
 @pytest.mark.parametrize(
-    ("slots", "newer"),
+    ("slots", "newer", "sinks"),
     [
-        (128, 300),
-        pytest.param(32, 0, marks=pytest.mark.slow),
-        pytest.param(96, 5, marks=pytest.mark.slow),
+        (128, 300, 4),
+        pytest.param(128, 300, 0, marks=pytest.mark.slow),
+        pytest.param(32, 0, 0, marks=pytest.mark.slow),
+        pytest.param(96, 5, 0, marks=pytest.mark.slow),
     ],
 )
-def test_also_attends_to_a_residual(implementation, name, slots, newer):
-    """A ring that is not full, one that ends with the packed tokens, and one that has wrapped."""
+def test_also_attends_to_a_residual(implementation, name, slots, newer, sinks):
+    """A ring that is not full, one that ends with the packed tokens, one that has wrapped, one with sinks."""
     (case,) = [c for c in CORRECTNESS if c.name == name]
     query, key, value, start, end = inputs(case)
-    shape = (case.batch, case.kv_heads, slots, case.head_dim)
-    ring = Ring(*normal(slots, 2, *shape), end + newer)
+    shape = (case.batch, case.kv_heads, slots + sinks, case.head_dim)
+    ring = Ring(*normal(slots, 2, *shape), end + newer, sinks)
+    start = start - sinks // 2  # some of the sinks, where nothing else is hidden
     got = run(implementation, query, key, value, start, end, residual=ring)
 
     packed = oracle.ring_visible(start, end, case.slots)
     recent = oracle.ring_visible(start, ring.end, slots)
+    first = [
+        [low <= token < high for token in range(-sinks, 0)] for low, high in zip(start, ring.end, strict=True)
+    ]
+    recent = [a + b for a, b in zip(recent, first, strict=True)]
     visible = [[[*a, *b]] * case.kv_heads for a, b in zip(packed, recent, strict=True)]
     keys, values = (
         np.concatenate([read(a), np.asarray(b)], axis=2) for a, b in ((key, ring.keys), (value, ring.values))
