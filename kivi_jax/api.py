@@ -1,8 +1,27 @@
 """The public names of `kivi_jax`, which has them from here."""
 
-from kivi_jax.cache.decode_selectors import Adaptive, DecodeSelector, Discontinuous, Slide
+from kivi_jax.cache.decode_selectors import (
+    GKV,
+    Adaptive,
+    DecodeSelector,
+    Discontinuous,
+    Random,
+    Slide,
+    Slots,
+    VaSE,
+)
 from kivi_jax.cache.names import parse_cache
-from kivi_jax.cache.prompt_selectors import KeepAll, PromptSelector, PyramidInfer, PyramidKV, SnapKV
+from kivi_jax.cache.prompt_selectors import (
+    ExpectedAttention,
+    ExpectedQueries,
+    KeepAll,
+    KeyDiff,
+    Prompt,
+    PromptSelector,
+    PyramidInfer,
+    PyramidKV,
+    SnapKV,
+)
 from kivi_jax.cache.stores import PoolQuantization
 from kivi_jax.cache.strategy import CacheStrategy, KVCache, cache_bytes, full, kivi, scope
 from kivi_jax.cache.unified_selectors import H2O, StreamingLLM
@@ -18,6 +37,7 @@ from kivi_jax.model.llama import Llama
 from kivi_jax.plan.memory import largest_batch, plan_cache
 
 __all__ = [
+    "GKV",
     "H2O",
     "Adaptive",
     "CacheStrategy",
@@ -25,22 +45,29 @@ __all__ = [
     "Completion",
     "DecodeSelector",
     "Discontinuous",
+    "ExpectedAttention",
+    "ExpectedQueries",
     "Generation",
     "Greedy",
     "KVCache",
     "KeepAll",
+    "KeyDiff",
     "Llama",
     "ModelConfig",
     "PoolQuantization",
     "Prefix",
+    "Prompt",
     "PromptSelector",
     "PyramidInfer",
     "PyramidKV",
+    "Random",
     "RopeConfig",
     "Sample",
     "Slide",
+    "Slots",
     "SnapKV",
     "StreamingLLM",
+    "VaSE",
     "cache_bytes",
     "complete",
     "completions",

@@ -18,7 +18,8 @@ from rich.console import Console
 from rich.progress import track
 
 from kivi_jax.bench.kernels import profiled
-from kivi_jax.cache.strategy import CacheStrategy, KVCache, Prompt, cache_bytes
+from kivi_jax.cache.prompt_selectors import ExpectedQueries, Prompt
+from kivi_jax.cache.strategy import CacheStrategy, KVCache, cache_bytes
 from kivi_jax.config import ModelConfig
 from kivi_jax.console import format_bytes
 from kivi_jax.model.llama import Llama
@@ -180,8 +181,9 @@ class Workload:
         def layer(index: int) -> Any:
             key, value = jax.random.normal(jax.random.key(index), (2, *shape), self.dtype)
             weights = jax.random.uniform(jax.random.key(index), shape[:3])
+            queries = ExpectedQueries.zeros(1, config.num_heads, config.head_dim)
             held = self.strategy.hold_prompt(
-                Prompt(key, value, weights, jnp.full(1, self.context, jnp.int32)),
+                Prompt(key, value, weights, jnp.full(1, self.context, jnp.int32), queries),
                 capacity=self.capacity,
                 window=config.window_of(index),
                 layer=index,

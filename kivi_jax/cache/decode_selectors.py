@@ -9,12 +9,23 @@ Source: SCOPE (arXiv 2412.13649) section 4.
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from kivi_jax.cache.prompt_selectors import check_sizes
-from kivi_jax.checks import whole
+from kivi_jax.checks import real, whole
+
+
+class Slots(NamedTuple):
+    """What a pool knows of its slots."""
+
+    positions: Int[Array, "B K S"]  # -1: empty
+    weights: Float[Array, "B K S"]  # of the newest query, zeros if none are needed
+    memory: Float[Array, "B K S"] | None  # what the selector keeps of each
+    layer: Int[Array, "B"]
 
 
 class DecodeSelector(ABC):
@@ -52,10 +63,30 @@ class DecodeSelector(ABC):
         del step
         return jnp.minimum(held, self.bound), waited
 
-    def score(self, weights: Float[Array, "B K S"], positions: Int[Array, "B K S"]) -> Float[Array, "B K S"]:
+    @property
+    def weighs(self) -> bool:
+        """Whether `score` or `remember` look at weights; without, a step does not compute them."""
+        return True
+
+    @property
+    def remembers(self) -> bool:
+        """Whether the pool has a `memory`."""
+        return False
+
+    def first_memory(self, value: Float[Array, "B K H"]) -> Float[Array, "B K"]:
+        """What is remembered of a token that joins."""
+        return jnp.zeros(value.shape[:2], jnp.float32)
+
+    def remember(
+        self, memory: Float[Array, "B K S"], weights: Float[Array, "B K S"]
+    ) -> Float[Array, "B K S"]:
+        """The memory after a step."""
+        del weights
+        return memory
+
+    def score(self, slots: Slots) -> Float[Array, "B K S"]:
         """What ranks a slot: the newest query's softmax weight, summed over the KV head's query heads."""
-        del positions
-        return weights
+        return slots.weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +107,127 @@ class Slide(DecodeSelector):
     def bound(self) -> int:
         """See `DecodeSelector`."""
         return self.window
+
+
+@dataclass(frozen=True, kw_only=True)
+class Random(Slide):
+    """Of the decoded tokens a random `window - recent`, and the last `recent`: the control, and the cheapest.
+
+    Every head of every layer draws for itself, so that what one forgets others keep. With a `block` above 1,
+    so many neighbouring tokens share a draw. A token's draw is a hash of its position: what stays is a
+    uniform sample of all that was decoded, the same in any batch. No weights are computed.
+
+    Raises:
+        ValueError: see `Slide`; or `block` is not positive.
+
+    Source: Random Attention (arXiv 2609.03430).
+    """
+
+    block: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:  # noqa: D105
+        super().__post_init__()
+        whole("seed", self.seed)
+        if whole("block", self.block) < 1:
+            raise ValueError(f"block={self.block} must be positive: tokens that share a draw")
+
+    @property
+    def weighs(self) -> bool:
+        """See `DecodeSelector`."""
+        return False
+
+    def score(self, slots: Slots) -> Float[Array, "B K S"]:
+        """See `DecodeSelector`."""
+        head = jnp.arange(slots.positions.shape[1], dtype=jnp.uint32)[None, :, None]
+        block = (slots.positions // self.block).astype(jnp.uint32)
+        seed = _mix(jnp.uint32(self.seed % 2**32))
+        layer = _mix(seed + slots.layer.astype(jnp.uint32))[:, None, None]
+        return _uniform(_mix(_mix(layer + head) + block))
+
+
+@dataclass(frozen=True, kw_only=True)
+class GKV(Slide):
+    """Slide with a memory: a token's score is max(decay * its score, its weight / the largest weight).
+
+    Raises:
+        ValueError: see `Slide`; or `decay` is not between 0 and 1.
+
+    Source: G-KV (arXiv 2512.00504); its decay is 0.8.
+    """
+
+    decay: float = 0.8
+
+    def __post_init__(self) -> None:  # noqa: D105
+        super().__post_init__()
+        if not 0 <= real("decay", self.decay) <= 1:
+            raise ValueError(f"decay={self.decay} must be from 0 (no memory) to 1 (nothing fades)")
+
+    @property
+    def remembers(self) -> bool:
+        """See `DecodeSelector`."""
+        return True
+
+    def remember(
+        self, memory: Float[Array, "B K S"], weights: Float[Array, "B K S"]
+    ) -> Float[Array, "B K S"]:
+        """See `DecodeSelector`."""
+        largest = jnp.maximum(weights.max(-1, keepdims=True), jnp.finfo(weights.dtype).tiny)
+        return jnp.maximum(self.decay * memory, weights / largest)
+
+    def score(self, slots: Slots) -> Float[Array, "B K S"]:
+        """See `DecodeSelector`."""
+        assert slots.memory is not None
+        return slots.memory
+
+
+@dataclass(frozen=True, kw_only=True)
+class VaSE(Slide):
+    """Slide that also keeps the `reserve` tokens whose values have the widest range over channels.
+
+    Raises:
+        ValueError: see `Slide`; or the reserve is not positive, or more than window - recent.
+
+    Source: VaSE (arXiv 2606.03928), which reserves a quarter of the window, and draws among the others.
+    """
+
+    reserve: int = 128
+
+    def __post_init__(self) -> None:  # noqa: D105
+        super().__post_init__()
+        if not 0 < whole("reserve", self.reserve) <= self.window - self.recent:
+            raise ValueError(
+                f"reserve={self.reserve} must be from 1 to window - recent = {self.window - self.recent}"
+            )
+
+    @property
+    def remembers(self) -> bool:
+        """See `DecodeSelector`."""
+        return True
+
+    def first_memory(self, value: Float[Array, "B K H"]) -> Float[Array, "B K"]:
+        """See `DecodeSelector`: the range of a value."""
+        return (value.max(-1) - value.min(-1)).astype(jnp.float32)
+
+    def score(self, slots: Slots) -> Float[Array, "B K S"]:
+        """See `DecodeSelector`."""
+        assert slots.memory is not None
+        widest = jax.lax.top_k(jnp.where(slots.positions >= 0, slots.memory, -jnp.inf), self.reserve)[1]
+        slot = jnp.arange(slots.positions.shape[2], dtype=widest.dtype)[None, None, None]
+        reserved = (widest[..., None] == slot).any(2)
+        return jnp.where(reserved, jnp.inf, slots.weights)
+
+
+def _mix(x: UInt32[Array, "*B"]) -> UInt32[Array, "*B"]:
+    """MurmurHash3's finalizer: every bit of `x` changes every other with a chance of one half."""
+    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+    return x ^ (x >> 16)
+
+
+def _uniform(x: UInt32[Array, "*B"]) -> Float[Array, "*B"]:
+    """From 0 to 1, as many steps as a float32 has."""
+    return (x >> 8).astype(jnp.float32) * 2.0**-24
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,9 +17,16 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from kivi_jax.cache.decode_selectors import Adaptive, Discontinuous, Slide
+from kivi_jax.cache.decode_selectors import GKV, Adaptive, Discontinuous, Random, Slide, VaSE
 from kivi_jax.cache.kivi import KiviQuantization
-from kivi_jax.cache.prompt_selectors import KeepAll, PyramidInfer, PyramidKV, SnapKV
+from kivi_jax.cache.prompt_selectors import (
+    ExpectedAttention,
+    KeepAll,
+    KeyDiff,
+    PyramidInfer,
+    PyramidKV,
+    SnapKV,
+)
 from kivi_jax.cache.stores import PoolQuantization
 from kivi_jax.cache.strategy import CacheStrategy, full, kivi, scope
 from kivi_jax.cache.unified_selectors import H2O, StreamingLLM
@@ -34,6 +41,9 @@ DECODE = {
     "slide": Slide,
     "adaptive": Adaptive,
     "discontinuous": Discontinuous,
+    "random": Random,
+    "gkv": GKV,
+    "vase": VaSE,
     "h2o": H2O,
     "streamingllm": StreamingLLM,
     "keepall": KeepAll,
@@ -44,6 +54,8 @@ PROMPT = {
     "snapkv": SnapKV,
     "pyramidkv": PyramidKV,
     "pyramidinfer": PyramidInfer,
+    "expectedattention": ExpectedAttention,
+    "keydiff": KeyDiff,
     "streamingllm": StreamingLLM,
 }
 WORDS = {  # fields whose values are not numbers
@@ -164,7 +176,7 @@ def _selector(kinds: dict[str, Any], kind: Any, options: dict[str, Any], text: s
     return kinds[kind](**options)
 
 
-def _check_values(options: dict[str, int | str], text: str) -> None:
+def _check_values(options: dict[str, int | float | str], text: str) -> None:
     for key, value in options.items():
         if key in WORDS and value not in WORDS[key]:
             raise ValueError(f"cache {text!r}: {key}={value} must be one of {', '.join(WORDS[key])}")
@@ -172,18 +184,24 @@ def _check_values(options: dict[str, int | str], text: str) -> None:
             raise ValueError(f"cache {text!r}: {key}={value} must be a whole number")
 
 
-def _take(options: dict[str, int | str], prefix: str) -> dict[str, int | str]:
+def _take(options: dict[str, int | float | str], prefix: str) -> dict[str, int | float | str]:
     """The options whose names begin with `prefix`, taken out and without it."""
     return {key.removeprefix(prefix): options.pop(key) for key in list(options) if key.startswith(prefix)}
 
 
-def _read_fields(fields: Sequence[str], text: str) -> dict[str, int | str]:
-    options: dict[str, int | str] = {}
+def _read_fields(fields: Sequence[str], text: str) -> dict[str, int | float | str]:
+    options: dict[str, int | float | str] = {}
     for field in fields:
         key, equals, value = field.partition("=")
         if not equals:
             raise ValueError(f"cannot read {field!r} in cache {text!r}: write field=value")
         if key in options:
             raise ValueError(f"cache {text!r} gives {key} twice: leave one out")
-        options[key] = int(value) if re.fullmatch(r"-?[0-9]{1,18}", value) else value
+        options[key] = _number(value)
     return options
+
+
+def _number(value: str) -> int | float | str:
+    if re.fullmatch(r"-?[0-9]{1,18}", value):
+        return int(value)
+    return float(value) if re.fullmatch(r"-?[0-9]*\.[0-9]{1,18}", value) else value

@@ -1,12 +1,13 @@
 """`TokenPool`: a bounded set of tokens, for a decoding phase of any length. Read `stores.py` next."""
 
+import dataclasses
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from kivi_jax.cache.decode_selectors import DecodeSelector, drop_lowest, drop_one
+from kivi_jax.cache.decode_selectors import DecodeSelector, Slots, drop_lowest, drop_one
 from kivi_jax.cache.segments import Step, Tokens
 from kivi_jax.cache.stores import TokenStore
 from pallas_kernels import partials
@@ -23,7 +24,7 @@ class TokenPool:
     same however long the output is. Heads keep different tokens, but equally many.
 
     `weights` are the softmax weights that the newest query gave the slots, summed over the KV head's query
-    heads; nothing is accumulated.
+    heads; nothing is accumulated, unless a selector keeps a `memory`.
 
     Source: SCOPE (arXiv 2412.13649) section 4, with a slot overwritten in place of a gather.
     """
@@ -31,10 +32,12 @@ class TokenPool:
     store: TokenStore
     positions: Int[Array, "B K S"]
     weights: Float[Array, "B K S"]
+    memory: Float[Array, "B K S"] | None
     first: Int[Array, "B"]  # position of the row's first decoded token: the length of its prompt
     lengths: Int[Array, "B"]  # position of the next token
     held: Int[Array, "B"]  # tokens in the pool
     waited: Int[Array, "B"]  # the selector's counter
+    layer: Int[Array, "B"]  # its number, by which draws differ; not static, so that layers are shaped alike
     selector: DecodeSelector = static()
 
     @classmethod
@@ -46,6 +49,7 @@ class TokenPool:
         lengths: Int[Array, "B"],
         *,
         selector: DecodeSelector,
+        layer: int = 0,
     ) -> "TokenPool":
         """A pool after prompts of the given lengths.
 
@@ -60,10 +64,12 @@ class TokenPool:
             store,
             jnp.pad(jnp.where(real, positions, -1), padding, constant_values=-1),
             jnp.zeros((batch, kv_heads, slots), jnp.float32),
+            jnp.zeros((batch, kv_heads, slots), jnp.float32) if selector.remembers else None,
             lengths,
             lengths,
             kept,
             jnp.zeros_like(kept),
+            jnp.full_like(kept, layer),
             selector,
         )
 
@@ -84,26 +90,34 @@ class TokenPool:
 
     def append(self, step: Step) -> "TokenPool":
         """See `Segment`: the token takes a free slot of every head."""
-        keys, _ = self.store.read()
-        query, seen = self._asked(step.query)
-        scale = step.query.shape[-1] ** -0.5
-        weights = partials.attention_weights(query, keys, step.log_sum_exp, seen, scale=scale)
+        weights, memory = self._weights(step), self.memory
         batch, kv_heads, slots = self.positions.shape
         free = jnp.argmin(self.positions, axis=-1)
         slot = jnp.where(step.active[:, None], free, slots)  # slots: nowhere
         row, head = jnp.arange(batch)[:, None], jnp.arange(kv_heads)[None]
         position = jnp.broadcast_to(self.lengths[:, None], (batch, kv_heads))
         count = step.active.astype(jnp.int32)
-        return TokenPool(
-            self.store.put(slot, step.key, step.value),
-            self.positions.at[row, head, slot].set(position, mode="drop"),
-            weights,
-            self.first,
-            self.lengths + count,
-            self.held + count,
-            self.waited,
-            self.selector,
+        if memory is not None:
+            known = jnp.where(self.positions >= 0, memory, 0)
+            known = jnp.where(step.active[:, None, None], self.selector.remember(known, weights), known)
+            memory = known.at[row, head, slot].set(self.selector.first_memory(step.value), mode="drop")
+        return dataclasses.replace(
+            self,
+            store=self.store.put(slot, step.key, step.value),
+            positions=self.positions.at[row, head, slot].set(position, mode="drop"),
+            weights=weights,
+            memory=memory,
+            lengths=self.lengths + count,
+            held=self.held + count,
         )
+
+    def _weights(self, step: Step) -> Float[Array, "B K S"]:
+        if not self.selector.weighs:
+            return self.weights
+        keys, _ = self.store.read()
+        query, seen = self._asked(step.query)
+        scale = step.query.shape[-1] ** -0.5
+        return partials.attention_weights(query, keys, step.log_sum_exp, seen, scale=scale)
 
     @classmethod
     def settle(cls, segments: Sequence["TokenPool"], active: Bool[Array, "B"]) -> tuple["TokenPool", ...]:
@@ -128,14 +142,14 @@ class TokenPool:
         else:
             positions = tuple(drop_one(p.ranking(), p.positions, drop > 0) for p in segments)
         return tuple(
-            TokenPool(p.store, kept, p.weights, p.first, p.lengths, p.held - drop, waited, p.selector)
+            dataclasses.replace(p, positions=kept, held=p.held - drop, waited=waited)
             for p, kept in zip(segments, positions, strict=True)
         )
 
     def ranking(self) -> Float[Array, "B K S"]:
         """Scores by which slots are let go, lowest first; infinite for the newest `recent` tokens."""
         newest = (self.lengths - self.selector.recent)[:, None, None]
-        score = self.selector.score(self.weights, self.positions)
+        score = self.selector.score(Slots(self.positions, self.weights, self.memory, self.layer))
         return jnp.where(self.positions >= newest, jnp.inf, score)
 
     def grow(self, tokens: int) -> "TokenPool":

@@ -10,7 +10,7 @@ PyramidKV (2406.02069); PyramidInfer (2405.12532).
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,30 @@ from jaxtyping import Array, Float, Int
 from kivi_jax.checks import whole
 
 ALL_QUERIES = -1  # of `PromptSelector.observed`
+
+
+class ExpectedQueries(NamedTuple):
+    """What the queries after a prompt are like, from those in it: turned as they will be on average."""
+
+    mean: Float[Array, "B N H"]
+    covariance: Float[Array, "B N H H"]
+
+    @classmethod
+    def zeros(cls, batch: int, heads: int, dim: int) -> "ExpectedQueries":
+        """Of a prompt of zeros."""
+        return cls(
+            jnp.zeros((batch, heads, dim), jnp.float32), jnp.zeros((batch, heads, dim, dim), jnp.float32)
+        )
+
+
+class Prompt(NamedTuple):
+    """What prefill knows of one layer's right-padded prompt, in full precision."""
+
+    keys: Float[Array, "B K P H"]
+    values: Float[Array, "B K P H"]
+    weights: Float[Array, "B K P"]  # summed softmax weights of the observed queries; zeros if none are
+    lengths: Int[Array, "B"]
+    queries: ExpectedQueries | None = None  # where the selector expects them
 
 
 class PromptSelector(ABC):
@@ -35,15 +59,19 @@ class PromptSelector(ABC):
     def newest(self) -> int:
         """How many of the last tokens stay, whatever their rank."""
 
-    def rank(self, weights: Float[Array, "B K P"], lengths: Int[Array, "B"]) -> Float[Array, "B K P"]:
+    def rank(self, prompt: Prompt) -> Float[Array, "B K P"]:
         """What decides between tokens: by default their weights, which are zeros if none are observed."""
-        del lengths
-        return weights
+        return prompt.weights
 
     @property
     def observed(self) -> int:
         """Of how many of the last queries the weights are summed: 0 for none, or `ALL_QUERIES`."""
         return 0
+
+    @property
+    def expects(self) -> bool:
+        """Whether `rank` looks at `Prompt.queries`."""
+        return False
 
     def keeps_all(self, width: int) -> bool:
         """Whether every prompt of up to `width` tokens is kept whole, so that nothing need be selected."""
@@ -60,23 +88,18 @@ class PromptSelector(ABC):
         return jnp.minimum(lengths, self.budget)
 
     def select(
-        self,
-        weights: Float[Array, "B K P"],
-        lengths: Int[Array, "B"],
-        layer: int,
-        layers: int,
-        *,
-        first: int = 0,
+        self, prompt: Prompt, layer: int, layers: int, *, first: int = 0
     ) -> tuple[Int[Array, "B K M"], Int[Array, "B"]]:
         """Kept positions, ascending, M = `most(layer, layers, P)`; and how many of them count per row.
 
         The row's `first` tokens are among them, whatever their rank.
         """
-        most = self.most(layer, layers, weights.shape[2])
-        kept = self.kept(lengths, layer, layers)
-        is_first = jnp.arange(weights.shape[2])[None, None] < first
-        score = jnp.where(is_first, jnp.inf, self.rank(weights, lengths))
-        return keep_best(score, lengths, kept, recent=self.newest, most=most)
+        width = prompt.keys.shape[2]
+        most = self.most(layer, layers, width)
+        kept = self.kept(prompt.lengths, layer, layers)
+        is_first = jnp.arange(width)[None, None] < first
+        score = jnp.where(is_first, jnp.inf, self.rank(prompt))
+        return keep_best(score, prompt.lengths, kept, recent=self.newest, most=most)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,9 +159,9 @@ class SnapKV(PromptSelector):
         """See `PromptSelector`."""
         return self.window
 
-    def rank(self, weights: Float[Array, "B K P"], lengths: Int[Array, "B"]) -> Float[Array, "B K P"]:
+    def rank(self, prompt: Prompt) -> Float[Array, "B K P"]:
         """See `PromptSelector`."""
-        return pool_neighbours(weights, lengths - self.window, self.kernel, self.pooling)
+        return pool_neighbours(prompt.weights, prompt.lengths - self.window, self.kernel, self.pooling)
 
 
 class _Pyramid(PromptSelector):
@@ -214,6 +237,87 @@ class PyramidInfer(_Pyramid):
     def observed(self) -> int:
         """See `PromptSelector`."""
         return ALL_QUERIES
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpectedAttention(PromptSelector):
+    """Tokens by the attention that queries after the prompt can be expected to give them, times ||value||.
+
+    With queries of mean m and covariance C, as they are on average over the next 512 positions, a key's
+    expected weight is exp(k . m / sqrt(H) + k . C k / 2H). The first `sinks` and the last `recent` stay.
+
+    Raises:
+        ValueError: the sizes do not satisfy 0 < recent < budget, or `sinks` is negative.
+
+    Source: Expected Attention (arXiv 2510.00636), as kvpress has it.
+    """
+
+    budget: int
+    recent: int = 32
+    sinks: int = 4
+
+    def __post_init__(self) -> None:  # noqa: D105
+        check_sizes("recent", self.recent, "budget", self.budget)
+        if whole("sinks", self.sinks) < 0:
+            raise ValueError(f"sinks={self.sinks} must not be negative: pass 0 for none")
+
+    @property
+    def newest(self) -> int:
+        """See `PromptSelector`."""
+        return self.recent
+
+    @property
+    def expects(self) -> bool:
+        """See `PromptSelector`."""
+        return True
+
+    def rank(self, prompt: Prompt) -> Float[Array, "B K P"]:
+        """See `PromptSelector`."""
+        assert prompt.queries is not None
+        keys, values = (x.astype(jnp.float32) for x in (prompt.keys, prompt.values))
+        batch, kv_heads, width, dim = keys.shape
+        mean, covariance = (x.reshape(batch, kv_heads, -1, *x.shape[2:]) for x in prompt.queries)
+        position = jnp.arange(width)[None, None]
+        score = jnp.einsum("bkph,bkgh->bkgp", keys, mean) * dim**-0.5
+        score += jnp.einsum("bkph,bkghj,bkpj->bkgp", keys, covariance, keys) / (2 * dim)
+        competes = (position >= self.sinks) & (position < prompt.lengths[:, None, None])
+        weight = jax.nn.softmax(score, axis=-1, where=competes[:, :, None]).mean(2)
+        expected = (weight + _LEAST_EXPECTED) * jnp.linalg.norm(values, axis=-1)
+        return jnp.where(position < self.sinks, jnp.inf, expected)
+
+
+_LEAST_EXPECTED = 1e-2  # so that values count where no attention is expected
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeyDiff(PromptSelector):
+    """Tokens whose keys point away from the mean direction of all keys, and the last `recent`.
+
+    Raises:
+        ValueError: the sizes do not satisfy 0 < recent < budget.
+
+    Source: KeyDiff (arXiv 2504.15364).
+    """
+
+    budget: int
+    recent: int = 32
+
+    def __post_init__(self) -> None:  # noqa: D105
+        check_sizes("recent", self.recent, "budget", self.budget)
+
+    @property
+    def newest(self) -> int:
+        """See `PromptSelector`."""
+        return self.recent
+
+    def rank(self, prompt: Prompt) -> Float[Array, "B K P"]:
+        """See `PromptSelector`."""
+        keys = prompt.keys.astype(jnp.float32)
+        real = jnp.arange(keys.shape[2])[None] < prompt.lengths[:, None]
+        direction = keys / jnp.maximum(jnp.linalg.norm(keys, axis=-1, keepdims=True), 1e-12)
+        mean = jnp.where(real[:, None, :, None], direction, 0).sum(2, keepdims=True)
+        mean /= jnp.maximum(jnp.linalg.norm(mean, axis=-1, keepdims=True), 1e-12)
+        return -(direction * mean).sum(-1)
 
 
 def keep_best(

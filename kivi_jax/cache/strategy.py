@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from kivi_jax.cache.decode_selectors import DecodeSelector, Slide
 from kivi_jax.cache.dense import DenseTokens
 from kivi_jax.cache.kivi import KiviQuantization, KiviTokens
 from kivi_jax.cache.pool import TokenPool
-from kivi_jax.cache.prompt_selectors import KeepAll, PromptSelector
+from kivi_jax.cache.prompt_selectors import KeepAll, Prompt, PromptSelector
 from kivi_jax.cache.segments import Segment, Step
 from kivi_jax.cache.stores import (
     DEFAULT_GROUP,
@@ -28,15 +28,6 @@ from kivi_jax.config import ModelConfig
 from pallas_kernels.pytree import pytree, static
 from pallas_kernels.quantize.packing import words_per_token
 from pallas_kernels.quantize.quantization import check_groups
-
-
-class Prompt(NamedTuple):
-    """What prefill knows of one layer's right-padded prompt, in full precision."""
-
-    keys: Float[Array, "B K P H"]
-    values: Float[Array, "B K P H"]
-    weights: Float[Array, "B K P"]  # summed softmax weights of the observed queries; zeros if none are
-    lengths: Int[Array, "B"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +74,11 @@ class CacheStrategy:
     def observed(self) -> int:
         """See `PromptSelector.observed`."""
         return self.prompt.observed
+
+    @property
+    def expects(self) -> bool:
+        """See `PromptSelector.expects`."""
+        return self.prompt.expects
 
     @property
     def sinks(self) -> int:
@@ -163,9 +159,7 @@ class CacheStrategy:
         keys, values, kept, positions = prompt.keys, prompt.values, prompt.lengths, None
         if window is None and not self.prompt.keeps_all(width):
             most = self.prompt.most(layer, layers, width)
-            positions, kept = self.prompt.select(
-                prompt.weights, prompt.lengths, layer, layers, first=self.sinks
-            )
+            positions, kept = self.prompt.select(prompt, layer, layers, first=self.sinks)
             index = positions[..., None]
             keys, values = (jnp.take_along_axis(x, index, axis=2) for x in (keys, values))
         keys = self.turn(keys)
@@ -179,9 +173,9 @@ class CacheStrategy:
                 )
             if positions is None:
                 positions = jnp.broadcast_to(jnp.arange(width), keys.shape[:3])
-            return (self._pool(self.decode, keys, values, positions, kept, prompt.lengths),)
+            return (self._pool(self.decode, keys, values, positions, kept, prompt.lengths, layer),)
         none = jnp.zeros((*keys.shape[:2], 0), jnp.int32), jnp.zeros_like(kept)
-        pool = self._pool(self.decode, keys[:, :, :0], values[:, :, :0], *none, prompt.lengths)
+        pool = self._pool(self.decode, keys[:, :, :0], values[:, :, :0], *none, prompt.lengths, layer)
         return self._hold(keys, values, kept, capacity=most, window=None), pool
 
     def _pool(
@@ -192,13 +186,14 @@ class CacheStrategy:
         positions: Int[Array, "B K M"],
         kept: Int[Array, "B"],
         lengths: Int[Array, "B"],
+        layer: int,
     ) -> TokenPool:
         """A pool that starts with the first `kept[b]` of the given tokens of each row."""
         if self.pool is None:
             store = DenseStore.of(keys, values, selector.slots)
         else:
             store = PackedStore.of(keys, values, selector.slots, self.pool, rotates=not self._rotates)
-        return TokenPool.of(store, positions, kept, lengths, selector=selector)
+        return TokenPool.of(store, positions, kept, lengths, selector=selector, layer=layer)
 
     def _hold(
         self,

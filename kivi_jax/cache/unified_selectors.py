@@ -8,10 +8,10 @@ Source: H2O (arXiv 2306.14048); StreamingLLM (2309.17453).
 from dataclasses import dataclass
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-from kivi_jax.cache.decode_selectors import DecodeSelector
-from kivi_jax.cache.prompt_selectors import ALL_QUERIES, PromptSelector, check_sizes
+from kivi_jax.cache.decode_selectors import DecodeSelector, Slots
+from kivi_jax.cache.prompt_selectors import ALL_QUERIES, Prompt, PromptSelector, check_sizes
 from kivi_jax.checks import whole
 
 
@@ -76,13 +76,17 @@ class StreamingLLM(_Unified):
         """Tokens kept in all."""
         return self.sinks + self.recent
 
-    def rank(self, weights: Float[Array, "B K P"], lengths: Int[Array, "B"]) -> Float[Array, "B K P"]:
+    def rank(self, prompt: Prompt) -> Float[Array, "B K P"]:
         """See `PromptSelector`: the sinks before all others."""
-        del lengths
+        weights = prompt.weights
         first = jnp.arange(weights.shape[2]) < self.sinks
         return jnp.broadcast_to(first.astype(weights.dtype), weights.shape)
 
-    def score(self, weights: Float[Array, "B K S"], positions: Int[Array, "B K S"]) -> Float[Array, "B K S"]:
+    @property
+    def weighs(self) -> bool:
+        """See `DecodeSelector`."""
+        return False
+
+    def score(self, slots: Slots) -> Float[Array, "B K S"]:
         """Sinks stay, the oldest of the others goes: positions instead of weights."""
-        del weights
-        return jnp.where(positions < self.sinks, jnp.inf, positions.astype(jnp.float32))
+        return jnp.where(slots.positions < self.sinks, jnp.inf, slots.positions.astype(jnp.float32))

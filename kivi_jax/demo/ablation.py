@@ -19,8 +19,9 @@ from rich.progress import track
 from rich.table import Table
 
 from kivi_jax.bench.command import machine
+from kivi_jax.cache.prompt_selectors import Prompt
 from kivi_jax.cache.segments import Segment
-from kivi_jax.cache.strategy import CacheStrategy, Prompt, full
+from kivi_jax.cache.strategy import CacheStrategy, full
 from kivi_jax.console import print_table, run
 from kivi_jax.demo import tasks
 from kivi_jax.demo.evaluate import compare

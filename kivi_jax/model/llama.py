@@ -19,12 +19,13 @@ from jaxtyping import Array, Bool, Float, Int
 
 from kivi_jax.cache import strategy as caches
 from kivi_jax.cache.names import strategy_of
-from kivi_jax.cache.prompt_selectors import ALL_QUERIES
+from kivi_jax.cache.prompt_selectors import ALL_QUERIES, Prompt
 from kivi_jax.cache.segments import Segment, Step, attend_token
-from kivi_jax.cache.strategy import CacheStrategy, KVCache, Prompt
+from kivi_jax.cache.strategy import CacheStrategy, KVCache
 from kivi_jax.checks import whole
 from kivi_jax.config import Activation, ModelConfig
 from kivi_jax.model.attention import add_weights, causal_attention, flash_attention, has_flash
+from kivi_jax.model.expected_queries import QuerySums, add_queries, expected_queries, no_queries
 from kivi_jax.model.inputs import PerRow, Prompts, note_room, read_active, read_prompts, read_token, room_left
 from kivi_jax.model.ordering import after
 from kivi_jax.model.rope import Rotate, rotation
@@ -266,18 +267,21 @@ def _prefill(
         # A layer starts when the one before is packed: else many layers' keys and values are kept.
         blocks = after(layers[-1:], jnp.int32(tokens.shape[1] // block))
         window, kind = model.config.window_of(index), model.config.first_like(index)
-        observed = strategy.observed if window is None else 0
-        if not observed and has_flash(x.dtype, model.config.head_dim):
-            x, prompt = _prefill_layer_whole(layer, kind, x, lengths, blocks, model.config, block)
-        else:
-            x, prompt = _prefill_layer(layer, kind, x, lengths, blocks, model.config, block, observed)
+        observed, expects = (strategy.observed, strategy.expects) if window is None else (0, False)
+        read = functools.partial(_prefill_layer, observed=observed, expects=expects)
+        if not observed and not expects and has_flash(x.dtype, model.config.head_dim):
+            read = _prefill_layer_whole
+        x, prompt = read(layer, kind, x, lengths, blocks, model.config, block)
         layers.append(hold(prompt, window=window, layer=index))
     last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)
     return model._logits(last[:, 0]), KVCache(tuple(layers), lengths, strategy, capacity)
 
 
+_Reading = tuple[Array, Array, Array, Array, QuerySums | None]
+
+
 # As for decoding, below: layers that differ in their parameters alone are traced once.
-@functools.partial(jax.jit, static_argnames=("index", "config", "block", "observed"))
+@functools.partial(jax.jit, static_argnames=("index", "config", "block", "observed", "expects"))
 def _prefill_layer(
     layer: Layer,
     index: int,
@@ -286,13 +290,15 @@ def _prefill_layer(
     blocks: Int[Array, ""],
     config: ModelConfig,
     block: int,
+    *,
     observed: int,
+    expects: bool,
 ) -> tuple[Array, Prompt]:
     """The residual stream after a layer like number `index`, and what it holds of the prompt, block by block.
 
     A block attends only to itself and what is before it, so one pass over the blocks computes keys and
     values, attends and replaces the stream in place. Of the last `observed` queries of a row (0: none,
-    `ALL_QUERIES`) it also sums the weights.
+    `ALL_QUERIES`) it also sums the weights, and if a selector `expects` it, the queries before RoPE.
     """
     batch, padded = x.shape[:2]
     # Zeros, but computed from `blocks`: the compiler makes constants of all layers at the start.
@@ -301,14 +307,17 @@ def _prefill_layer(
 
     weights = jnp.full(store.shape[:3], blank.astype(jnp.float32))
     oldest = jnp.zeros_like(lengths) if observed == ALL_QUERIES else lengths - observed
+    sums = no_queries(batch, config.num_heads, config.head_dim) if expects else None
 
-    def advance(i: Array, state: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
-        x, keys, values, weights = state
+    def advance(i: Array, state: _Reading) -> _Reading:
+        x, keys, values, weights, sums = state
         first = i * block
         position = first + jnp.arange(block)[None]
         rotate = rotation(config, index, lengths, position)
         here = jax.lax.dynamic_slice_in_dim(x, first, block, axis=1)
         query, key, value = layer.project(here, rotate)
+        if sums is not None:  # the same product again: XLA computes it once
+            sums = add_queries(sums, layer.project(here, lambda x: x)[0], position < lengths[:, None])
         keys, values = (
             jax.lax.dynamic_update_slice_in_dim(held, new.swapaxes(1, 2), first, axis=2)
             for held, new in ((keys, key), (values, value))
@@ -319,10 +328,14 @@ def _prefill_layer(
             seen = (position >= oldest[:, None]) & (position < lengths[:, None])
             weights = add_weights(weights, query, keys, log_sum_exp, seen, first=first)
         here = layer.finish(here, attended)
-        return jax.lax.dynamic_update_slice_in_dim(x, here, first, axis=1), keys, values, weights
+        return jax.lax.dynamic_update_slice_in_dim(x, here, first, axis=1), keys, values, weights, sums
 
-    x, keys, values, weights = jax.lax.fori_loop(0, blocks, advance, (x, store, store, weights))
-    return x, Prompt(keys, values, weights, lengths)
+    state = (x, store, store, weights, sums)
+    x, keys, values, weights, sums = jax.lax.fori_loop(0, blocks, advance, state)
+    if sums is None:
+        return x, Prompt(keys, values, weights, lengths)
+    rotate_at = functools.partial(rotation, config, index, lengths, queries=config.head_dim)
+    return x, Prompt(keys, values, weights, lengths, expected_queries(sums, lengths, rotate_at))
 
 
 @functools.partial(jax.jit, static_argnames=("index", "config", "block"))

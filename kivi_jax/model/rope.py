@@ -21,14 +21,21 @@ Rotate = Callable[[Float[Array, "B T N+K H"]], Float[Array, "B T N+K H"]]
 
 
 def rotation(
-    config: ModelConfig, layer: int, lengths: Int[Array, "B"], positions: Int[Array, "#B T"]
+    config: ModelConfig,
+    layer: int,
+    lengths: Int[Array, "B"],
+    positions: Int[Array, "#B T"],
+    *,
+    queries: int | None = None,
 ) -> Rotate:
     """What layer number `layer` does to query and key heads, side by side, at their positions.
 
     RoPE, and for some families a factor on queries, so that scores, which caches scale by
-    1 / sqrt(head_dim), are scaled as the family does. `lengths`: see `rope_frequencies`.
+    1 / sqrt(head_dim), are scaled as the family does. `lengths`: see `rope_frequencies`. The first `queries`
+    heads are queries, by default as many as the model has.
     """
     rope, scale = config.rope_of(layer), _query_scale(config, layer, positions)
+    queries = config.num_heads if queries is None else queries
 
     def rotate(heads: Array) -> Array:
         if rope is not None:
@@ -36,7 +43,7 @@ def rotation(
             heads = apply_rope(heads, positions, frequencies, scaling)
         if scale is None:
             return heads
-        is_query = (jnp.arange(heads.shape[2]) < config.num_heads)[:, None]
+        is_query = (jnp.arange(heads.shape[2]) < queries)[:, None]
         return (heads.astype(jnp.float32) * jnp.where(is_query, scale, 1)).astype(heads.dtype)
 
     return rotate

@@ -10,8 +10,9 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from kivi_jax.cache.names import strategy_of
+from kivi_jax.cache.prompt_selectors import ExpectedQueries, Prompt
 from kivi_jax.cache.segments import Segment
-from kivi_jax.cache.strategy import CacheStrategy, KVCache, Prompt, cache_bytes
+from kivi_jax.cache.strategy import CacheStrategy, KVCache, cache_bytes
 from kivi_jax.checks import floating, real, whole
 from kivi_jax.config import ModelConfig
 from kivi_jax.model.llama import Llama
@@ -53,8 +54,9 @@ def zero_cache(
     """The cache of prompts of `width` tokens, all zeros, for its shapes: layers of one kind share arrays."""
     shape = (batch, config.num_kv_heads, width, config.head_dim)
     lengths = jnp.full(batch, width, jnp.int32)
+    queries = ExpectedQueries.zeros(batch, config.num_heads, config.head_dim)
     prompt = Prompt(
-        jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros(shape[:3], jnp.float32), lengths
+        jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros(shape[:3], jnp.float32), lengths, queries
     )
     hold = functools.partial(strategy.hold_prompt, prompt, capacity=capacity, layers=config.num_layers)
     kinds: dict[tuple[int | None, int], tuple[Segment, ...]] = {}

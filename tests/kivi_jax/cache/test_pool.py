@@ -9,14 +9,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kivi_jax.cache.decode_selectors import Adaptive, Discontinuous, Slide
+from kivi_jax.cache.decode_selectors import GKV, Adaptive, Discontinuous, Random, Slide, Slots, VaSE
 from kivi_jax.cache.dense import DenseTokens
 from kivi_jax.cache.pool import TokenPool
 from kivi_jax.cache.segments import Step, attend_token
 from kivi_jax.cache.stores import DenseStore, PackedStore, PoolQuantization, hadamard
 from kivi_jax.cache.unified_selectors import H2O, StreamingLLM
 from pallas_kernels.partials import merge, normalize
-from tests.oracles.scope import ListPool
+from tests.oracles.scope import ListPool, Remembered, Reserved, by_weight
 
 HEADS, GROUPS, DIM = 2, 2, 8
 
@@ -75,7 +75,31 @@ SELECTORS = [
     Discontinuous(window=8, recent=2, max_new_tokens=8),
     H2O(budget=9, recent=3),
     StreamingLLM(sinks=2, recent=7),
+    GKV(window=6, recent=2),
+    VaSE(window=6, recent=2, reserve=2),
+    Random(window=6, recent=2, seed=5),
+    Random(window=8, recent=2, block=4),
 ]
+
+
+def rank_of(selector, head):
+    """How the oracle ranks what `selector` does, for one KV head."""
+    if isinstance(selector, GKV):
+        return Remembered(selector.decay)
+    if isinstance(selector, VaSE):
+        return Reserved(selector.reserve)
+    if isinstance(selector, Random):
+        return lambda tokens, _: draws(selector, [token[0] for token in tokens])[head].tolist()
+    return by_weight
+
+
+def draws(selector, positions, heads=4, layer=0):
+    """What a `Random` draws for tokens at `positions`, by head."""
+    at = jnp.broadcast_to(jnp.asarray(positions, jnp.int32), (1, heads, len(positions)))
+    zeros = jnp.zeros(at.shape)
+    return np.asarray(selector.score(Slots(at, zeros, None, jnp.asarray([layer])))[0])
+
+
 LONGEST = 7  # tokens of a prompt: no more than the pools hold that prompts share with the output
 
 
@@ -112,6 +136,7 @@ def test_pool_is_attention_over_a_pruned_list(selector, data):
             selector.recent,
             sinks=getattr(selector, "sinks", None),
             unified=selector.unified,
+            rank=rank_of(selector, k),
         )
         for b in range(batch)
         for k in range(heads)
@@ -139,6 +164,25 @@ def test_pool_is_attention_over_a_pruned_list(selector, data):
             assert kept(segments[-1], b, k) == lists[b, k].positions
             assert len(lists[b, k].positions) <= selector.slots
         assert segments[-1].held.tolist() == [len(lists[b, 0].tokens) for b in range(batch)]
+
+
+def test_random_draws_are_uniform_and_independent():
+    """By token, head, layer and seed; tokens of a block share one."""
+    selector, tokens = Random(window=64, recent=8), range(4096)
+    every = np.concatenate(
+        [
+            draws(Random(window=64, recent=8, seed=seed), tokens, layer=layer)
+            for seed in (0, 1)
+            for layer in (0, 1)
+        ]
+    )
+    assert np.histogram(every[0], bins=8, range=(0, 1))[0].min() > 4096 / 8 * 0.85
+    assert np.abs(np.corrcoef(every) - np.eye(len(every))).max() < 0.08
+    assert np.abs(np.corrcoef(every[0][1:], every[0][:-1])[0, 1]) < 0.08
+    blocks = draws(Random(window=64, recent=8, block=32), tokens)[0].reshape(-1, 32)
+    assert (blocks == blocks[:, :1]).all()
+    assert len(np.unique(blocks[:, 0])) == 128
+    assert not selector.weighs
 
 
 def replay(case, golden, inputs, selector):

@@ -13,12 +13,18 @@ from hypothesis import strategies as st
 import kivi_jax as kj
 from kivi_jax.cache.decode_selectors import drop_lowest, drop_one
 from kivi_jax.cache.names import parse_cache
-from kivi_jax.cache.prompt_selectors import ALL_QUERIES, pool_neighbours
+from kivi_jax.cache.prompt_selectors import ALL_QUERIES, ExpectedQueries, Prompt, pool_neighbours
 from kivi_jax.model.attention import add_weights, causal_attention
 from kivi_jax.plan.memory import plan_cache
 from tests.models import config
 
 WIDTH, HEADS, DIM = 96, 4, 16
+
+
+def prompt(weights, lengths):
+    """A prompt of which only weights matter."""
+    tokens = jnp.zeros((*weights.shape, 8))
+    return Prompt(tokens, tokens, weights, jnp.asarray(lengths))
 
 
 def causal_weights(query, key, length):
@@ -77,7 +83,7 @@ def test_kept_prompt_tokens_equal_the_original(shared, case, selector, layers):
     for layer in range(layers):
         query, key = (jnp.asarray(inputs[name][layer][None, :, :WIDTH]) for name in "qk")
         weights = observed_weights(query, key, [WIDTH], selector.observed, block=32)
-        positions, kept = selector.select(weights, jnp.asarray([WIDTH]), layer, layers)
+        positions, kept = selector.select(prompt(weights, [WIDTH]), layer, layers)
         for head in range(HEADS):
             expected = set(golden[f"{case}__order"][0, layer, head].astype(int).tolist()) - {255}
             assert set(positions[0, head, : kept[0]].tolist()) == expected
@@ -88,7 +94,7 @@ def test_first_tokens_stay_whatever_their_rank(selector):
     """Those that a cache holds as sinks; where a layer's budget is too small, before its newest."""
     weights = jnp.arange(40.0)[None, None] * jnp.ones((2, 3, 1))
     for layer in range(4):
-        positions, kept = selector.select(weights, jnp.asarray([40, 2]), layer, 4, first=3)
+        positions, kept = selector.select(prompt(weights, [40, 2]), layer, 4, first=3)
         assert positions[0, :, :3].tolist() == [[0, 1, 2]] * 3
         assert positions[1, 0, : kept[1]].tolist() == [0, 1]
 
@@ -122,7 +128,7 @@ def test_budgets_hold_and_recent_tokens_stay(selector, lengths, seed):
     layers = 4
     counts = []
     for layer in range(layers):
-        positions, kept = selector.select(weights, jnp.asarray(lengths), layer, layers)
+        positions, kept = selector.select(prompt(weights, lengths), layer, layers)
         most = selector.most(layer, layers, 40)
         assert positions.shape == (2, 3, most)
         for b, n in enumerate(lengths):
@@ -134,7 +140,7 @@ def test_budgets_hold_and_recent_tokens_stay(selector, lengths, seed):
                 recent = getattr(selector, "recent", getattr(selector, "window", n))
                 assert set(range(max(0, n - recent), n)) <= set(chosen)
         counts.append(kept.tolist())
-        alone, kept_alone = selector.select(weights[1:], jnp.asarray(lengths[1:]), layer, layers)
+        alone, kept_alone = selector.select(prompt(weights[1:], lengths[1:]), layer, layers)
         np.testing.assert_array_equal(alone[0], positions[1])
         assert kept_alone[0] == kept[1]
     budget = getattr(selector, "budget", None)
@@ -184,6 +190,8 @@ DEFINED = {
     "pyramidkv": kj.PyramidKV(budget=12, window=5, beta=7, kernel=5),
     "pyramidinfer": kj.PyramidInfer(budget=12, window=5, beta=3),
     "keepall": kj.KeepAll(),
+    "keydiff": kj.KeyDiff(budget=12, recent=5),
+    "expectedattention": kj.ExpectedAttention(budget=12, recent=5, sinks=2),
 }
 
 
@@ -197,11 +205,21 @@ def test_prompt_selectors_are_their_papers_definitions(name):
     weights = jnp.zeros(key.shape[:3])
     if selector.observed:
         weights = observed_weights(query, key, lengths, selector.observed)
+    value = jnp.asarray(draw.normal(size=key.shape), jnp.float32)
+    wide = jnp.asarray(draw.normal(size=(len(lengths), 4, 8, 8)), jnp.float32)
+    mean = jnp.asarray(draw.normal(size=(len(lengths), 4, 8)), jnp.float32)
+    whole = Prompt(
+        key, value, weights, jnp.asarray(lengths), ExpectedQueries(mean, wide @ wide.swapaxes(2, 3))
+    )
     for layer in range(layers):
-        positions, kept = selector.select(weights, jnp.asarray(lengths), layer, layers)
+        positions, kept = selector.select(whole, layer, layers)
         for (b, n), k in itertools.product(enumerate(lengths), range(2)):
             heads = causal_weights(query[b, 2 * k : 2 * k + 2], jnp.repeat(key[b, k][None], 2, 0), n)
-            expected = defined(selector, heads, n, layer, layers)
+            if isinstance(selector, kj.KeyDiff | kj.ExpectedAttention):
+                row = jax.tree.map(lambda x, b=b: np.asarray(x[b], np.float64), whole)
+                expected = defined_by_keys(selector, row, n, k)
+            else:
+                expected = defined(selector, heads, n, layer, layers)
             assert set(positions[b, k, : kept[b]].tolist()) == expected
 
 
@@ -230,9 +248,30 @@ def defined(selector, weights, n, layer, layers):
     return best(score, cap - window) | set(range(n - window, n))
 
 
+def defined_by_keys(selector, prompt, n, k):
+    """The same of selectors that look at keys, values and queries of KV head `k` of one row."""
+    keys, values = prompt.keys[k, :n], prompt.values[k, :n]
+    if n <= selector.budget:
+        return set(range(n))
+    if isinstance(selector, kj.KeyDiff):
+        direction = keys / np.linalg.norm(keys, axis=1, keepdims=True)
+        mean = direction.mean(0)
+        score, first = -direction @ mean / np.linalg.norm(mean), 0
+    else:
+        first, expected = selector.sinks, np.zeros(n)
+        for head in (2 * k, 2 * k + 1):
+            m, c = prompt.queries.mean[head], prompt.queries.covariance[head]
+            exponent = np.array([key @ m / 8**0.5 + key @ c @ key / 16 for key in keys[first:]])
+            weight = np.exp(exponent - exponent.max())
+            expected[first:] += weight / weight.sum() / 2
+        score = (expected + 0.01) * np.linalg.norm(values, axis=1)
+    older = np.where(np.arange(n - selector.recent) < first, np.inf, score[: n - selector.recent])
+    return best(older, selector.budget - selector.recent) | set(range(n - selector.recent, n))
+
+
 def test_of_equal_prompt_tokens_the_newer_stay():
     selector = kj.H2O(budget=5, recent=2)
-    positions, _ = selector.select(jnp.ones((1, 1, 9)), jnp.asarray([9]), 0, 1)
+    positions, _ = selector.select(prompt(jnp.ones((1, 1, 9)), [9]), 0, 1)
     assert positions[0, 0].tolist() == [4, 5, 6, 7, 8]
 
 

@@ -29,6 +29,10 @@ SELECTING = {
         prompt=kj.StreamingLLM(sinks=2, recent=9), decode=kj.StreamingLLM(sinks=2, recent=12)
     ),
     "kivi2+h2o": kj.kivi(2, 8, 8, prompt=kj.H2O(budget=12, recent=4), decode=kj.Slide(window=8, recent=4)),
+    "random": kj.scope(
+        prompt=kj.ExpectedAttention(budget=14, recent=4), decode=kj.Random(window=8, recent=3, block=2)
+    ),
+    "gkv": kj.kivi(2, 8, 8, prompt=kj.KeyDiff(budget=14, recent=4), decode=kj.GKV(window=8, recent=3)),
     "kivi2+pyramid": kj.kivi(2, 8, 8, prompt=kj.PyramidKV(budget=12, window=4, beta=2)),
     "kivi2r+scope": kj.kivi(
         2,
