@@ -12,6 +12,7 @@ from kivi_jax.commands.chat import chat
 from kivi_jax.commands.generate import generate
 from kivi_jax.commands.inspect import inspect
 from kivi_jax.demo.command import demo, evaluation
+from kivi_jax.eval.choosing import choosing
 from kivi_jax.eval.command import evaluate
 
 HELP = """2-bit KV caches (KIVI) and token selection (SCOPE) for Llama and Mistral in JAX.
@@ -62,5 +63,6 @@ def options(
 for command in (demo, generate, chat, inspect, convert):
     app.command()(command)
 evaluate.add_typer(evaluation)
+evaluate.add_typer(choosing)
 for name, group in {"cache": cache_files, "eval": evaluate, "bench": bench}.items():
     app.add_typer(group, name=name)

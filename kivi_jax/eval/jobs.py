@@ -46,6 +46,13 @@ def _read(path: Path) -> tuple[Record, list[Record], int]:
     return settings, records, data.rfind(b"\n") + 1
 
 
+def paired(records: Sequence[Record], others: Sequence[Record]) -> tuple[list[Record], list[Record]]:
+    """The records of both that have the same ids, in one order."""
+    by_id = {other["id"]: other for other in others}
+    common = [record for record in records if record["id"] in by_id]
+    return common, [by_id[record["id"]] for record in common]
+
+
 def in_batches(
     items: Iterable[Item], size: int, *, key: Callable[[Item], tuple[int, ...]]
 ) -> list[list[Item]]:
@@ -80,8 +87,13 @@ def finish(
     """
     from convert.files import locked  # slow to import; reports need it not
 
-    if twice := _repeated(identify(item) for batch in batches for item in batch):
+    wanted = [identify(item) for batch in batches for item in batch]
+    if twice := _repeated(wanted):
         raise ValueError(f"two samples have the id {twice}: their predictions could not be told apart")
+    held, records = read_records(path)
+    done = {record["id"]: record for record in records}
+    if held == settings and done.keys() >= set(wanted):  # only read, so by several processes at once
+        return [done[name] for name in wanted]
     path.parent.mkdir(parents=True, exist_ok=True)
     with locked(path.with_name(f".{path.name}.lock"), path):
         return _finish(path, settings, batches, compute, identify, progress)

@@ -6,7 +6,7 @@ is marked as noise: do not rank by it.
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,8 @@ import numpy as np
 from rich.markup import escape
 from rich.table import Table
 
-from kivi_jax.eval import gsm8k, longbench, longgenbench, needle, perplexity, ruler, study
-from kivi_jax.eval.jobs import Record, read_records
+from kivi_jax.eval import frontier, gsm8k, longbench, longgenbench, needle, perplexity, ruler, select, study
+from kivi_jax.eval.jobs import Record, paired, read_records
 from kivi_jax.eval.statistics import Estimate, bootstrap
 from kivi_jax.figures import SHADES, cache_colors, new_figure, save_figure
 
@@ -65,7 +65,7 @@ def read_comparisons(folders: Iterable[Path]) -> list[Comparison]:
     files = [file for folder in folders for file in sorted(folder.rglob("*.jsonl"))]
     for file in sorted(files, key=lambda file: (file.stem != "full", file.stem, str(file))):
         settings, records = read_records(file)
-        if not records or settings.get("eval") not in [*SCORES, "perplexity", "study"]:
+        if not records or settings.get("eval") not in [*SCORES, "perplexity", "study", "frontier", "select"]:
             continue  # answers of `kivi-jax generate`, for example
         cache = settings.pop("cache", "")
         comparison = found.setdefault(repr(sorted(settings.items())), Comparison(settings, {}, file.parent))
@@ -79,9 +79,17 @@ def tables(comparison: Comparison) -> list[Table]:
     """One table per way to score."""
     if comparison.evaluation == "perplexity":
         return [_perplexity_table(comparison)]
+    if comparison.evaluation == "frontier":
+        return [frontier.table(comparison.title, _points(comparison))]
+    if comparison.evaluation == "select":
+        return [select.table(comparison.title, select.scores(comparison.by_cache))]
     if comparison.evaluation == "study":
         return [study.table(comparison.title, records) for records in comparison.by_cache.values()]
     return [_score_table(comparison, name, score) for name, score in SCORES[comparison.evaluation].items()]
+
+
+def _points(comparison: Comparison) -> dict[str, frontier.Point]:
+    return frontier.points(comparison.by_cache, comparison.folder)
 
 
 def _perplexity_table(comparison: Comparison) -> Table:
@@ -97,7 +105,7 @@ def _perplexity_table(comparison: Comparison) -> Table:
         value = perplexity.perplexity(rows)
         cells = [cache, f"{value.mean:.4f}", f"[{value.low:.3f}, {value.high:.3f}]".replace("[", r"\[")]
         if cache != baseline:
-            change = perplexity.relative_change(*_paired(rows, records[baseline]))
+            change = perplexity.relative_change(*paired(rows, records[baseline]))
             cells += [f"{change.mean:+.3%}", rf"\[{change.low:+.3%}, {change.high:+.3%}]{_noise(change)}"]
         table.add_row(*cells)
     return table
@@ -121,7 +129,7 @@ def _score_table(comparison: Comparison, name: str, score: Score) -> Table:
         held = {task: [score(row) for row in rows if row["task"] == task] for task in tasks}
         differences: dict[str, list[float]] = {}
         if cache != baseline:
-            for row, other in zip(*_paired(rows, records[baseline]), strict=True):
+            for row, other in zip(*paired(rows, records[baseline]), strict=True):
                 differences.setdefault(row["task"], []).append(score(row) - score(other))
         cells = [cache]
         for task in tasks:
@@ -141,13 +149,6 @@ def _natural(name: str) -> list[str | int]:
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
 
-def _paired(rows: Sequence[Record], others: Sequence[Record]) -> tuple[list[Record], list[Record]]:
-    """The records of both that have the same ids, in one order."""
-    by_id = {other["id"]: other for other in others}
-    common = [row for row in rows if row["id"] in by_id]
-    return common, [by_id[row["id"]] for row in common]
-
-
 def _interval(estimate: Estimate) -> str:
     return rf"\[{100 * estimate.low:.1f}, {100 * estimate.high:.1f}]"
 
@@ -158,9 +159,13 @@ def _noise(estimate: Estimate) -> str:
 
 def plot(comparison: Comparison) -> Path | None:
     """Save a picture of what there is to see beside the records: perplexity by position, heat maps, bars."""
-    draw = {"perplexity": _plot_perplexity, "needle": _plot_needle, "study": _plot_study}.get(
-        comparison.evaluation
-    )
+    draw = {
+        "perplexity": _plot_perplexity,
+        "needle": _plot_needle,
+        "study": _plot_study,
+        "frontier": _plot_frontier,
+        "select": _plot_select,
+    }.get(comparison.evaluation)
     if draw is None:
         return None
     figure = draw(comparison)
@@ -184,6 +189,14 @@ def _plot_perplexity(comparison: Comparison) -> Any:
     below.set_ylabel(f"perplexity vs {baseline} (%)")
     below.set_xlabel("position in the window (tokens in the cache)")
     return figure
+
+
+def _plot_frontier(comparison: Comparison) -> Any:
+    return frontier.draw(comparison.title, _points(comparison))
+
+
+def _plot_select(comparison: Comparison) -> Any:
+    return select.draw(comparison.title, select.scores(comparison.by_cache))
 
 
 def _plot_study(comparison: Comparison) -> Any:

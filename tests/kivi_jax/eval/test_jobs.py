@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from rich.progress import Progress
 
+from convert.files import locked
 from kivi_jax.eval.jobs import finish, read_records
 
 SETTINGS = {"eval": "test", "cache": "full"}
@@ -119,6 +120,14 @@ def test_the_later_of_two_writers_is_refused(tmp_path):
         finish(path, SETTINGS, BATCHES, compute, identify=str, progress=progress)
     assert [file.name for file in tmp_path.iterdir()] == ["full.jsonl"]
     assert len(read_records(path)[1]) == 5
+
+
+def test_a_finished_file_is_only_read(tmp_path):
+    """So caches may be computed by several processes, each of which asks for the full one, too."""
+    path = tmp_path / "full.jsonl"
+    records, _ = run(path)
+    with locked(path.with_name(".full.jsonl.lock"), path):
+        assert run(path) == (records, [])
 
 
 SCRIPT = """
