@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from kivi_jax.cache.decode_selectors import DecodeSelector, Slots, drop_lowest, drop_one
 from kivi_jax.cache.segments import Step, Tokens
-from kivi_jax.cache.stores import TokenStore
+from kivi_jax.cache.stores import DenseStore, Given, PackedStore, Place, PoolQuantization, TokenStore
 from pallas_kernels import partials
 from pallas_kernels.partials import AttentionPartial
 from pallas_kernels.pytree import pytree, static
@@ -43,33 +43,43 @@ class TokenPool:
     @classmethod
     def of(
         cls,
-        store: TokenStore,
-        positions: Int[Array, "B K M"],
-        kept: Int[Array, "B"],
+        given: Given,
         lengths: Int[Array, "B"],
         *,
         selector: DecodeSelector,
+        packing: PoolQuantization | None = None,
+        rotates: bool = True,
         layer: int = 0,
     ) -> "TokenPool":
-        """A pool after prompts of the given lengths.
+        """A pool after prompts of the given lengths, with some of their tokens, of each head as many.
 
-        The first M slots of `store` hold tokens, of which `kept[b]` count; M and `kept` are 0 but for a
-        unified selector, under which the prompt's tokens compete, too.
+        With `packing` all but the newest are packed: those that the selector never drops. `rotates`: see
+        `PackedStore`.
         """
-        batch, kv_heads, given = positions.shape
-        slots = store.read()[0].shape[2]
-        real = jnp.arange(given)[None, None] < kept[:, None, None]
-        padding = ((0, 0), (0, 0), (0, slots - given))
+        if packing is None:
+            store, positions = DenseStore.of(given, selector.slots)
+        else:
+            newest = max(selector.recent, 1)
+            store, positions = PackedStore.of(
+                given,
+                # Of a prompt, the newest may be missing.
+                selector.slots if selector.unified else selector.slots - newest,
+                packing,
+                lengths=lengths,
+                newest=newest,
+                rotates=rotates,
+            )
+        held = (positions[:, 0] >= 0).sum(1, dtype=lengths.dtype)
         return cls(
             store,
-            jnp.pad(jnp.where(real, positions, -1), padding, constant_values=-1),
-            jnp.zeros((batch, kv_heads, slots), jnp.float32),
-            jnp.zeros((batch, kv_heads, slots), jnp.float32) if selector.remembers else None,
+            positions,
+            jnp.zeros(positions.shape, jnp.float32),
+            jnp.zeros(positions.shape, jnp.float32) if selector.remembers else None,
             lengths,
             lengths,
-            kept,
-            jnp.zeros_like(kept),
-            jnp.full_like(kept, layer),
+            held,
+            jnp.zeros_like(held),
+            jnp.full_like(held, layer),
             selector,
         )
 
@@ -89,27 +99,35 @@ class TokenPool:
         return query, positions >= 0
 
     def append(self, step: Step) -> "TokenPool":
-        """See `Segment`: the token takes a free slot of every head."""
-        weights, memory = self._weights(step), self.memory
-        batch, kv_heads, slots = self.positions.shape
-        free = jnp.argmin(self.positions, axis=-1)
-        slot = jnp.where(step.active[:, None], free, slots)  # slots: nowhere
-        row, head = jnp.arange(batch)[:, None], jnp.arange(kv_heads)[None]
-        position = jnp.broadcast_to(self.lengths[:, None], (batch, kv_heads))
-        count = step.active.astype(jnp.int32)
+        """See `Segment`: the token takes a slot of every head."""
+        weights, memory, place = self._weights(step), self.memory, self._place(step.active)
         if memory is not None:
             known = jnp.where(self.positions >= 0, memory, 0)
             known = jnp.where(step.active[:, None, None], self.selector.remember(known, weights), known)
-            memory = known.at[row, head, slot].set(self.selector.first_memory(step.value), mode="drop")
+            memory = place.put(known, self.selector.first_memory(step.value))
+        if place.moved is not None and self.selector.weighs:
+            weights = place.put(weights, jnp.zeros(place.slot.shape, jnp.float32))
+        count = step.active.astype(jnp.int32)
         return dataclasses.replace(
             self,
-            store=self.store.put(slot, step.key, step.value),
-            positions=self.positions.at[row, head, slot].set(position, mode="drop"),
+            store=self.store.put(place, step.key, step.value),
+            positions=place.put(self.positions, jnp.broadcast_to(self.lengths[:, None], place.slot.shape)),
             weights=weights,
             memory=memory,
             lengths=self.lengths + count,
             held=self.held + count,
         )
+
+    def _place(self, active: Bool[Array, "B"]) -> Place:
+        """Where a token of active rows goes: to a free slot, or into a ring, whose oldest then needs one."""
+        (batch, kv_heads, slots), newest = self.positions.shape, self.store.newest
+        free = jnp.argmin(self.positions[..., : slots - newest], axis=-1)
+        if not newest:
+            return Place(jnp.where(active[:, None], free, slots))
+        slot = jnp.where(active, slots - newest + self.lengths % newest, slots)
+        place = Place(jnp.broadcast_to(slot[:, None], (batch, kv_heads)))
+        leaves = active[:, None] & (place.get(self.positions) >= 0)
+        return place._replace(moved=jnp.where(leaves, free, slots))
 
     def _weights(self, step: Step) -> Float[Array, "B K S"]:
         if not self.selector.weighs:

@@ -3,7 +3,9 @@
 A store is slots per row and KV head; a token of one head can be overwritten without touching any other.
 KIVI's keys, whose groups span tokens, do not allow that. Packed stores therefore group keys over channels
 like values, after an orthonormal Hadamard transform of queries and keys alike: scores stay what they are,
-and a channel of outliers, which would spoil its group, is spread over all channels.
+and a channel of outliers, which would spoil its group, is spread over all channels. As in KIVI, the newest
+tokens are in full precision: they have slots of their own behind the packed ones, and are packed when they
+leave these.
 
 Source: the transform is QuaRot's (arXiv 2404.00456); the use for slots that are reused is ours.
 """
@@ -11,11 +13,11 @@ Source: the transform is QuaRot's (arXiv 2404.00456); the use for slots that are
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Literal, Protocol, get_args, runtime_checkable
+from typing import Literal, NamedTuple, Protocol, get_args, runtime_checkable
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from kivi_jax.checks import whole
 from pallas_kernels.pytree import pytree, static
@@ -64,9 +66,55 @@ class PoolQuantization:
         return dataclasses.replace(self, group_size=math.gcd(DEFAULT_GROUP, head_dim))
 
 
+class Given(NamedTuple):
+    """Tokens that a store begins with, and their positions, ascending; -1: none."""
+
+    keys: Float[Array, "B K M H"]
+    values: Float[Array, "B K M H"]
+    positions: Int[Array, "B K M"]
+
+    def in_slots(self, slots: int) -> Int[Array, "B K S"]:
+        """The positions where the first of so many slots hold the tokens."""
+        padding = ((0, 0), (0, 0), (0, slots - self.positions.shape[2]))
+        return jnp.pad(self.positions, padding, constant_values=-1)
+
+
+class Place(NamedTuple):
+    """The slot of each head that a step's token takes; past the last one is nowhere."""
+
+    slot: Int[Array, "B K"]
+    moved: Int[Array, "B K"] | None = None  # where what stands there goes; None: nothing does
+
+    def get(self, held: Shaped[Array, "B K S *rest"]) -> Shaped[Array, "B K *rest"]:
+        """What stands at `slot`."""
+        return held.at[*self._head, self.slot].get(mode="clip")
+
+    def put(
+        self, held: Shaped[Array, "B K S *rest"], new: Shaped[Array, "B K *rest"]
+    ) -> Shaped[Array, "B K S *rest"]:
+        """`held` with `new` at `slot`, and at `moved` what stood there."""
+        if self.moved is not None:
+            held = held.at[*self._head, self.moved].set(self.get(held), mode="drop")
+        return held.at[*self._head, self.slot].set(new.astype(held.dtype), mode="drop")
+
+    @property
+    def _head(self) -> tuple[Int[Array, "B 1"], Int[Array, "1 K"]]:
+        batch, kv_heads = self.slot.shape
+        return jnp.arange(batch)[:, None], jnp.arange(kv_heads)[None]
+
+
 @runtime_checkable
 class TokenStore(Protocol):
-    """Keys and values of a pool's slots."""
+    """Keys and values of a pool's slots.
+
+    The last `newest` slots, if any, are a ring of the newest tokens: token t of every head is in slot
+    t % newest of them, and leaves it for another slot.
+    """
+
+    @property
+    def newest(self) -> int:
+        """How many slots are a ring of the newest tokens."""
+        ...
 
     def read(self) -> tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]]:
         """Keys, such that `turn(query) . key` is the score, and values."""
@@ -76,10 +124,8 @@ class TokenStore(Protocol):
         """A query, or a key, in the basis that keys are held in."""
         ...
 
-    def put(
-        self, slot: Int[Array, "B K"], key: Float[Array, "B K H"], value: Float[Array, "B K H"]
-    ) -> "TokenStore":
-        """Write one token per row and head; a slot past the last writes nothing."""
+    def put(self, place: Place, key: Float[Array, "B K H"], value: Float[Array, "B K H"]) -> "TokenStore":
+        """Write one token per row and head."""
         ...
 
 
@@ -91,9 +137,14 @@ class DenseStore:
     values: Float[Array, "B K S H"]
 
     @classmethod
-    def of(cls, keys: Float[Array, "B K M H"], values: Float[Array, "B K M H"], slots: int) -> "DenseStore":
-        """A store of `slots` slots, the first M of which hold the given tokens."""
-        return cls(_pad_slots(keys, slots), _pad_slots(values, slots))
+    def of(cls, given: Given, slots: int) -> tuple["DenseStore", Int[Array, "B K S"]]:
+        """A store of `slots` slots, the first M of which hold the given tokens; and what stands in each."""
+        return cls(_pad_slots(given.keys, slots), _pad_slots(given.values, slots)), given.in_slots(slots)
+
+    @property
+    def newest(self) -> int:
+        """See `TokenStore`."""
+        return 0
 
     def read(self) -> tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]]:
         """See `TokenStore`."""
@@ -103,40 +154,40 @@ class DenseStore:
         """See `TokenStore`."""
         return query
 
-    def put(
-        self, slot: Int[Array, "B K"], key: Float[Array, "B K H"], value: Float[Array, "B K H"]
-    ) -> "DenseStore":
+    def put(self, place: Place, key: Float[Array, "B K H"], value: Float[Array, "B K H"]) -> "DenseStore":
         """See `TokenStore`."""
-        row, head = jnp.arange(slot.shape[0])[:, None], jnp.arange(slot.shape[1])[None]
-
-        def set_slot(held: Array, new: Array) -> Array:
-            return held.at[row, head, slot].set(new.astype(held.dtype), mode="drop")
-
-        return DenseStore(set_slot(self.keys, key), set_slot(self.values, value))
+        return DenseStore(place.put(self.keys, key), place.put(self.values, value))
 
 
 @pytree
 class PackedStore:
-    """Codes, keys and values alike grouped over channels; rows and heads are one axis, as slots differ."""
+    """Codes, keys and values alike grouped over channels, and the newest tokens in full precision.
 
-    keys: QuantizedTensor  # [B * K, 1, S, H], S whole pages
+    Of codes, rows and heads are one axis, as slots differ.
+    """
+
+    keys: QuantizedTensor  # [B * K, 1, S - R, H], S - R whole pages
     values: QuantizedTensor
-    kv_heads: int = static()
-    dtype: str = static()  # that tokens are read in
+    newest_keys: Float[Array, "B K R H"]
+    newest_values: Float[Array, "B K R H"]
     rotates: bool = static()  # whether the transform is the store's to do: not where keys come turned
 
     @classmethod
     def of(
         cls,
-        keys: Float[Array, "B K M H"],
-        values: Float[Array, "B K M H"],
+        given: Given,
         slots: int,
         packing: PoolQuantization,
         *,
+        lengths: Int[Array, "B"],
+        newest: int,
         rotates: bool,
-    ) -> "PackedStore":
-        """A store of at least `slots` slots, the first M of which hold the given tokens."""
-        batch, kv_heads, _, dim = keys.shape
+    ) -> tuple["PackedStore", Int[Array, "B K S"]]:
+        """A store of at least `slots` slots to pack in, and `newest` for the newest tokens before `lengths`.
+
+        Also what stands in each slot.
+        """
+        batch, kv_heads, _, dim = given.keys.shape
         group_size = packing.fit(dim).group_size
         assert group_size is not None
         slots = -(-slots // PAGE) * PAGE
@@ -150,32 +201,54 @@ class PackedStore:
                 scale_dtype=packing.scale_dtype,
             )
 
-        turned = rotate(keys) if rotates else keys
-        return cls(pack(turned), pack(values), kv_heads, keys.dtype.name, rotates)
+        keys = rotate(given.keys) if rotates else given.keys
+        is_new = given.positions >= jnp.maximum(lengths - newest, 0)[:, None, None]
+        slot = jnp.where(is_new, given.positions % max(newest, 1), newest)  # newest: nowhere
+        row, head = (jnp.arange(n).reshape(shape) for n, shape in ((batch, (-1, 1, 1)), (kv_heads, (-1, 1))))
+
+        def ring(tokens: Array, empty: int) -> Array:
+            blank = jnp.full((batch, kv_heads, newest, *tokens.shape[3:]), empty, tokens.dtype)
+            return blank.at[row, head, slot].set(tokens, mode="drop")
+
+        older = given._replace(positions=jnp.where(is_new, -1, given.positions)).in_slots(slots)
+        return (
+            cls(pack(keys), pack(given.values), ring(keys, 0), ring(given.values, 0), rotates),
+            jnp.concatenate([older, ring(given.positions, -1)], axis=2),
+        )
+
+    @property
+    def newest(self) -> int:
+        """See `TokenStore`."""
+        return self.newest_keys.shape[2]
 
     def read(self) -> tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]]:
         """See `TokenStore`: dequantized, which a pool's bound keeps small."""
 
-        def unpack(tokens: QuantizedTensor) -> Array:
-            return dequantize(tokens, self.dtype).reshape(-1, self.kv_heads, *tokens.shape[2:])
+        def unpack(tokens: QuantizedTensor, newest: Array) -> Array:
+            older = dequantize(tokens, newest.dtype).reshape(*newest.shape[:2], *tokens.shape[2:])
+            return jnp.concatenate([older, newest], axis=2)
 
-        return unpack(self.keys), unpack(self.values)
+        return unpack(self.keys, self.newest_keys), unpack(self.values, self.newest_values)
 
     def turn(self, query: Float[Array, "B N H"]) -> Float[Array, "B N H"]:
         """See `TokenStore`."""
         return rotate(query) if self.rotates else query
 
-    def put(
-        self, slot: Int[Array, "B K"], key: Float[Array, "B K H"], value: Float[Array, "B K H"]
-    ) -> "PackedStore":
-        """See `TokenStore`."""
+    def put(self, place: Place, key: Float[Array, "B K H"], value: Float[Array, "B K H"]) -> "PackedStore":
+        """See `TokenStore`: the token that leaves the ring is packed."""
+        assert place.moved is not None
+        moved, ring = place.moved.reshape(-1), Place(place.slot - self.keys.shape[2])
 
-        def set_slot(held: QuantizedTensor, new: Array) -> QuantizedTensor:
-            # A pool's last page may have more slots than the pool: "past the last" is past the store.
-            return set_token(held, slot.reshape(-1), new.reshape(slot.size, 1, -1))
+        def pack(held: QuantizedTensor, newest: Array) -> QuantizedTensor:
+            # Past the last packed slot nothing is written: it is in the ring, or nowhere.
+            return set_token(held, moved, ring.get(newest).reshape(moved.size, 1, -1))
 
-        return dataclasses.replace(
-            self, keys=set_slot(self.keys, self.turn(key)), values=set_slot(self.values, value)
+        return PackedStore(
+            pack(self.keys, self.newest_keys),
+            pack(self.values, self.newest_values),
+            ring.put(self.newest_keys, self.turn(key)),
+            ring.put(self.newest_values, value),
+            self.rotates,
         )
 
 

@@ -15,14 +15,7 @@ from kivi_jax.cache.kivi import KiviQuantization, KiviTokens
 from kivi_jax.cache.pool import TokenPool
 from kivi_jax.cache.prompt_selectors import KeepAll, Prompt, PromptSelector
 from kivi_jax.cache.segments import Segment, Step
-from kivi_jax.cache.stores import (
-    DEFAULT_GROUP,
-    DenseStore,
-    PackedStore,
-    PoolQuantization,
-    ScaleDtype,
-    rotate,
-)
+from kivi_jax.cache.stores import DEFAULT_GROUP, Given, PoolQuantization, ScaleDtype, rotate
 from kivi_jax.checks import warn_once
 from kivi_jax.config import ModelConfig
 from pallas_kernels.pytree import pytree, static
@@ -189,11 +182,15 @@ class CacheStrategy:
         layer: int,
     ) -> TokenPool:
         """A pool that starts with the first `kept[b]` of the given tokens of each row."""
-        if self.pool is None:
-            store = DenseStore.of(keys, values, selector.slots)
-        else:
-            store = PackedStore.of(keys, values, selector.slots, self.pool, rotates=not self._rotates)
-        return TokenPool.of(store, positions, kept, lengths, selector=selector, layer=layer)
+        real = jnp.arange(keys.shape[2])[None, None] < kept[:, None, None]
+        return TokenPool.of(
+            Given(keys, values, jnp.where(real, positions, -1)),
+            lengths,
+            selector=selector,
+            packing=self.pool,
+            rotates=not self._rotates,
+            layer=layer,
+        )
 
     def _hold(
         self,

@@ -1,7 +1,5 @@
 """The pool against lists that are physically pruned, and against the recorded original SCOPE."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +11,7 @@ from kivi_jax.cache.decode_selectors import GKV, Adaptive, Discontinuous, Random
 from kivi_jax.cache.dense import DenseTokens
 from kivi_jax.cache.pool import TokenPool
 from kivi_jax.cache.segments import Step, attend_token
-from kivi_jax.cache.stores import DenseStore, PackedStore, PoolQuantization, hadamard
+from kivi_jax.cache.stores import Given, PoolQuantization, hadamard
 from kivi_jax.cache.unified_selectors import H2O, StreamingLLM
 from pallas_kernels.partials import merge, normalize
 from tests.oracles.scope import ListPool, Remembered, Reserved, by_weight
@@ -30,12 +28,18 @@ def step(segments, query, key, value, active):
     return normalize(attended), (*segments[:-1], settled)
 
 
-def empty_pool(lengths, heads, dim, selector, make=DenseStore.of, *packing):
+def empty_pool(lengths, heads, dim, selector, **packing):
     nothing = jnp.zeros((len(lengths), heads, 0, dim))
-    store = make(nothing, nothing, selector.slots, *packing)
-    return TokenPool.of(
-        store, nothing[..., 0].astype(int), jnp.zeros_like(lengths), lengths, selector=selector
-    )
+    given = Given(nothing, nothing, nothing[..., 0].astype(int))
+    return TokenPool.of(given, lengths, selector=selector, **packing)
+
+
+def full_pool(keys, values, lengths, selector, **packing):
+    """A pool that holds right-padded prompts."""
+    position = jnp.arange(keys.shape[2])[None, None]
+    real = jnp.where(position < lengths[:, None, None], position, -1)
+    given = Given(keys, values, jnp.broadcast_to(real, keys.shape[:3]))
+    return TokenPool.of(given, lengths, selector=selector, **packing)
 
 
 def kept(pool, row, head):
@@ -105,13 +109,11 @@ LONGEST = 7  # tokens of a prompt: no more than the pools hold that prompts shar
 
 def held_segments(prompt, lengths, selector):
     """A layer after right-padded prompts [2, B, K, P, H]: dense tokens and an empty pool, or one pool."""
-    batch, heads, width, dim = prompt.shape[1:]
+    heads, width, dim = prompt.shape[2:]
     if not selector.unified:
         dense = DenseTokens.from_prompt(prompt[0], prompt[1], lengths, capacity=width, window=None)
         return dense, empty_pool(lengths, heads, dim, selector)
-    positions = jnp.broadcast_to(jnp.arange(width), (batch, heads, width))
-    store = DenseStore.of(prompt[0], prompt[1], selector.slots)
-    return (TokenPool.of(store, positions, lengths, lengths, selector=selector),)
+    return (full_pool(*prompt, lengths, selector),)
 
 
 @pytest.mark.parametrize("selector", SELECTORS, ids=repr)
@@ -196,8 +198,7 @@ def replay(case, golden, inputs, selector):
     keys, values = (jnp.take_along_axis(x[None, :, :prompt], index, axis=2) for x in (key, value))
     count, length = jnp.asarray([positions.shape[2]]), jnp.asarray([prompt])
     if selector.unified:
-        store = DenseStore.of(keys, values, selector.slots)
-        segments = (TokenPool.of(store, positions, count, length, selector=selector),)
+        segments = (TokenPool.of(Given(keys, values, positions), length, selector=selector),)
     else:
         held = DenseTokens.from_prompt(keys, values, count, capacity=positions.shape[2], window=None)
         segments = (held, empty_pool(length, key.shape[0], key.shape[2], selector))
@@ -254,10 +255,7 @@ def test_streaming_llm_keeps_sinks_and_the_newest():
     selector = StreamingLLM(sinks=2, recent=3)
     draw = np.random.default_rng(0)
     tokens = jnp.asarray(draw.normal(size=(2, 1, HEADS, 4, DIM)), jnp.float32)
-    positions = jnp.broadcast_to(jnp.arange(4), (1, HEADS, 4))
-    n = jnp.asarray([4])
-    store = DenseStore.of(tokens[0], tokens[1], selector.slots)
-    segments = (TokenPool.of(store, positions, n, n, selector=selector),)
+    segments = (full_pool(*tokens, jnp.asarray([4]), selector),)
     for t in range(9):
         new = jnp.asarray(draw.normal(size=(2, 1, HEADS, DIM)), jnp.float32)
         query = jnp.asarray(draw.normal(size=(1, HEADS * GROUPS, DIM)), jnp.float32)
@@ -276,32 +274,51 @@ def test_ties_keep_the_newer_token():
     assert kept(segments[0], 0, 0) == [2, 3, 4, 5]
 
 
-@pytest.mark.parametrize(("bits", "error"), [(2, 0.45), (4, 0.1), (8, 0.006)])
-def test_a_packed_pool_holds_what_it_was_given(bits, error):
-    """Outlier channel included, slots reused many times, rows that end: nearer with more bits."""
-    selector, dim = Slide(window=12, recent=8), 32
-    packed = functools.partial(PackedStore.of, rotates=True)
+@pytest.mark.parametrize(
+    ("selector", "bits", "error"),
+    [
+        (Slide(window=20, recent=8), 2, 0.45),
+        (Slide(window=20, recent=8), 8, 0.006),
+        (StreamingLLM(sinks=2, recent=9), 4, 0.1),
+        pytest.param(Slide(window=20, recent=8), 4, 0.1, marks=pytest.mark.slow),
+    ],
+    ids=repr,
+)
+def test_a_packed_pool_holds_what_it_was_given(selector, bits, error):
+    """An outlier channel, slots reused, rows that end: nearer with more bits; the newest as they are."""
+    dim, lengths, steps = 32, np.array([10, 0]), np.array([40, 25])
     draw = np.random.default_rng(3)
-    n = jnp.asarray([0, 0])
-    segments = (empty_pool(n, HEADS, dim, selector, packed, PoolQuantization(bits=bits, group_size=16)),)
-    keys, values = draw.normal(size=(2, 40, 2, HEADS, dim)).astype(np.float32)
+    keys, values = draw.normal(size=(2, 2, HEADS, 52, dim)).astype(np.float32)
     keys[..., 5] += 12  # as keys of real models have
-    for t in range(40):
+    packing = dict(packing=PoolQuantization(bits=bits, group_size=16))
+    if selector.unified:
+        prompts = (jnp.asarray(x[:, :, :10]) for x in (keys, values))
+        pool = full_pool(*prompts, jnp.asarray(lengths), selector, **packing)
+    else:
+        pool = empty_pool(jnp.asarray(lengths), HEADS, dim, selector, **packing)
+    segments = (pool,)
+    for t in range(max(steps)):
         query = jnp.asarray(draw.normal(size=(2, HEADS * GROUPS, dim)), jnp.float32)
-        active = jnp.asarray([True, t < 20])
-        _, segments = step(segments, query, jnp.asarray(keys[t]), jnp.asarray(values[t]), active)
+        new = (jnp.asarray(x[np.arange(2), :, lengths + np.minimum(t, steps - 1)]) for x in (keys, values))
+        _, segments = step(segments, query, *new, jnp.asarray(t < steps))
     pool = segments[0]
-    assert pool.held.tolist() == [12, 12]
+    assert pool.held.tolist() == [selector.bound, selector.bound]
     held_keys, held_values = (np.asarray(x) for x in pool.store.read())
     for b, k in np.ndindex(2, HEADS):
-        positions = np.asarray(pool.positions[b, k])
-        slots = np.flatnonzero(positions >= 0)
-        assert positions.max() == [39, 19][b]
+        slots = np.flatnonzero(np.asarray(pool.positions[b, k]) >= 0)
+        positions, end = np.asarray(pool.positions[b, k, slots]), lengths[b] + steps[b]
+        assert len(set(positions)) == selector.bound
+        newest = positions >= end - selector.recent
+        assert sorted(positions[newest]) == list(range(end - selector.recent, end))
+        if isinstance(selector, StreamingLLM):
+            assert set(positions[~newest]) == {0, 1}
         # Keys are held rotated: scores with a rotated query are what they were.
         turned = held_keys[b, k, slots] @ hadamard(dim)
         for got, true in ((turned, keys), (held_values[b, k, slots], values)):
-            expected = true[positions[slots], b, k]
+            expected = true[b, k, positions]
+            np.testing.assert_allclose(got[newest], expected[newest], atol=1e-5)
             assert np.linalg.norm(got - expected) < error * np.linalg.norm(expected)
+            assert not np.allclose(got[~newest], expected[~newest], atol=1e-5)
 
 
 @pytest.mark.parametrize("size", [1, 8, 12, 80, 128])

@@ -63,6 +63,17 @@ def test_how_much_smaller_with_a_pool_for_what_is_generated():
     assert packed < dense < kivi < full
 
 
+@pytest.mark.parametrize("context", [3, 132, 2048])
+def test_turning_keys_weighs_nothing(context):
+    """And first tokens weigh what they are, whether a text is longer or not."""
+    plain, sinks, turned = (
+        plan_cache(LLAMA_8B, name, batch=1, context=context, dtype="bfloat16")
+        for name in ("kivi2", "kivi2:sinks=4", "kivi2r")
+    )
+    assert turned == sinks
+    assert sinks["rings"] - plain["rings"] == 32 * 8 * 4 * 128 * 2 * 2  # layers, heads, tokens, channels
+
+
 def test_a_window_bounds_the_cache():
     sizes = [
         plan_cache(config(sliding_window=16), kj.kivi(2, 8, 8), batch=1, context=n, dtype="float32")["total"]
