@@ -18,10 +18,11 @@ ModelArgument = Annotated[
     str,
     typer.Argument(help="A checkpoint's directory, a hub name, or demo: the small model in this package."),
 ]
-_CACHE_HELP = "full, kivi4, kivi2, scope or kivi2+scope; kivi-jax --help shows their fields."
+DEFAULT_CACHE = "kivi42r"  # docs/how-to/choose-a-cache.md says what it costs
+_CACHE_HELP = "full, kivi42r, kivi4, kivi2, scope or kivi2+scope; kivi-jax --help shows their fields."
 CacheOption = Annotated[str, typer.Option(help=_CACHE_HELP)]
 CacheOrPrefixOption = Annotated[
-    str | None, typer.Option(help=f"{_CACHE_HELP} By default kivi2, or what the prefix is held in.")
+    str | None, typer.Option(help=f"{_CACHE_HELP} By default {DEFAULT_CACHE}, or what the prefix is held in.")
 ]
 DtypeOption = Annotated[Dtype | None, typer.Option(help="By default float32 on a CPU, else bfloat16.")]
 TemperatureOption = Annotated[float, typer.Option(help="0 is greedy.")]

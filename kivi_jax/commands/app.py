@@ -21,7 +21,7 @@ Try it:  kivi-jax demo
 
 Plan memory:  kivi-jax inspect llama-8b --context 131072 --memory 80GB
 
-Talk:  kivi-jax chat ./llama-8b-instruct --cache kivi2
+Talk:  kivi-jax chat ./llama-8b-instruct --cache kivi42r
 
 Read once, ask often:  kivi-jax cache save ./llama-8b novel.txt novel.prefix
 
@@ -30,7 +30,7 @@ A model is a directory, a hub name, or demo: the small one in this package.
 A cache is a name, and fields after colons:
 full keeps every token as it is;
 kivi2:group_size=64:residual_length=64 packs in 2 bits, kivi4 in 4; kivi2r and kivi4r also turn keys;
-kivi42r has keys of 4 bits and values of 2;
+kivi42r, the default, has keys of 4 bits and values of 2;
 scope:window=512:recent=256 bounds what is generated;
 kivi2+scope:prompt=snapkv:prompt_budget=2048 also selects from the prompt.
 """

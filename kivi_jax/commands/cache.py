@@ -29,7 +29,7 @@ def save(
     model: options.ModelArgument,
     prompt_file: Annotated[str, typer.Argument(help="The text to read; - reads it from standard input.")],
     destination: Annotated[FilePath, typer.Argument(help="Directory to write; complete or absent.")],
-    cache: options.CacheOption = "kivi2",
+    cache: options.CacheOption = options.DEFAULT_CACHE,
     chat: options.ChatOption = False,
     system: options.SystemOption = None,
     dtype: options.DtypeOption = None,
@@ -39,7 +39,7 @@ def save(
 
     With --chat it begins a message, in which questions that follow go on: for instruct models.
 
-    Example:  kivi-jax cache save ./llama-8b novel.txt novel.prefix --cache kivi2
+    Example:  kivi-jax cache save ./llama-8b novel.txt novel.prefix --cache kivi42r
 
     Example:  kivi-jax cache save ./llama-8b novel.txt novel.prefix --chat
     """

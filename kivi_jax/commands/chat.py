@@ -24,7 +24,7 @@ COMMANDS = "/stats shows what the cache weighs, /reset forgets everything, /quit
 
 def chat(
     model: options.ModelArgument,
-    cache: options.CacheOption = "kivi2",
+    cache: options.CacheOption = options.DEFAULT_CACHE,
     context: Annotated[
         int | None,
         typer.Option(
@@ -47,7 +47,7 @@ def chat(
     /stats shows what the cache weighs, /reset forgets everything, /quit ends; Ctrl-C stops a reply.
     demo is no chat model. Type one of its tasks, such as  Copy: moon owl. Copied:
 
-    Example:  kivi-jax chat ./llama-8b-instruct --cache kivi2 --context 32768
+    Example:  kivi-jax chat ./llama-8b-instruct --cache kivi42r --context 32768
 
     Example:  kivi-jax chat demo
     """

@@ -77,7 +77,7 @@ def generate(
         raise ValueError("--input needs --output, which is JSON in any case, and a prompt needs neither")
     if prefix is not None and system is not None:
         raise ValueError("the prefix begins the conversation: pass --system to kivi-jax cache save")
-    own = "kivi2" if cache is None and prefix is None else cache  # else the prefix brings it
+    own = options.DEFAULT_CACHE if cache is None and prefix is None else cache  # else the prefix brings it
     strategy = None if own is None else parse_cache(own)
     sampler = make_sampler(temperature, top_k, top_p, min_p, repetition_penalty)
     stops = check_stop(stop or ())
