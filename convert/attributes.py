@@ -7,19 +7,12 @@ named once in a warning. What it reads and we do not do is refused by name. Read
 import functools
 import logging
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 from convert.errors import CheckpointError
+from convert.families import ACTIVATIONS, FAMILIES, Family
 
 _log = logging.getLogger(__name__)
-
-
-class Reads(NamedTuple):
-    """What transformers' code for one model type reads, as far as it changes what is computed."""
-
-    fields: frozenset[str]  # translated, by `rules.py`
-    only: Mapping[str, tuple[Any, ...]]  # the values that mean what we compute; others are refused
-
 
 # The code of every type, and what types share: rope, masks, the cache, and the loader of weights.
 _FIELDS = frozenset(
@@ -37,7 +30,7 @@ _FIELDS = frozenset(
     }
 )
 _ONLY: dict[str, tuple[Any, ...]] = {
-    "hidden_act": ("silu",),
+    "hidden_act": tuple(ACTIVATIONS),
     "partial_rotary_factor": (1.0, None),
     "is_causal": (True,),
     "quantization_config": (None,),
@@ -45,17 +38,13 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "attention_chunk_size": (None,),
     "layer_types": (None, {"full_attention"}),  # a set stands for a list of these
 }
-READS = {
-    "llama": Reads(_FIELDS | {"attention_bias", "mlp_bias"}, _ONLY | {"sliding_window": (None,)}),
-    "mistral": Reads(_FIELDS | {"sliding_window"}, _ONLY),
-}
-
 # Of whom and when, how to train, how to write: nobody expects a result to change with them, so no warning.
 _METADATA = {
     *("architectures", "torch_dtype", "dtype", "transformers_version", "tokenizer_class", "auto_map"),
     *("_name_or_path", "_commit_hash", "_attn_implementation", "_attn_implementation_autoset"),
     *("bos_token_id", "pad_token_id", "unk_token_id", "use_cache", "initializer_range", "attention_dropout"),
-    *("is_llama_config", "max_length"),
+    *("is_llama_config", "max_length", "_sliding_window_pattern", "resid_pdrop", "embd_pdrop"),
+    "cache_implementation",
 }
 # Of rope_parameters and rope_scaling, whatever the kind.
 ROPE_FIELDS: dict[str, type] = {
@@ -64,7 +53,8 @@ ROPE_FIELDS: dict[str, type] = {
     "original_max_position_embeddings": int,
     "truncate": bool,
 }
-_ROPE_NAMES = {"type", "rope_type", "rope_theta", "finetuned", "partial_rotary_factor"}
+_ROPE_NAMES = {"type", "rope_type", "rope_theta", "finetuned", "partial_rotary_factor", "short_factor"}
+_ROPE_NAMES |= {"long_factor", "max_position_embeddings"}
 
 
 def effective_attributes(raw: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
@@ -75,8 +65,8 @@ def effective_attributes(raw: Mapping[str, Any], defaults: Mapping[str, Any]) ->
     Raises:
         CheckpointError: attributes that the type's code reads have values that we do not support.
     """
-    model_type = raw["model_type"]
-    fields, only = READS[model_type]
+    family = FAMILIES[raw["model_type"]]
+    fields, only = reads(family)
     refused = [
         f"{name}={raw[name]!r}"
         for name in sorted(raw.keys() & only.keys())
@@ -89,17 +79,23 @@ def effective_attributes(raw: Mapping[str, Any], defaults: Mapping[str, Any]) ->
     read = {name: raw[name] for name in raw.keys() & (fields | only.keys())}
     for field in ("rope_scaling", "rope_parameters"):
         if isinstance(rope := read.get(field), Mapping):
-            unread_rope = {name for name in rope if not _is_of_rope(name, rope[name])}
+            unread_rope = {name for name in rope if not _is_of_rope(name, rope[name], family)}
             names += [f"{name} of {field}" for name in unread_rope]
             read[field] = {name: value for name, value in rope.items() if name not in unread_rope}
     if names:
-        _warn_once(model_type, ", ".join(sorted(names)))
+        _warn_once(raw["model_type"], ", ".join(sorted(names)))
     return read
 
 
-def _is_of_rope(name: str, value: Any) -> bool:
+def reads(family: Family) -> tuple[frozenset[str], dict[str, tuple[Any, ...]]]:
+    """Which attributes the family's code reads: those that are translated, and those of one meaning only."""
+    only = {name: values for name, values in _ONLY.items() if name not in family.reads}
+    return _FIELDS | family.reads, {**only, **family.only}
+
+
+def _is_of_rope(name: str, value: Any, family: Family) -> bool:
     """A mapping is the rope of some layers, by their kind."""
-    return name in ROPE_FIELDS or name in _ROPE_NAMES or isinstance(value, Mapping)
+    return name in ROPE_FIELDS or name in _ROPE_NAMES or name in family.rope or isinstance(value, Mapping)
 
 
 def _value(found: Any, supported: tuple[Any, ...]) -> Any:

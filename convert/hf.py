@@ -13,8 +13,9 @@ from jaxtyping import Array, Bool, Float
 
 from convert.errors import CheckpointError
 from convert.quantized import dequantized
-from convert.rules import Path, is_derived, model_config, sources_of
+from convert.rules import Path, Source, is_derived, model_config, sources_of
 from convert.stored import Stored, read_json, stored_tensors
+from convert.tensors import named_as_llama
 from kivi_jax.config import ModelConfig
 from kivi_jax.model.llama import Llama
 
@@ -51,6 +52,7 @@ def load_hf(directory: FilePath, *, dtype: DTypeLike, progress: Progress | None 
     tensors = stored_tensors(directory)
     if quantization := read_json(directory / "config.json").get("quantization_config"):
         tensors = dequantized(tensors, quantization)
+    tensors = named_as_llama(tensors, config)
     _check_layers(config, tensors)
     if config.tie_word_embeddings and _EMBEDDING not in tensors and _HEAD in tensors:
         tensors[_EMBEDDING] = tensors[_HEAD]  # some tools keep the one matrix under the head's name
@@ -86,17 +88,22 @@ def fill(
     for path in sorted(sources, key=lambda path: -abstract[path].size):
         parts: list[jax.Array] = []
         for source in sources[path]:
-            with np.errstate(over="ignore"):  # said below
-                tensor = tensors[source.name].read(dtype)
-            part = jnp.asarray(tensor.T if source.transpose else tensor)
-            if not _all_finite(part):
-                raise _not_finite(source.name, tensors[source.name].read(None), part)
-            parts.append(part)
+            parts.append(_part(tensors[source.name], source, dtype))
             done += 1
             if progress is not None:
                 progress(done, len(shapes))
         filled[path] = jnp.concatenate(parts, axis=-1)
     return build(config, filled, dtype)
+
+
+def _part(stored: Stored, source: Source, dtype: DTypeLike) -> jax.Array:
+    """What a tensor fills of a parameter; the tensor itself is let go."""
+    with np.errstate(over="ignore"):  # said below
+        tensor = stored.read(dtype)
+    part = jnp.asarray(tensor.T if source.transpose else tensor)
+    if not _all_finite(part):
+        raise _not_finite(source.name, stored.read(None), part)
+    return part
 
 
 def abstract_parameters(config: ModelConfig, dtype: DTypeLike) -> dict[Path, jax.ShapeDtypeStruct]:

@@ -1,4 +1,4 @@
-"""KIVI and SCOPE key/value caches for Llama and Mistral in JAX.
+"""KIVI and SCOPE key/value caches for Llama-like models in JAX.
 
 import kivi_jax as kj
 model, tokenizer = kj.load("path/to/checkpoint")

@@ -16,7 +16,7 @@
 # %% [markdown]
 # # Quickstart
 #
-# A key/value cache in 2 or 4 bits (KIVI), bounded while decoding (SCOPE), or both, for Llama and Mistral in JAX. First
+# A key/value cache in 2 or 4 bits (KIVI), bounded while decoding (SCOPE), or both, for Llama-like models in JAX. First
 # with the small trained model that comes with the package, then with a Hugging Face model of your own. Runs on a CPU,
 # a T4, an A100 or a TPU: what fits is computed below.
 #
@@ -162,7 +162,7 @@ print(
 # %% [markdown]
 # ## Your own model
 #
-# Set `MODEL` to a directory with a Llama or Mistral checkpoint, or to a name on the Hugging Face hub, such as one above;
+# Set `MODEL` to a directory with a checkpoint or a GGUF file, or to a name on the Hugging Face hub, such as one above;
 # it is downloaded on first use (Llama's need an access token: `huggingface_hub.login()`). While it is empty the small
 # model stands in, so that what follows runs everywhere.
 #

@@ -70,7 +70,7 @@ def command(*words):
 # %% [markdown]
 # ## A Hugging Face directory
 #
-# `config.json`, the weights in safetensors, the tokenizer. Yours may be any Llama or Mistral, a directory or a name on the
+# `config.json`, the weights in safetensors, the tokenizer. Yours may be of any family, a directory or a name on the
 # hub; here it is made of the small model's files.
 
 # %%

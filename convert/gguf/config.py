@@ -16,6 +16,7 @@ class Architecture(NamedTuple):
     """What llama.cpp calls a family, in transformers' words."""
 
     model_type: str
+    fused: bool = False  # queries, keys and values are one tensor, and gate and up
     permuted: bool = False  # query and key rows stand in the order of interleaved rotary pairs
     norm_offset: float = 0.0  # added to norms' weights in the file
     fields: Mapping[str, str] = {}  # metadata's key to config.json's, beyond _FIELDS
@@ -26,7 +27,7 @@ ARCHITECTURES = {
     "qwen2": Architecture("qwen2"),
     "qwen3": Architecture("qwen3"),
     "smollm3": Architecture("smollm3", permuted=True),
-    "phi3": Architecture("phi3", fields={"attention.sliding_window": "sliding_window"}),
+    "phi3": Architecture("phi3", fused=True, fields={"attention.sliding_window": "sliding_window"}),
     "gemma3": Architecture(
         "gemma3_text",
         norm_offset=1.0,
@@ -110,7 +111,8 @@ def config_of(gguf: GGUF) -> dict[str, Any]:
     if rope := _rope_scaling(gguf, said, rotated):
         config["rope_scaling"] = rope
         if rope["rope_type"] == "longrope":
-            config["original_max_position_embeddings"] = rope.pop("original_max_position_embeddings")
+            original = rope.pop("original_max_position_embeddings", config["max_position_embeddings"])
+            config["original_max_position_embeddings"] = original
     return config
 
 

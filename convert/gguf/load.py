@@ -1,6 +1,5 @@
 """A GGUF file as a model, and as the files that stand beside a converted one."""
 
-import functools
 import json
 from pathlib import Path as FilePath
 from typing import Any
@@ -14,6 +13,7 @@ from convert.gguf.tensors import tensors_of
 from convert.gguf.tokenizer import read_tokenizer
 from convert.hf import Progress, fill
 from convert.rules import model_config
+from convert.tensors import named_as_llama
 from kivi_jax.config import ModelConfig
 from kivi_jax.model.llama import Llama
 
@@ -43,7 +43,9 @@ def load_gguf(file: FilePath, *, dtype: DTypeLike, progress: Progress | None = N
     gguf = read_gguf(file)
     config = model_config(config_of(gguf))
     _check(gguf, config)
-    return fill(config, functools.partial(tensors_of, gguf), dtype=dtype, progress=progress)
+    return fill(
+        config, lambda names: named_as_llama(tensors_of(gguf, names), config), dtype=dtype, progress=progress
+    )
 
 
 def load_gguf_tokenizer(file: FilePath) -> Any:

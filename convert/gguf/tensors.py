@@ -10,6 +10,7 @@ from convert.errors import CheckpointError
 from convert.gguf.config import ARCHITECTURES
 from convert.gguf.file import GGUF, Block
 from convert.stored import Stored
+from convert.tensors import fused
 
 # What config.json says of them, `config_of` has read.
 _IN_CONFIG = {"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"}
@@ -17,6 +18,8 @@ _IN_CONFIG = {"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_sho
 
 def tensors_of(gguf: GGUF, wanted: Iterable[str]) -> dict[str, Stored]:
     """The file's tensors by the names that are `wanted` for them; others keep the file's.
+
+    What a family fuses keeps its fused name: see `convert.tensors.named_as_llama`.
 
     Raises:
         CheckpointError: two wanted names stand for the same tensor.
@@ -26,6 +29,8 @@ def tensors_of(gguf: GGUF, wanted: Iterable[str]) -> dict[str, Stored]:
     kind = next(kind for kind, name in MODEL_ARCH_NAMES.items() if name == gguf.architecture)
     translate = get_tensor_name_map(kind, gguf.metadata[f"{gguf.architecture}.block_count"])
     names: dict[str, str] = {}
+    if ARCHITECTURES[gguf.architecture].fused:
+        wanted = dict.fromkeys(fused(name) for name in wanted)
     for name in wanted:
         module, _, field = name.rpartition(".")
         ours = f"{translate.get_name(module)}.{field}"

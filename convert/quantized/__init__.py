@@ -24,7 +24,9 @@ _REFUSED = {
     "fbgemm_fp8": "convert the original checkpoint",
     "mxfp4": "it is for mixtures of experts",
 }
-_OF_ACTIVATIONS = {"input_scale", "input_zero_point", "output_scale", "k_scale", "v_scale"}
+_OF_ACTIVATIONS = {
+    *("activation_scale", "input_scale", "input_zero_point", "output_scale", "k_scale", "v_scale"),
+}
 
 
 def dequantized(tensors: Mapping[str, Stored], settings: Mapping[str, Any]) -> dict[str, Stored]:

@@ -15,7 +15,7 @@ from kivi_jax.demo.command import demo, evaluation
 from kivi_jax.eval.choosing import choosing
 from kivi_jax.eval.command import evaluate
 
-HELP = """2-bit KV caches (KIVI) and token selection (SCOPE) for Llama and Mistral in JAX.
+HELP = """2-bit KV caches (KIVI) and token selection (SCOPE) for Llama-like models in JAX.
 
 Try it:  kivi-jax demo
 

@@ -8,6 +8,10 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
+from convert.hf import abstract_parameters
+from convert.rules import model_config, sources_of
+from convert.tensors import fused
+
 LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -54,6 +58,26 @@ def random_tensors(config: Mapping[str, Any], dtype: Any = np.float32) -> dict[s
         name: (0.1 * random.standard_normal(shape, np.float32)).astype(dtype)
         for name, shape in shapes.items()
     }
+
+
+def family_tensors(config: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """`random_tensors` of any family, under the names that its checkpoints have."""
+    ours = model_config(config)
+    random = np.random.default_rng(0)
+    tensors = {
+        source.name: 0.3 * random.standard_normal(source.part_of(np.empty(leaf.shape)).shape, np.float32)
+        for path, leaf in abstract_parameters(ours, "float32").items()
+        for source in sources_of(path, ours)
+    }
+    for name in tensors:
+        if "norm" in name:
+            tensors[name] += np.float32(1 - ours.norm_offset)
+    if config["model_type"] != "phi3":
+        return tensors
+    parts: dict[str, list[np.ndarray]] = {}
+    for name, tensor in tensors.items():
+        parts.setdefault(fused(name), []).append(tensor)
+    return {name: np.concatenate(rows) for name, rows in parts.items()}
 
 
 def write_checkpoint(

@@ -15,7 +15,8 @@ from convert.command import convert
 from convert.hf import load_hf
 from convert.orbax import is_converted, load, read_manifest
 from kivi_jax.console import run
-from tests.convert.checkpoints import LLAMA, random_tensors, write_checkpoint, write_tokenizer
+from tests.convert.checkpoints import LLAMA, family_tensors, random_tensors, write_checkpoint, write_tokenizer
+from tests.convert.gguf_files import WIDE, write_gguf
 
 ROOT = Path(__file__).parents[2]
 GATE = "model.layers.0.mlp.gate_proj.weight"
@@ -318,15 +319,21 @@ print(status("VmHWM") - before)
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
-@pytest.mark.parametrize("what", ["load", "convert"])
+@pytest.mark.parametrize("what", ["load", "convert", "fused", "GGUF"])
 def test_peak_memory_stays_below_1_3_times_the_checkpoint(tmp_path, what):
-    """200 MB in float32, loaded in float32; converted with the defaults."""
+    """200 MB in float32, loaded in float32; converted with the defaults. Of a GGUF file the result counts."""
     sizes = dict(vocab_size=4000, hidden_size=768, intermediate_size=2048, num_hidden_layers=7)
     heads = dict(num_attention_heads=12, num_key_value_heads=6, head_dim=64)
-    big = write_checkpoint(tmp_path / "big", {**LLAMA, **sizes, **heads}, shards=2)
-    tiny = write_checkpoint(tmp_path / "tiny")
-    size = sum(file.stat().st_size for file in big.glob("*.safetensors"))
+    family = LLAMA | {"model_type": "phi3" if what == "fused" else "llama"}
+    tensors = family_tensors({**family, **sizes, **heads})
+    size = sum(tensor.nbytes for tensor in tensors.values())
     assert size > 200e6
+    if what == "GGUF":
+        big = write_gguf(tmp_path / "big.gguf", {**family, **sizes, **heads}, tensors, kind="Q8_0")
+        tiny = write_gguf(tmp_path / "tiny.gguf", WIDE, kind="Q8_0")
+    else:
+        big = write_checkpoint(tmp_path / "big", {**family, **sizes, **heads}, tensors, shards=2)
+        tiny = write_checkpoint(tmp_path / "tiny", family, family_tensors(family))
     out = [str(tmp_path / "out")] if what == "convert" else []
     done = python("-c", PEAK, str(tiny), str(big), *out)
     assert done.returncode == 0, done.stderr

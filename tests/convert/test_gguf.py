@@ -1,6 +1,7 @@
 """GGUF files: values are the gguf package's own, each in its place; what is wrong is one line."""
 
 import json
+from dataclasses import replace
 
 import gguf
 import jax
@@ -12,11 +13,11 @@ from flax import nnx
 import convert
 import kivi_jax as kj
 from convert.errors import CheckpointError
-from convert.gguf.config import config_of
+from convert.gguf.config import ARCHITECTURES, config_of
 from convert.gguf.file import read_gguf
 from convert.gguf.load import load_gguf, load_gguf_tokenizer, write_beside
 from convert.hf import load_hf
-from tests.convert.checkpoints import LLAMA, random_tensors, write_checkpoint
+from tests.convert.checkpoints import LLAMA, family_tensors, random_tensors, write_checkpoint
 from tests.convert.gguf_files import WIDE, pack, permuted, stored, write_gguf
 
 FLOATS = ["F32", "F16", "BF16"]
@@ -122,6 +123,52 @@ def test_llama_3_frequencies_are_recognized(tmp_path):
     file = write_gguf(tmp_path / "other.gguf", config, extra={"rope_freqs.weight": factors + 1})
     with pytest.raises(CheckpointError, match=r"scales rotary frequencies \(rope_freqs.weight\) otherwise"):
         convert.read_any_config(file)
+
+
+# What a config.json says of each beyond Llama's attributes, and what its GGUF file says for it.
+KNOWN = {
+    "qwen2": ({}, {}),
+    "qwen3": ({}, {}),
+    "smollm3": (dict(tie_word_embeddings=True), {}),
+    "phi3": (dict(sliding_window=None), {"phi3.attention.sliding_window": 0}),
+    "gemma3": (
+        dict(sliding_window=16, query_pre_attn_scalar=8, tie_word_embeddings=True, rope_parameters=None),
+        {"gemma3.attention.sliding_window": 16},
+    ),
+    "granite": (
+        dict(attention_multiplier=0.5, embedding_multiplier=2.0, residual_multiplier=0.5, logits_scaling=8.0),
+        {
+            "granite.attention.scale": 0.5,
+            "granite.embedding_scale": 2.0,
+            "granite.residual_scale": 0.5,
+            "granite.logit_scale": 8.0,
+        },
+    ),
+    "olmo2": ({}, {}),
+}
+
+
+@pytest.mark.parametrize("architecture", KNOWN)
+def test_files_of_every_family_are_the_same_model_as_its_checkpoint(tmp_path, architecture):
+    attributes, metadata = KNOWN[architecture]
+    config = LLAMA | {"model_type": ARCHITECTURES[architecture].model_type} | attributes
+    tensors = family_tensors(config)
+    written = {**config, "rope_parameters": {"rope_theta": 1e6 if architecture == "gemma3" else 1e4}}
+    file = write_gguf(
+        tmp_path / "m.gguf", written, tensors, architecture=architecture, metadata=metadata, words=None
+    )
+    ours = load_gguf(file, dtype="float32")
+    source = load_hf(write_checkpoint(tmp_path / "hf", config, tensors), dtype="float32")
+    for got, expected in zip(
+        jax.tree.leaves(nnx.state(ours)), jax.tree.leaves(nnx.state(source)), strict=True
+    ):
+        np.testing.assert_allclose(got, expected, atol=1e-6)  # norms less one are rounded
+    same = dict(eos_ids=(), rms_norm_eps=1e-5)  # this file has no tokenizer, and its epsilon in 32 bits
+    assert replace(ours.config, **same) == replace(source.config, **same)
+
+
+def test_every_architecture_has_a_file():
+    assert {"llama", *KNOWN} == ARCHITECTURES.keys()
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,7 @@ def test_fp8_blocks(shape):
             expected[i, j] = np.float32(values[i, j]) * scales[i // 4, j // 4]
     tensors = {"weight": values, "weight_scale_inv": scales}
     settings = {"quant_method": "fp8", "weight_block_size": [4, 4]}
+    assert list(dequantized(held(tensors | {"activation_scale": scales}), settings)) == ["layer.weight"]
     np.testing.assert_array_equal(weight(tensors, settings), expected)
     with pytest.raises(CheckpointError, match=r"have scales of shape \[2, 3\]"):
         weight(tensors, settings | {"weight_block_size": [2, 4]})

@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from convert.attributes import READS
+from convert.attributes import reads
 from convert.errors import CheckpointError
+from convert.families import FAMILIES, REFUSED
 from convert.hf import abstract_parameters, read_config
 from convert.rules import model_config, sources_of
 from kivi_jax.config import RopeConfig
@@ -130,8 +131,8 @@ def test_rope_theta_is_read_in_both_spellings():
     assert model_config({**raw, "rope_theta": 1e6, "rope_scaling": None}).rope.theta == 1e6
 
 
-REFUSED = {
-    "model_type": dict(model_type="qwen2"),
+IMPOSSIBLE = {
+    "model_type='gpt2' is not supported: choose a checkpoint of llama": dict(model_type="gpt2"),
     "hidden_act": dict(hidden_act="gelu"),
     "quantization_config": dict(quantization_config={"quant_method": "gptq"}),
     "partial_rotary_factor": dict(partial_rotary_factor=0.5),
@@ -168,10 +169,29 @@ REFUSED = {
 
 
 @pytest.mark.filterwarnings("ignore")  # transformers has its own opinion of some of these
-@pytest.mark.parametrize("named", REFUSED)
+@pytest.mark.parametrize("named", IMPOSSIBLE)
 def test_what_we_cannot_compute_is_refused_by_name(named):
     with pytest.raises(CheckpointError, match=named):
-        model_config(llama(**REFUSED[named]))
+        model_config(llama(**IMPOSSIBLE[named]))
+
+
+@pytest.mark.parametrize("model_type", REFUSED)
+def test_families_that_cannot_be_read_are_refused_with_the_reason(model_type):
+    from transformers import CONFIG_MAPPING
+
+    assert model_type in CONFIG_MAPPING
+    assert model_type not in FAMILIES
+    with pytest.raises(CheckpointError, match=f"model_type='{model_type}' cannot be read: .*{REASONS}"):
+        model_config(llama(model_type=model_type))
+
+
+REASONS = "(soft cap|mixture of experts|not attention over keys and values)"
+
+
+def test_a_family_that_transformers_does_not_know_yet_says_so(monkeypatch):
+    monkeypatch.setattr("transformers.CONFIG_MAPPING", {})
+    with pytest.raises(CheckpointError, match="does not know model_type='llama': upgrade it"):
+        model_config(LLAMA)
 
 
 def test_all_that_is_not_supported_is_named_together():
@@ -224,20 +244,27 @@ def test_what_transformers_does_not_read_is_named_once(caplog):
 
 
 WITHOUT_EFFECT = {"_attn_implementation", "attention_dropout", "pad_token_id"}
+ALSO_WITHOUT_EFFECT = {
+    "phi3": {"resid_pdrop"},
+    "gemma3_text": {
+        *("get_text_config", "image_token_id", "mm_tokens_per_image", "text_config", "vision_config"),
+    },
+}
 
 
-@pytest.mark.parametrize("model_type", READS)
+@pytest.mark.parametrize("model_type", FAMILIES)
 def test_every_attribute_that_transformers_code_reads_is_in_the_table(model_type):
-    package = importlib.util.find_spec(f"transformers.models.{model_type}").submodule_search_locations[0]
-    tree = ast.parse((Path(package) / f"modeling_{model_type}.py").read_text())
+    name = model_type.removesuffix("_text")
+    package = importlib.util.find_spec(f"transformers.models.{name}").submodule_search_locations[0]
+    tree = ast.parse((Path(package) / f"modeling_{name}.py").read_text())
     read = {
         node.attr
         for node in ast.walk(tree)
         if isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("config", "self.config")
     }
-    fields, only = READS[model_type]
+    fields, only = reads(FAMILIES[model_type])
     assert {"hidden_size", "rms_norm_eps"} <= read
-    assert read - fields - only.keys() == WITHOUT_EFFECT
+    assert read - fields - only.keys() == WITHOUT_EFFECT | ALSO_WITHOUT_EFFECT.get(model_type, set())
 
 
 def source_names(raw, field=None):

@@ -107,7 +107,10 @@ def test_parameters_are_counted():
 
 @pytest.mark.parametrize(
     ("shape", "parameters"),
-    [("llama-1b", 1_235_814_400), ("mistral-7b", 7_248_023_552), ("llama-8b", 8_030_261_248)],
+    [
+        *(("llama-1b", 1_235_814_400), ("mistral-7b", 7_248_023_552), ("llama-8b", 8_030_261_248)),
+        *(("qwen3-8b", 8_190_735_360), ("smollm3-3b", 3_075_098_624), ("phi-4", 14_659_507_200)),
+    ],
 )
 def test_shapes_have_their_models_parameters(shape, parameters):
     """As the published checkpoints count them."""
