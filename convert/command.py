@@ -27,7 +27,7 @@ def convert(
     from convert.files import replacing, writing
     from convert.hf import parameter_bytes
     from convert.hub import resolve
-    from convert.orbax import is_converted, write
+    from convert.orbax import copy_beside, is_converted, write
     from convert.verify import verify as compare
 
     console = Console(stderr=True)
@@ -36,6 +36,8 @@ def convert(
         raise CheckpointError(f"{source} is converted already: use it as it is")
     needed = parameter_bytes(read_any_config(directory), dtype.value)
     with replacing(destination, overwrite=overwrite, sources=[directory], needed=needed) as partial:
+        with writing(destination):
+            copy_beside(directory, partial)  # first: a tokenizer that cannot be built ends it before the wait
         columns = (
             TextColumn("[bold]reading tensors"),
             BarColumn(),
@@ -50,7 +52,7 @@ def convert(
                 progress=lambda done, total: bar.update(task, completed=done, total=total),
             )
         with console.status("writing"), writing(destination):
-            write(model, partial, source=directory)
+            write(model, partial)
         if verify:
             with console.status("comparing logits with the source"):
                 del model  # the comparison holds two of its own

@@ -53,11 +53,13 @@ def save(
         replacing(destination, overwrite=overwrite, sources=sources, needed=needed) as partial,
         writing(destination),
     ):
-        write(model, partial, source=source)
+        if source is not None:
+            copy_beside(source, partial)
+        write(model, partial)
 
 
-def write(model: Llama, folder: FilePath, *, source: FilePath | None = None) -> None:
-    """`save` to an empty folder, which whoever made it removes if this fails."""
+def write(model: Llama, folder: FilePath) -> None:
+    """`save` beside what is in a folder, which whoever made it removes if this fails."""
     leaves = jax.tree_util.tree_leaves_with_path(nnx.to_pure_dict(nnx.state(model)))
     parameters = {"/".join(str(key.key) for key in path): leaf for path, leaf in leaves}
     # Orbax copies what it writes: one tensor at a time here, or it would hold a second model.
@@ -67,8 +69,6 @@ def write(model: Llama, folder: FilePath, *, source: FilePath | None = None) -> 
     )
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(handler_impl=handler)) as checkpointer:
         checkpointer.save(folder.absolute() / "parameters", args=ocp.args.PyTreeSave(parameters))
-    if source is not None:
-        _copy_beside(source, folder)
     beside = [name for name in file_sizes(folder) if not name.startswith("parameters/")]
     manifest = {
         "format": FORMAT,
@@ -135,7 +135,12 @@ def read_manifest(directory: FilePath) -> Manifest:
         raise CheckpointError(f"{file} is damaged ({error}): convert again") from error
 
 
-def _copy_beside(source: FilePath, destination: FilePath) -> None:
+def copy_beside(source: FilePath, destination: FilePath) -> None:
+    """Write the config and tokenizer files of a checkpoint, a directory or GGUF file, to a folder.
+
+    Raises:
+        CheckpointError: a GGUF file's tokenizer cannot be built.
+    """
     if is_gguf(source):
         return write_beside(source, destination)
     for file in {file for pattern in BESIDE for file in source.glob(pattern) if file.is_file()}:

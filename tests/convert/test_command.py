@@ -265,7 +265,7 @@ def test_failure_while_writing_leaves_nothing(command, tmp_path, monkeypatch):
     def fail(*_):
         raise ValueError("no space left")
 
-    monkeypatch.setattr("convert.orbax._copy_beside", fail)
+    monkeypatch.setattr("convert.orbax.write", fail)
     source = write_checkpoint(tmp_path / "source", tokens=61)
     assert fails(command, source, tmp_path / "destination") == (
         f"{tmp_path / 'destination'} cannot be written: no space left"
