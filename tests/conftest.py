@@ -14,7 +14,7 @@ SHARED = Path(os.environ.get("KIVI_JAX_SHARED", ROOT.parent / "shared"))
 # Most of a test's time is XLA's compiling, of programs that run once and briefly: LLVM's optimizations and
 # the fusion emitters are two thirds of it. The caller's flags come last, and win. Subprocesses inherit these.
 CHEAP = "--xla_backend_optimization_level=0"
-if jax.__version_info__ < (0, 12):  # XLA ends the process over a flag it does not know
+if jax.__version_info__ < (0, 11):  # XLA ends the process over a flag it does not know
     CHEAP += " --xla_cpu_use_fusion_emitters=false"
 os.environ["XLA_FLAGS"] = f"{CHEAP} {os.environ.get('XLA_FLAGS', '')}"
 # Programs are kept on disk for the other workers, modules, Pythons and runs. Delete the folder to free it.

@@ -62,7 +62,8 @@ def transformers(
         dtype=jnp.dtype(dtype).name,
         attn_implementation="sdpa",
     )
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):  # a CPU draws 8B numbers for minutes
+    device: Any = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with device:  # a CPU draws 8B numbers for minutes
         model = AutoModelForCausalLM.from_config(shape).eval().requires_grad_(False)
     for rows, tokens in prompts:
         ids = next(model.parameters()).new_tensor(_ids(config, rows, tokens)).long()
