@@ -60,7 +60,7 @@ def transformers(
         head_dim=config.head_dim,
         max_position_embeddings=config.max_position_embeddings,
         dtype=jnp.dtype(dtype).name,
-        attn_implementation="sdpa",
+        attn_implementation="sdpa",  # pyright: ignore[reportCallIssue]
     )
     device: Any = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with device:  # a CPU draws 8B numbers for minutes

@@ -39,7 +39,7 @@ def save(
 
     With --chat it begins a message, in which questions that follow go on: for instruct models.
 
-    Example:  kivi-jax cache save ./llama-8b novel.txt novel.prefix --cache kivi42r
+    Example:  kivi-jax cache save ./llama-8b book.txt book.prefix --cache kivi42r
 
     Example:  kivi-jax cache save ./llama-8b novel.txt novel.prefix --chat
     """

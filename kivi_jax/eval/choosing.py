@@ -36,7 +36,7 @@ def frontier(
 ) -> None:
     """What caches cost against their bytes: perplexity, distance from the full cache, pass keys.
 
-    Example:  kivi-jax eval frontier --model demo --data book.txt --passkey 1024 --out results
+    Example:  kivi-jax eval frontier --model demo --data book.txt --out results
     """
     from kivi_jax.eval.frontier import PASSKEYS, measure, read_texts
     from kivi_jax.eval.generating import predict
