@@ -30,10 +30,12 @@ def replacing(
     Raises:
         CheckpointError: `destination` is a file, or a mount point; or not empty, and `overwrite` is false or
             this package did not write all of it; or it holds a source, the current or the home directory; or
-            another process writes to it; or there is too little space.
+            another process writes to it; or there is too little space; or what stands where the work is done
+            is not ours.
     """
     _check_replaceable(destination, overwrite, sources)
-    target = destination.resolve()  # of a symbolic link, what it points to is replaced
+    with writing(destination):
+        target = destination.resolve()  # of a symbolic link, what it points to is replaced
     workspace = target.parent / f".{target.name}.partial"
     partial, replaced = workspace / "new", workspace / "old"
     with writing(destination):
@@ -104,6 +106,8 @@ def _clear(workspace: FilePath, target: FilePath) -> None:
     """Remove what a killed process left, but for what it had already moved away and not yet replaced."""
     if not workspace.exists():
         return
+    if not workspace.is_dir() or {path.name for path in workspace.iterdir()} - {"new", "old"}:
+        raise _in_the_way(workspace)
     _put_back(workspace / "old", target)
     shutil.rmtree(workspace)
 
@@ -149,9 +153,17 @@ def _lock(file: FilePath, what: FilePath) -> int:
                 raise CheckpointError(
                     f"{what} is being written by another process: wait for it, or choose another place"
                 ) from None
-            if os.fstat(descriptor).st_nlink:
+            status = os.fstat(descriptor)
+            if status.st_size:  # ours are empty
+                os.close(descriptor)
+                raise _in_the_way(file)
+            if status.st_nlink:
                 return descriptor
             os.close(descriptor)  # its owner removed it after we opened it
+
+
+def _in_the_way(path: FilePath) -> CheckpointError:
+    return CheckpointError(f"{path} is in the way, and kivi-jax did not make it: move it away")
 
 
 @contextmanager

@@ -61,7 +61,12 @@ def main(app: Callable[[], Any]) -> None:
 
 
 def accept_all_text() -> None:
-    """Let no stream fail over a character, nor over being closed: what reads text says what is none."""
+    """Let no stream fail over a character, nor over being closed: what reads text says what is none.
+
+    A terminal of 0 columns, as some that are none call themselves, is one of unknown width.
+    """
+    if os.environ.get("COLUMNS") == "0":  # rich would print nothing
+        del os.environ["COLUMNS"]
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
@@ -78,6 +83,15 @@ def keep_compiled() -> None:
     if chosen.lower() in ("off", "0") or jax.config.values["jax_compilation_cache_dir"] is not None:
         return
     directory = chosen or str(platformdirs.user_cache_path("kivi-jax", appauthor=False) / "compiled")
+    try:
+        os.makedirs(directory, exist_ok=True)  # else JAX warns at every program
+    except OSError as error:
+        if chosen:
+            fail(
+                f"{COMPILED}={chosen} cannot be written ({error.strerror}): choose another directory, or off"
+            )
+            sys.exit(2)
+        return
     jax.config.update("jax_compilation_cache_dir", directory)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
     jax.config.update("jax_compilation_cache_max_size", 2**30)  # the least recently used go first
@@ -100,9 +114,10 @@ def run(app: Callable[[], Any]) -> None:
             place = "" if error.ctx is None else f" ({error.ctx.command_path} --help shows what there is)"
             fail(text[0].lower() + text[1:].rstrip(".") + place)
         sys.exit(2)
-    except (ValueError, NotImplementedError, OSError, MemoryError, jax.errors.JaxRuntimeError) as error:
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
         memory = out_of_memory(error)
-        unexpected = memory is None and isinstance(error, jax.errors.JaxRuntimeError)
+        expected = isinstance(error, NotImplementedError) or "Unable to initialize backend" in str(error)
+        unexpected = memory is None and isinstance(error, RuntimeError) and not expected
         if unexpected or os.environ.get("KIVI_JAX_TRACEBACK"):  # for reporting a bug
             raise
         fail(memory or str(error))

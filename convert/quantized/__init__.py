@@ -5,12 +5,17 @@ What is quantized the tensors themselves say, module by module, so modules that 
 library, so values are equal to its own, and cast last.
 """
 
+import functools
 from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+from jax.typing import DTypeLike
+
 from convert.errors import CheckpointError
 from convert.quantized import awq, compressed, fp8, gptq
+from convert.quantized.parts import fitting
 from convert.stored import Stored
 
 _FORMATS = {
@@ -29,15 +34,18 @@ _OF_ACTIVATIONS = {
 }
 
 
-def dequantized(tensors: Mapping[str, Stored], settings: Mapping[str, Any]) -> dict[str, Stored]:
+def dequantized(tensors: Mapping[str, Stored], settings: Any) -> dict[str, Stored]:
     """A checkpoint's tensors with a `weight` for every quantized module; none is read.
 
     `settings` is the quantization_config of config.json. Scales of activations are left out: we compute
     those in the model's own type.
 
     Raises:
-        CheckpointError: the format is not supported; the message says why.
+        CheckpointError: the format is not supported, the message says why; or a module's tensors do not fit
+            together, which may show only when one is read.
     """
+    if not isinstance(settings, Mapping):
+        raise CheckpointError(f"quantization_config must be a JSON object, got {settings!r:.60}")
     method = settings.get("quant_method")
     if method not in _FORMATS:
         reason = _REFUSED.get(str(method), f"choose one of {', '.join(_FORMATS)}")
@@ -49,6 +57,21 @@ def dequantized(tensors: Mapping[str, Stored], settings: Mapping[str, Any]) -> d
     return {
         f"{module}.{field}".removeprefix("."): tensor
         for module, parts in modules.items()
-        for field, tensor in _FORMATS[method](parts, settings).items()
+        for field, tensor in _restored(module, parts, settings).items()
         if field not in _OF_ACTIVATIONS
+    }
+
+
+def _restored(module: str, parts: Mapping[str, Stored], settings: Mapping[str, Any]) -> dict[str, Stored]:
+    """One module's tensors; what does not fit together is said with its name, now or when it is read."""
+    with fitting(module):
+        found = _FORMATS[settings["quant_method"]](parts, settings)
+
+    def read(tensor: Stored, dtype: DTypeLike | None) -> np.ndarray:
+        with fitting(module):
+            return tensor.read(dtype)
+
+    return {
+        field: tensor if tensor is parts.get(field) else tensor._replace(read=functools.partial(read, tensor))
+        for field, tensor in found.items()
     }

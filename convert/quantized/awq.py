@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from convert.errors import CheckpointError
-from convert.quantized.parts import Parts, restored, unpack
+from convert.quantized.parts import Parts, check_shape, restored, runs, unpack
 from convert.stored import Stored
 
 _ORDER = [0, 4, 1, 5, 2, 6, 3, 7]  # where in a word each of its eight outputs stands
@@ -32,13 +32,15 @@ def restore(parts: Parts, settings: Mapping[str, Any]) -> dict[str, Stored]:
 
     def rows(values: dict[str, np.ndarray]) -> Any:
         scales = values["scales"]
-        group = inputs // len(scales)
+        groups = runs(inputs, len(scales))
+        check_shape("scales", scales, (len(scales), 8 * words))
+        check_shape("qzeros", values["qzeros"], (len(scales), words))
 
         def make(part: slice) -> np.ndarray:
             columns = slice(part.start // 8, part.stop // 8)
             codes, zeros = (_ordered(values[name][:, columns]) for name in ("qweight", "qzeros"))
-            shifted = codes.astype(np.int8) - np.repeat(zeros.astype(np.int8), group, axis=0)
-            return (shifted.astype(scales.dtype) * np.repeat(scales[:, part], group, axis=0)).T
+            shifted = codes.astype(np.int8) - zeros.astype(np.int8)[groups]
+            return (shifted.astype(scales.dtype) * scales[:, part][groups]).T
 
         return make
 

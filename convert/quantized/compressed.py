@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from convert.errors import CheckpointError
-from convert.quantized.parts import Parts, restored, unpack
+from convert.quantized.parts import Parts, check_groups, check_shape, restored, runs, unpack
 from convert.stored import Stored
 
 _READ = ("dense", "naive-quantized", "float-quantized", "int-quantized", "pack-quantized", "mixed-precision")
@@ -48,7 +48,10 @@ def _packed(parts: Parts) -> dict[str, Stored]:
         scales, zeros = values["weight_scale"], np.zeros((outputs, 1), np.int16)
         if "weight_zero_point" in values:  # packed along outputs
             zeros = unpack(values["weight_zero_point"].T, bits).T[:outputs].astype(np.int16) - middle
-        groups = values.get("weight_g_idx", _runs(inputs, scales.shape[1]))
+            check_shape("weight_zero_point", zeros, scales.shape)
+        check_shape("weight_scale", scales, (outputs, scales.shape[1]))
+        groups = values["weight_g_idx"] if "weight_g_idx" in values else runs(inputs, scales.shape[1])
+        check_groups(groups, inputs, scales.shape[1])
 
         def make(part: slice) -> np.ndarray:
             codes = unpack(values["weight_packed"][part], bits)[:, :inputs].astype(np.int16) - middle
@@ -86,8 +89,11 @@ def _grid(values: np.ndarray) -> np.ndarray:
 
 
 def _runs(length: int, count: int) -> np.ndarray:
-    """Which of `count` equal runs each of `length` positions stands in."""
-    return np.arange(length) // -(-length // count)
+    """Which of `count` runs each of `length` positions stands in, all equal but for a shorter last one."""
+    step = -(-length // count)
+    if -(-length // step) != count:
+        raise ValueError(f"{count} blocks of {length}")
+    return np.arange(length) // step
 
 
 def _scaled(codes: np.ndarray, scales: np.ndarray, zeros: np.ndarray) -> np.ndarray:

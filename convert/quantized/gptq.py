@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from convert.errors import CheckpointError
-from convert.quantized.parts import Parts, restored, unpack
+from convert.quantized.parts import Parts, check_groups, check_shape, restored, runs, unpack
 from convert.stored import Stored
 
 _BITS = (2, 3, 4, 8)
@@ -39,7 +39,10 @@ def restore(parts: Parts, settings: Mapping[str, Any]) -> dict[str, Stored]:
         zeros = unpack(values["qzeros"], bits)[:, :outputs]
         if layout == "gptq":  # stored less one
             zeros = (zeros + np.uint8(1)) & np.uint8(2**bits - 1)
-        groups = values.get("g_idx", np.arange(inputs) // (inputs // len(scales)))
+        check_shape("scales", scales, (len(scales), outputs))
+        check_shape("qzeros", zeros, (len(scales), outputs))
+        groups = values["g_idx"] if "g_idx" in values else runs(inputs, len(scales))
+        check_groups(groups, inputs, len(scales))
 
         def make(part: slice) -> np.ndarray:
             codes = unpack(values["qweight"][:, part].T, bits).astype(np.int16)

@@ -1,11 +1,12 @@
 """What the formats share: integers packed in words, and weights made some rows at a time."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Int32, UInt8
+from jaxtyping import Int, Int32, UInt8
 
 from convert.errors import CheckpointError
 from convert.stored import Stored
@@ -21,6 +22,55 @@ def unpack(words: Int32[np.ndarray, "rows words"], bits: int) -> UInt8[np.ndarra
     return np.packbits(
         stream[:, : count * bits].reshape(len(words), count, bits), axis=-1, bitorder="little"
     )[..., 0]
+
+
+@contextmanager
+def fitting(module: str) -> Iterator[None]:
+    """Whatever arithmetic fails over here is that the module's tensors and settings are not of one kind.
+
+    Raises:
+        CheckpointError: something did.
+    """
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"quantized weights of {module} do not fit together ({error}): copy or download them again"
+        ) from error
+
+
+def check_shape(field: str, values: np.ndarray, wanted: tuple[int, ...]) -> None:
+    """NumPy would take part of what is too large.
+
+    Raises:
+        ValueError: `values` are of another shape; for `fitting`.
+    """
+    if values.shape != wanted:
+        raise ValueError(f"{field} of shape {list(values.shape)}, not {list(wanted)}")
+
+
+def runs(inputs: int, count: int) -> Int[np.ndarray, "inputs"]:
+    """Which of `count` equal groups each input belongs to.
+
+    Raises:
+        ValueError: they cannot be equal; for `fitting`.
+    """
+    if inputs % count:
+        raise ValueError(f"{count} groups of {inputs} inputs")
+    return np.arange(inputs) // (inputs // count)
+
+
+def check_groups(groups: Int[np.ndarray, "..."], inputs: int, count: int) -> None:
+    """NumPy would count a negative group from the end.
+
+    Raises:
+        ValueError: they are not one of `count` for each input; for `fitting`.
+    """
+    check_shape("g_idx", groups, (inputs,))
+    if groups.min() < 0 or groups.max() >= count:
+        raise ValueError(f"g_idx from {groups.min()} to {groups.max()} of {count} groups")
 
 
 def restored(

@@ -21,6 +21,12 @@ if TYPE_CHECKING:
     from kivi_jax.model.llama import Llama
 
 
+_OPTIONS = {  # other programs read them from rows
+    *("system", "stop", "max_tokens", "max_new_tokens", "seed"),
+    *("temperature", "top_k", "top_p", "min_p", "repetition_penalty"),
+}
+
+
 class _Question(NamedTuple):
     id: str
     number: int  # in the file
@@ -53,7 +59,7 @@ def answer_file(
     on the others, nor on `rows`.
 
     Raises:
-        ValueError: a line has neither or both, or messages of a system besides `system`; `source` is no file
+        ValueError: a line has neither or both, or messages of a system besides `system`, or no tokens; `source` is no file
             or holds no line; `destination` is `source` or a directory; or see `complete_tokens` and
             `jobs.finish`.
     """
@@ -68,10 +74,16 @@ def answer_file(
         raise ValueError(f"{destination} is the file of prompts: choose another for the answers")
     prefix = drawing.get("prefix")
     questions: list[_Question] = []
+    unread: set[str] = set()
     for number, row in enumerate(read_rows(source)):
-        prompt = _prompt(row, ask, system, f"{source}: row {number + 1}")
-        tokens = encode_prompt(tokenizer, prompt, prefix)
+        place = f"{source}: row {number + 1}"
+        tokens = encode_prompt(tokenizer, _prompt(row, ask, system, place), prefix)
+        if not tokens and prefix is None:
+            raise ValueError(f"{place} has a prompt without tokens: write something, or leave it out")
+        unread |= row.keys() & _OPTIONS
         questions.append(_Question(str(row.get("id", number)), number, tokens))
+    if unread:
+        say(f"hint: {', '.join(sorted(unread))} in rows of {source} has no effect: pass the options instead")
     counts = Counter(question.width for question in questions)
 
     def answer(batch: Sequence[_Question]) -> list[Record]:

@@ -79,7 +79,7 @@ def info(path: Annotated[FilePath, typer.Argument(help="What kivi-jax cache save
 
 def _read_text(file: FilePath) -> str:
     try:
-        return file.read_text(encoding="utf-8")
+        return file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is not UTF-8 text ({error}): convert it first") from error
 

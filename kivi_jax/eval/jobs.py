@@ -8,7 +8,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 from rich.progress import Progress
 
@@ -38,7 +38,7 @@ def _read(path: Path) -> tuple[Record, list[Record], int]:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({error}): move it away") from None
     settings, reason = first["settings"], "a line has no id, or the first no settings"
-    named = all(isinstance(record, dict) and "id" in record for record in records)
+    named = all(isinstance(record, dict) and isinstance(record.get("id"), str) for record in records)
     if not isinstance(settings, dict) or (records and not settings) or not named:
         raise ValueError(f"{path} is damaged ({reason}): move it away")
     if twice := _repeated(record.get("id") for record in records):
@@ -82,19 +82,24 @@ def finish(
     record per item, to which `id` is added.
 
     Raises:
-        ValueError: the file holds records of other settings, or another process writes to it; or two items
-            have one id; or see `read_records`.
+        ValueError: the file holds records of other settings, or anything that is not ours, or it cannot be
+            written, or another process writes to it; or two items have one id; or see `read_records`.
     """
-    from convert.files import locked  # slow to import; reports need it not
+    from convert.files import locked, writing  # slow to import; reports need it not
 
     wanted = [identify(item) for batch in batches for item in batch]
     if twice := _repeated(wanted):
-        raise ValueError(f"two samples have the id {twice}: their predictions could not be told apart")
+        raise ValueError(f"two samples have the id {twice}: give each its own, to tell their answers apart")
+    with writing(path):
+        path = path.resolve()  # whatever links to one file has one lock
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is no regular file, in which a cut run could go on: choose another place")
     held, records = read_records(path)
     done = {record["id"]: record for record in records}
     if held == settings and done.keys() >= set(wanted):  # only read, so by several processes at once
         return [done[name] for name in wanted]
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
     with locked(path.with_name(f".{path.name}.lock"), path):
         return _finish(path, settings, batches, compute, identify, progress)
 
@@ -107,23 +112,32 @@ def _finish(
     identify: Callable[[Item], str],
     progress: Progress,
 ) -> list[Record]:
+    from convert.files import writing
+
     held, records, end = _read(path)
+    first = _line({"settings": settings})
+    if not held and path.exists() and not first.startswith(path.read_bytes()):
+        raise ValueError(f"{path} is not what a cut run left: choose another place, or move it away")
     if held and held != settings:
         changed = ", ".join(_changes(held, settings))
         raise ValueError(f"{path} was computed with {changed}: choose another place, or move it away")
     done = {record["id"]: record for record in records}
     wanted = [identify(item) for batch in batches for item in batch]
     bar = progress.add_task(path.stem, total=len(wanted), completed=sum(name in done for name in wanted))
-    with path.open("ab") as file:
-        file.truncate(end if held else 0)
-        if not held:
-            _write(file, [{"settings": settings}])
+    with writing(path):
+        opened = path.open("ab")
+    with opened as file:
+        with writing(path):
+            file.truncate(end if held else 0)
+            if not held:
+                _write(file, first)
         for batch in batches:
             left = [item for item in batch if identify(item) not in done]
             if not left:
                 continue
             new = [{"id": identify(item)} | record for item, record in zip(left, compute(left), strict=True)]
-            _write(file, new)
+            with writing(path):
+                _write(file, b"".join(map(_line, new)))
             done |= {record["id"]: record for record in new}
             progress.advance(bar, len(left))
     return [done[name] for name in wanted]
@@ -149,8 +163,12 @@ def _differing(first: Record, second: Record) -> list[str]:
     return sorted(name for name in first.keys() | second.keys() if first.get(name) != second.get(name))
 
 
-def _write(file: Any, records: Iterable[Record]) -> None:
+def _line(record: Record) -> bytes:
+    return json.dumps(record, ensure_ascii=False).encode() + b"\n"
+
+
+def _write(file: IO[bytes], lines: bytes) -> None:
     """Append in one piece, and wait until it is on disk."""
-    file.write(b"".join(json.dumps(record, ensure_ascii=False).encode() + b"\n" for record in records))
+    file.write(lines)
     file.flush()
     os.fsync(file.fileno())

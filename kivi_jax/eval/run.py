@@ -134,6 +134,6 @@ def read_text(path: str) -> str:
         ValueError: it cannot be read, or is not UTF-8.
     """
     try:
-        return Path(path).read_text("utf-8")
+        return Path(path).read_text("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} cannot be read as text: {error}") from None

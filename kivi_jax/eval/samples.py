@@ -58,7 +58,7 @@ def read_rows(source: str | Path, *fields: str) -> list[dict[str, Any]]:
 def _read_lines(path: Path) -> list[dict[str, Any]]:
     try:
         # Not splitlines(): a line of JSON may hold other separators of lines (as MMLU's questions do).
-        lines = [line for line in path.read_text("utf-8").split("\n") if line.strip()]
+        lines = [line for line in path.read_text("utf-8-sig").split("\n") if line.strip()]
         rows = [_well_formed(json.loads(line)) if "\\u" in line else json.loads(line) for line in lines]
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not a file of JSON lines: {error}") from None

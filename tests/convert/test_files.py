@@ -127,6 +127,17 @@ def test_a_file_or_a_mount_point_is_no_destination(tmp_path, monkeypatch):
         write(tmp_path / "disk")
 
 
+@pytest.mark.parametrize("name", [".saved.partial/thesis.txt", ".saved.partial", ".saved.lock"])
+def test_what_stands_where_the_work_is_done_is_left(tmp_path, name):
+    mine = tmp_path / name
+    mine.parent.mkdir(exist_ok=True)
+    mine.write_text("mine")
+    with pytest.raises(CheckpointError, match="is in the way, and kivi-jax did not make it: move it away"):
+        write(tmp_path / "saved")
+    assert mine.read_text() == "mine"
+    assert not (tmp_path / "saved").exists()
+
+
 def test_the_later_of_two_writers_is_refused(tmp_path):
     with replacing(tmp_path / "saved", overwrite=False) as partial:
         with pytest.raises(CheckpointError, match="saved is being written by another process"):

@@ -92,6 +92,58 @@ def test_gptq(bits, layout, act_order):
 
 
 CT = {"quant_method": "compressed-tensors"}
+GPTQ, AWQ = {"quant_method": "gptq", "bits": 4}, {"quant_method": "awq", "bits": 4}
+PACKED = {
+    "gptq": {"qweight": (4, 32), "qzeros": (2, 4), "scales": (2, 32), "g_idx": (32,)},
+    "awq": {"qweight": (32, 4), "qzeros": (2, 4), "scales": (2, 32)},
+    "compressed-tensors": {"weight_packed": (32, 4), "weight_scale": (32, 2)},
+}
+
+
+@pytest.mark.parametrize(
+    ("settings", "changes"),
+    [
+        (GPTQ, {"g_idx": np.full(32, 7, np.int32)}),
+        (GPTQ, {"g_idx": np.full(32, -1, np.int32)}),
+        (GPTQ, {"g_idx": np.zeros(16, np.int32)}),
+        (GPTQ, {"scales": np.ones((2, 64), np.float16)}),
+        (GPTQ, {"scales": np.ones((3, 32), np.float16)}),
+        (GPTQ, {"qzeros": np.zeros((1, 4), np.int32)}),
+        (GPTQ | {"bits": 4.0}, {}),
+        (AWQ, {"scales": np.ones((2, 64), np.float16)}),
+        (AWQ, {"scales": np.ones((3, 32), np.float16), "qzeros": np.zeros((3, 4), np.int32)}),
+        (AWQ, {"scales": np.ones((0, 32), np.float16)}),
+        (AWQ, {"qzeros": np.zeros((1, 4), np.int32)}),
+        (CT, {"weight_shape": np.array([32, 32, 1])}),
+        (CT, {"weight_shape": np.array([32, 0])}),
+        (CT, {"weight_scale": np.ones((32, 40), np.float16)}),
+        (CT, {"weight_scale": np.ones((32, 3), np.float16)}),
+        (CT, {"weight_g_idx": np.full(32, 9, np.int32)}),
+        (CT | {"config_groups": [1]}, {}),
+    ],
+)
+def test_what_does_not_fit_together_is_refused(settings, changes):
+    """NumPy takes part of what is too large, counts negative groups from the end, and else fails oddly."""
+    shapes = PACKED[settings["quant_method"]]
+    kinds = {"scales": np.float16, "weight_scale": np.float16}
+    tensors = {field: np.zeros(shape, kinds.get(field, np.int32)) for field, shape in shapes.items()}
+    tensors |= {"weight_shape": np.array([32, 32])} if settings["quant_method"] == CT["quant_method"] else {}
+    assert weight(tensors, {"bits": 4, "quant_method": settings["quant_method"]}).shape == (32, 32)
+    with pytest.raises(CheckpointError, match="quantized weights of layer do not fit together"):
+        weight(tensors | changes, settings)
+
+
+@pytest.mark.parametrize("blocks", [16, [0, 0], ["a", "b"], [4, 4, 4]])
+def test_blocks_of_no_size_are_refused(blocks):
+    tensors = {"weight": np.zeros((8, 8), ml_dtypes.float8_e4m3fn), "weight_scale_inv": np.ones((2, 2))}
+    with pytest.raises(CheckpointError, match="quantized weights of layer do not fit together"):
+        weight(tensors, {"quant_method": "fp8", "weight_block_size": blocks})
+
+
+@pytest.mark.parametrize("settings", [[1], "gptq"])
+def test_settings_of_another_kind_are_refused(settings):
+    with pytest.raises(CheckpointError, match="quantization_config must be a JSON object, got"):
+        dequantized({}, settings)
 
 
 @pytest.mark.parametrize("bits", [3, 4, 8])

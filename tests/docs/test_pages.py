@@ -26,7 +26,13 @@ ERRORS = {
     "warning",
     "warn_once",
 }
-NEVER_SEEN = {"negative"}  # caught where it is raised
+NEVER_SEEN = {  # caught where they are raised, or by `convert.quantized.parts.fitting`
+    "negative",
+    "… of shape …, not …",
+    "… groups of … inputs",
+    "… blocks of …",
+    "g_idx from … to … of … groups",
+}
 
 
 def blocks(text: str, language: str) -> list[str]:

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import types
 
 import jax
 import pytest
@@ -96,6 +97,15 @@ def test_out_of_memory_is_one_line(monkeypatch, capsys, kind):
     assert error.count("\n") == 1
 
 
+def test_a_backend_that_is_not_there_is_one_line(capsys):
+    def app():
+        raise RuntimeError("Unable to initialize backend 'tpu': no libtpu (set JAX_PLATFORMS='' to choose)")
+
+    with pytest.raises(SystemExit):
+        console.run(app)
+    assert capsys.readouterr().err.startswith("error: Unable to initialize backend 'tpu'")
+
+
 def test_other_errors_of_the_runtime_are_not_hidden():
     def app():
         raise jax.errors.JaxRuntimeError("INTERNAL: a bug")
@@ -123,11 +133,31 @@ def test_advice_to_install_torch_is_left_out():
     assert console._is_no_advice(record("the tokenizer is slow"))
 
 
+def test_a_terminal_of_no_columns_is_one_of_unknown_width(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "0")
+    console.accept_all_text()
+    assert Console(file=io.StringIO()).width > 0
+
+
 @pytest.mark.parametrize("chosen", ["off", "0", "OFF"])
 def test_keeping_compiled_programs_can_be_switched_off(monkeypatch, chosen):
     monkeypatch.setenv(console.COMPILED, chosen)
     monkeypatch.setattr(jax.config, "update", pytest.fail)
     console.keep_compiled()
+
+
+def test_a_directory_for_compiled_programs_that_cannot_be_made_is_one_line(monkeypatch, capsys, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv(console.COMPILED, str(tmp_path / "file" / "below"))
+    unset = types.SimpleNamespace(values={"jax_compilation_cache_dir": None}, update=pytest.fail)
+    monkeypatch.setattr(console, "jax", types.SimpleNamespace(config=unset))
+    with pytest.raises(SystemExit):
+        console.keep_compiled()
+    assert "cannot be written (Not a directory): choose another directory, or off" in capsys.readouterr().err
+    monkeypatch.delenv(console.COMPILED)  # the default's is nobody's wish
+    monkeypatch.setattr(console.platformdirs, "user_cache_path", lambda *_, **__: tmp_path / "file")
+    console.keep_compiled()
+    assert capsys.readouterr().err == ""
 
 
 def test_a_cache_has_one_color_everywhere():

@@ -225,6 +225,18 @@ def test_nothing_is_written_for_what_asks_nothing(command, asked, tmp_path, monk
     assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
 
 
+def test_an_empty_prompt_is_refused_by_its_row_before_others_are_computed(command, asked, tmp_path):
+    options = write_rows(tmp_path / "in.jsonl", {"prompt": "hello"}, {"prompt": ""})
+    code, _, error = command("generate", "demo", *options)
+    assert (code, "in.jsonl: row 2 has a prompt without tokens" in error, asked) == (2, True, [])
+
+
+def test_what_rows_cannot_choose_is_said(command, asked, tmp_path):
+    row = {"prompt": "hello", "max_new_tokens": 3, "stop": ["x"], "answer": "1"}
+    code, _, error = command("generate", "demo", *write_rows(tmp_path / "in.jsonl", row))
+    assert (code, "hint: max_new_tokens, stop in rows of" in error) == (0, True)
+
+
 def test_a_prefix_does_not_take_the_place_of_where_one_stands(command, instruct, tmp_path, monkeypatch):
     """`demo` is no folder here, so nothing can be in it."""
     monkeypatch.chdir(tmp_path)

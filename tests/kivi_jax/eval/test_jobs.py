@@ -1,5 +1,6 @@
 """Jobs survive being killed: nothing is lost, nothing is computed twice."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -65,10 +66,13 @@ def test_more_items_are_added_and_other_settings_refused(tmp_path):
         ('{"my": "one line without an end"}', "does not begin with settings"),
         ("42\n43\n", "does not begin with settings"),
         ("null\n", "does not begin with settings"),
+        ('{"settings": {"theme": "dark"}, "folders": []}', "is not what a cut run left"),
+        ('{"settings": {}, "folders": ["a"]}\n', "is not what a cut run left"),
         ('{"settings": 5}\n', "is damaged"),
         ('{"settings": {}}\n{"id": "a"}\n', "is damaged"),
         ('{"settings": {"eval": "test", "cache": "full"}}\n{"note": 1}\n', "a line has no id"),
         ('{"settings": {"eval": "test", "cache": "full"}}\n[1]\n', "a line has no id"),
+        ('{"settings": {"eval": "test", "cache": "full"}}\n{"id": ["a"]}\n', "a line has no id"),
     ],
 )
 def test_what_another_wrote_is_left_as_it_is(tmp_path, text, message):
@@ -128,6 +132,34 @@ def test_a_finished_file_is_only_read(tmp_path):
     records, _ = run(path)
     with locked(path.with_name(".full.jsonl.lock"), path):
         assert run(path) == (records, [])
+
+
+def test_a_link_is_written_to_by_who_has_its_file(tmp_path):
+    path, link = tmp_path / "full.jsonl", tmp_path / "link.jsonl"
+    link.symlink_to(path)
+
+    def compute(batch):
+        with pytest.raises(ValueError, match="is being written by another process"):
+            run(link)
+        return [{} for _ in batch]
+
+    with Progress(disable=True) as progress:
+        finish(path, SETTINGS, BATCHES[:1], compute, identify=str, progress=progress)
+
+
+def test_what_cannot_be_written_is_one_line_with_its_name(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match=r"null is no regular file.*choose another place"):
+        run(Path(os.devnull))
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"full\.jsonl cannot be written: "):
+        run(tmp_path / "file" / "full.jsonl")
+
+    def full(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(ValueError, match=r"full\.jsonl cannot be written: No space left"):
+        run(tmp_path / "full.jsonl")
 
 
 SCRIPT = """

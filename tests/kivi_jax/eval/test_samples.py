@@ -137,6 +137,8 @@ def test_rows_are_json_lines(tmp_path):
     assert read_rows(path) == [{"a": 1}]
     path.write_text('{"a": "one\x85two\u2028three"}\n', "utf-8")
     assert read_rows(path) == [{"a": "one\x85two\u2028three"}]
+    path.write_text('{"a": 1}\n', "utf-8-sig")  # as some editors begin a file
+    assert read_rows(path) == [{"a": 1}]
     path.write_text("no json")
     with pytest.raises(ValueError, match="not a file of JSON lines"):
         read_rows(path)
