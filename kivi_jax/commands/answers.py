@@ -59,9 +59,9 @@ def answer_file(
     on the others, nor on `rows`.
 
     Raises:
-        ValueError: a line has neither or both, or messages of a system besides `system`, or no tokens; `source` is no file
-            or holds no line; `destination` is `source` or a directory; or see `complete_tokens` and
-            `jobs.finish`.
+        ValueError: a line has neither or both, or messages of a system besides `system`, or no tokens;
+            `source` is no file or holds no line; `destination` is `source` or a directory; or see
+            `complete_tokens` and `jobs.finish`.
     """
     if not source.is_file():
         raise ValueError(
