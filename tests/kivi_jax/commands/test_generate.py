@@ -225,7 +225,11 @@ def test_nothing_is_written_for_what_asks_nothing(command, asked, tmp_path, monk
     assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
 
 
-def test_an_empty_prompt_is_refused_by_its_row_before_others_are_computed(command, asked, tmp_path):
+def test_an_empty_prompt_is_refused_by_its_row_before_others_are_computed(
+    command, asked, tmp_path, monkeypatch
+):
+    letters = "kivi_jax.commands.answers.encode_prompt"  # of a tokenizer that begins no text with a token
+    monkeypatch.setattr(letters, lambda tokenizer, prompt, prefix: [3] * len(prompt))
     options = write_rows(tmp_path / "in.jsonl", {"prompt": "hello"}, {"prompt": ""})
     code, _, error = command("generate", "demo", *options)
     assert (code, "in.jsonl: row 2 has a prompt without tokens" in error, asked) == (2, True, [])
