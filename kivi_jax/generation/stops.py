@@ -130,7 +130,7 @@ def check_stop(stop: Sequence[str]) -> tuple[str, ...]:
     Raises:
         ValueError: one is not a string, or empty.
     """
-    strings = (stop,) if isinstance(stop, str) else tuple(stop)
+    strings = tuple(stop) if isinstance(stop, Iterable) and not isinstance(stop, str) else (stop,)
     if not all(isinstance(text, str) and text for text in strings):
         raise ValueError(f"stop strings must be strings with at least one character, got {list(strings)}")
     return strings

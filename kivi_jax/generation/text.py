@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, Unpack
 
 import jax
@@ -263,12 +263,14 @@ def as_batch(prompts: Conversation | Sequence[Prompt]) -> Sequence[Prompt]:
     """A list of prompts; one conversation is a list of one.
 
     Raises:
-        ValueError: it is one string.
+        ValueError: it is one string, one message, or no list.
     """
     if isinstance(prompts, str):
         raise ValueError("prompts must be a list of strings, got one string: pass [prompt]")
-    conversation: Any = prompts
-    return [conversation] if prompts and isinstance(prompts[0], Mapping) else list(conversation)
+    if isinstance(prompts, Mapping) or not isinstance(prompts, Iterable):
+        raise ValueError(f"prompts must be a list of texts or messages, got {prompts!r:.60}: pass [it]")
+    batch: list[Any] = list(prompts)
+    return [batch] if batch and isinstance(batch[0], Mapping) else batch
 
 
 def encode_prompt(
