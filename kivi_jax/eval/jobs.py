@@ -8,7 +8,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import Any, TypeVar
 
 from rich.progress import Progress
 
@@ -125,21 +125,19 @@ def _finish(
     wanted = [identify(item) for batch in batches for item in batch]
     bar = progress.add_task(path.stem, total=len(wanted), completed=sum(name in done for name in wanted))
     with writing(path):
-        opened = path.open("ab")
-    with opened as file:
-        with writing(path):
+        with path.open("ab") as file:
             file.truncate(end if held else 0)
-            if not held:
-                _write(file, first)
-        for batch in batches:
-            left = [item for item in batch if identify(item) not in done]
-            if not left:
-                continue
-            new = [{"id": identify(item)} | record for item, record in zip(left, compute(left), strict=True)]
-            with writing(path):
-                _write(file, b"".join(map(_line, new)))
-            done |= {record["id"]: record for record in new}
-            progress.advance(bar, len(left))
+        if not held:
+            _append(path, first)
+    for batch in batches:
+        left = [item for item in batch if identify(item) not in done]
+        if not left:
+            continue
+        new = [{"id": identify(item)} | record for item, record in zip(left, compute(left), strict=True)]
+        with writing(path):
+            _append(path, b"".join(map(_line, new)))
+        done |= {record["id"]: record for record in new}
+        progress.advance(bar, len(left))
     return [done[name] for name in wanted]
 
 
@@ -167,8 +165,9 @@ def _line(record: Record) -> bytes:
     return json.dumps(record, ensure_ascii=False).encode() + b"\n"
 
 
-def _write(file: IO[bytes], lines: bytes) -> None:
+def _append(path: Path, lines: bytes) -> None:
     """Append in one piece, and wait until it is on disk."""
-    file.write(lines)
-    file.flush()
-    os.fsync(file.fileno())
+    with path.open("ab") as file:
+        file.write(lines)
+        file.flush()
+        os.fsync(file.fileno())

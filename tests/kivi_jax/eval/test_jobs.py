@@ -2,6 +2,7 @@
 
 import errno
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -160,6 +161,14 @@ def test_what_cannot_be_written_is_one_line_with_its_name(tmp_path, monkeypatch)
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(ValueError, match=r"full\.jsonl cannot be written: No space left"):
         run(tmp_path / "full.jsonl")
+    monkeypatch.undo()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:  # what cannot be written fails once more when the file is closed
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10, limits[1]))
+        with pytest.raises(ValueError, match=r"other\.jsonl cannot be written: File too large"):
+            run(tmp_path / "other.jsonl")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 SCRIPT = """
