@@ -50,6 +50,7 @@ def test_prompts_are_timed_beside_transformers(tmp_path, torch):
     assert ratios[2] == "1.00x"
 
 
+@pytest.mark.slow
 def test_every_backend_is_checked(tmp_path):
     errors = {(r["case"], r["implementation"]): r["error"] for r in staged("correctness", tmp_path)}
     assert errors["one_page", "pallas_triton"] < 1e-3

@@ -74,15 +74,20 @@ class Schedule:
 SELECTORS = [
     Slide(window=6, recent=3),
     pytest.param(Slide(window=5, recent=1), marks=pytest.mark.slow),
-    Adaptive(window=9, recent=3, max_new_tokens=24),
+    pytest.param(Adaptive(window=9, recent=3, max_new_tokens=24), marks=pytest.mark.slow),
     pytest.param(Discontinuous(window=9, recent=3, max_new_tokens=24), marks=pytest.mark.slow),
     Discontinuous(window=8, recent=2, max_new_tokens=8),
     H2O(budget=9, recent=3),
-    StreamingLLM(sinks=2, recent=7),
     GKV(window=6, recent=2),
-    VaSE(window=6, recent=2, reserve=2),
     Random(window=6, recent=2, seed=5),
-    Random(window=8, recent=2, block=4),
+    *(
+        pytest.param(selector, marks=pytest.mark.slow)
+        for selector in (
+            StreamingLLM(sinks=2, recent=7),
+            VaSE(window=6, recent=2, reserve=2),
+            Random(window=8, recent=2, block=4),
+        )
+    ),
 ]
 
 
@@ -278,9 +283,14 @@ def test_ties_keep_the_newer_token():
     ("selector", "bits", "error"),
     [
         (Slide(window=20, recent=8), 2, 0.45),
-        (Slide(window=20, recent=8), 8, 0.006),
-        (StreamingLLM(sinks=2, recent=9), 4, 0.1),
-        pytest.param(Slide(window=20, recent=8), 4, 0.1, marks=pytest.mark.slow),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                (Slide(window=20, recent=8), 8, 0.006),
+                (StreamingLLM(sinks=2, recent=9), 4, 0.1),
+                (Slide(window=20, recent=8), 4, 0.1),
+            )
+        ),
     ],
     ids=repr,
 )

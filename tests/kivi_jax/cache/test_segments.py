@@ -72,11 +72,11 @@ def list_kivi(
     ("bits", "key_group", "value_group", "residual", "sinks"),
     [
         ((2, 4), 4, 8, 8, 0),
-        ((8, 8), 1, 1, 1, 0),
-        ((2, 4), 4, 8, 8, 11),  # more sinks than residual
         *(
             pytest.param(*case, marks=pytest.mark.slow)
             for case in (
+                ((8, 8), 1, 1, 1, 0),
+                ((2, 4), 4, 8, 8, 11),  # more sinks than residual
                 ((2, 2), 2, 2, 6, 0),
                 ((4, 2), 8, 4, 8, 0),
                 ((1, 4), 4, 4, 12, 0),
@@ -132,7 +132,7 @@ def test_kivi_denotes_what_the_lists_hold(bits, key_group, value_group, residual
 
 
 @pytest.mark.parametrize(("dense", "sinks"), [(True, 0), (False, 0), (False, 3)])
-@pytest.mark.parametrize("window", [1, 7, 24])
+@pytest.mark.parametrize("window", [7, *(pytest.param(window, marks=pytest.mark.slow) for window in (1, 24))])
 @settings(max_examples=8, deadline=None)
 @given(lengths=st.lists(st.integers(1, 30), min_size=BATCH, max_size=BATCH), steps=st.integers(0, 60))
 def test_window_sees_the_last_tokens_and_holds_few(dense, sinks, window, lengths, steps):

@@ -49,6 +49,7 @@ def test_it_is_what_decoding_with_the_cache_gives():
     np.testing.assert_allclose(scored[2].log_probs, expected, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_bits_change_it_even_for_one_token_after_a_long_context():
     """A prefill over context and continuation would give the same for all bits."""
     model = random_llama(config(num_layers=1))
@@ -63,7 +64,7 @@ def test_bits_change_it_even_for_one_token_after_a_long_context():
     assert 0 < 10 * fine < coarse
 
 
-@pytest.mark.parametrize("cache", [FULL, KIVI])
+@pytest.mark.parametrize("cache", [FULL, pytest.param(KIVI, marks=pytest.mark.slow)])
 def test_a_row_is_scored_the_same_alone_and_in_any_batch(cache):
     model = random_llama(config(num_layers=1))
     contexts, continuations = pairs()

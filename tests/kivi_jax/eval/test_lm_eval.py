@@ -90,6 +90,7 @@ def test_a_trained_models_log_likelihoods_are_transformers(shared):
     assert rolled == pytest.approx(expected, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_bits_change_log_likelihoods_and_rolling_ones_are_sums_over_windows(checkpoint):
     full, packed = (
         KiviJax(str(checkpoint), cache=cache, batch_size=2, max_length=40) for cache in ("full", KIVI)
@@ -107,7 +108,7 @@ def test_bits_change_log_likelihoods_and_rolling_ones_are_sums_over_windows(chec
     )
 
 
-@pytest.mark.parametrize("cache", ["full", KIVI])
+@pytest.mark.parametrize("cache", ["full", pytest.param(KIVI, marks=pytest.mark.slow)])
 def test_generation_equals_complete_and_stops_where_told(checkpoint, cache):
     lm = KiviJax(str(checkpoint), cache=cache, batch_size=2)
     model, tokenizer = kj.load(checkpoint)

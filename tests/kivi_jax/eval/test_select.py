@@ -18,6 +18,7 @@ def test_every_choice_keeps_the_same_number_of_tokens():
         caches(100, [3], "scope")
 
 
+@pytest.mark.slow
 def test_the_table_compares_with_slide_problem_by_problem(command, tmp_path, monkeypatch):
     """Two selectors on the demo's model; a second run computes nothing and says the same."""
     monkeypatch.setattr(

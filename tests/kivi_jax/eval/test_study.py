@@ -19,7 +19,7 @@ def tokens(rows=1):
     return jnp.asarray(np.random.default_rng(0).integers(3, 61, (rows, 128)), jnp.int32)
 
 
-@pytest.mark.parametrize("window", [None, 40])
+@pytest.mark.parametrize("window", [None, pytest.param(40, marks=pytest.mark.slow)])
 def test_it_equals_decoding_with_the_cache(window):
     model = random_llama(config(num_layers=1, sliding_window=window))
     text = tokens()

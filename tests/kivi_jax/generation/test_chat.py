@@ -64,7 +64,7 @@ def test_20_turns_say_what_one_long_prompt_would(name):
     ("name", "kind", "template"),
     [
         *(("full", kind, template) for kind in ("spaced", "bytes") for template in TEMPLATES),
-        ("kivi2", "spaced", "llama2"),
+        pytest.param("kivi2", "spaced", "llama2", marks=pytest.mark.slow),
     ],
 )
 def test_a_conversations_tokens_are_its_templates(name, kind, template):
