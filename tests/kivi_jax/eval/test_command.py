@@ -80,6 +80,7 @@ def test_an_evaluation_cut_off_is_finished_with_the_same_predictions(command, mo
     assert "60 tokens" in reported
 
 
+@pytest.mark.slow
 def test_an_evaluation_killed_is_finished_with_the_same_predictions(command, model, tmp_path, computed):
     """SIGKILL to a process that has written some predictions; the next one computes the others only."""
     whole, cut, name = tmp_path / "whole", tmp_path / "cut", "full.jsonl"

@@ -14,6 +14,7 @@ pytest.importorskip("matplotlib", reason="plots need the extra eval")
 KIVI = "kivi2r:group_size=8:residual_length=8"
 
 
+@pytest.mark.slow
 def test_the_table_joins_perplexity_distance_and_passkeys(command, tmp_path):
     """A full cache is no distance from itself; a packed one is; and nothing is computed twice."""
     config = LLAMA | dict(eos_token_id=None, num_hidden_layers=1)
