@@ -27,7 +27,7 @@ def convert(
     from convert.files import replacing, writing
     from convert.hf import parameter_bytes
     from convert.hub import resolve
-    from convert.orbax import copy_beside, is_converted, write
+    from convert.orbax import MANIFEST, copy_beside, is_converted, write
     from convert.verify import verify as compare
 
     console = Console(stderr=True)
@@ -35,7 +35,9 @@ def convert(
     if is_converted(directory):
         raise CheckpointError(f"{source} is converted already: use it as it is")
     needed = parameter_bytes(read_any_config(directory), dtype.value)
-    with replacing(destination, overwrite=overwrite, sources=[directory], needed=needed) as partial:
+    with replacing(
+        destination, manifest=MANIFEST, overwrite=overwrite, sources=[directory], needed=needed
+    ) as partial:
         with writing(destination):
             copy_beside(directory, partial)  # first: a tokenizer that cannot be built ends it before the wait
         columns = (

@@ -14,26 +14,33 @@ from pathlib import Path as FilePath
 from convert.errors import CheckpointError, brief
 
 # What this package writes: a manifest, and a folder. The manifest lists the folder's `files` and those beside
-# itself; nothing else is ever replaced.
+# itself; nothing else is ever replaced, and only by what has the same manifest.
 _OURS = {"kivi_jax.json": "parameters", "prefix.json": "arrays"}
+_KINDS = {"kivi_jax.json": "a converted model", "prefix.json": "a saved prefix"}
 
 
 @contextmanager
 def replacing(
-    destination: FilePath, *, overwrite: bool, sources: Sequence[FilePath] = (), needed: int = 0
+    destination: FilePath,
+    *,
+    manifest: str,
+    overwrite: bool,
+    sources: Sequence[FilePath] = (),
+    needed: int = 0,
 ) -> Iterator[FilePath]:
     """A new directory that takes `destination`'s place if the block succeeds and vanishes if it fails.
 
-    `sources` are what the block reads, `needed` the bytes that it will write at least. One process at a time
-    writes to a destination; what a killed one left is removed by the next.
+    The block writes the file `manifest` there, which says what kind it is. `sources` are what the block
+    reads, `needed` the bytes that it will write at least. One process at a time writes to a destination; what
+    a killed one left is removed by the next.
 
     Raises:
         CheckpointError: `destination` is a file, or a mount point; or not empty, and `overwrite` is false or
-            this package did not write all of it; or it holds a source, the current or the home directory; or
-            another process writes to it; or there is too little space; or what stands where the work is done
-            is not ours.
+            this package did not write all of it, or as another kind; or it holds a source, the current or the
+            home directory; or another process writes to it; or there is too little space; or what stands
+            where the work is done is not ours.
     """
-    _check_replaceable(destination, overwrite, sources)
+    _check_replaceable(destination, manifest, overwrite, sources)
     with writing(destination):
         target = destination.resolve()  # of a symbolic link, what it points to is replaced
     workspace = target.parent / f".{target.name}.partial"
@@ -52,7 +59,7 @@ def replacing(
                     f"{destination} needs {needed:,} bytes, and {free:,} are free: make space"
                 )
             yield partial
-            _check_replaceable(destination, overwrite, sources)  # much may have happened since
+            _check_replaceable(destination, manifest, overwrite, sources)  # much may have happened since
             if target.exists():
                 target.rename(replaced)
             partial.rename(target)
@@ -61,7 +68,9 @@ def replacing(
             _remove(workspace)
 
 
-def _check_replaceable(destination: FilePath, overwrite: bool, sources: Sequence[FilePath]) -> None:
+def _check_replaceable(
+    destination: FilePath, manifest: str, overwrite: bool, sources: Sequence[FilePath]
+) -> None:
     if not destination.is_dir():
         if destination.exists():
             raise CheckpointError(f"{destination} is a file: choose a directory to write to")
@@ -80,26 +89,31 @@ def _check_replaceable(destination: FilePath, overwrite: bool, sources: Sequence
         return
     if not overwrite:
         raise CheckpointError(f"{destination} is not empty: choose another directory, or pass --overwrite")
-    listed = _listed(target)
+    kind, listed = _listed(target)
     held = (path for path in sorted(target.rglob("*")) if path.is_symlink() or not path.is_dir())
     if foreign := next((path for path in held if path.relative_to(target).as_posix() not in listed), None):
         raise CheckpointError(
             f"{destination} holds files that kivi-jax did not write ({foreign.relative_to(target)}): "
             "choose another, or move them away"
         )
+    if kind is not None and kind != manifest:
+        raise CheckpointError(
+            f"{destination} is {_KINDS[kind]}, which {_KINDS[manifest]} does not replace: choose another "
+            "directory, or remove it"
+        )
 
 
-def _listed(target: FilePath) -> set[str]:
-    """The files that a manifest of ours in `target` says were written with it; none without a manifest."""
+def _listed(target: FilePath) -> tuple[str | None, set[str]]:
+    """The manifest of ours in `target`, if any, and the files that it says were written with it."""
     for name, folder in _OURS.items():
         try:
             manifest = json.loads((target / name).read_bytes())
             if isinstance(manifest["format"], int):
                 files = (f"{folder}/{file}" for file in manifest["files"])
-                return {name, *files, *manifest.get("beside", ())}
+                return name, {name, *files, *manifest.get("beside", ())}
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             continue
-    return set()
+    return None, set()
 
 
 def _clear(workspace: FilePath, target: FilePath) -> None:

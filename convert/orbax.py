@@ -50,7 +50,9 @@ def save(
     sources = () if source is None else (source,)
     needed = sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model)))
     with (
-        replacing(destination, overwrite=overwrite, sources=sources, needed=needed) as partial,
+        replacing(
+            destination, manifest=MANIFEST, overwrite=overwrite, sources=sources, needed=needed
+        ) as partial,
         writing(destination),
     ):
         if source is not None:

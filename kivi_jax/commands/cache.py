@@ -49,7 +49,7 @@ def save(
     from convert.hub import resolve
     from kivi_jax.cache.names import parse_cache
     from kivi_jax.generation.loading import open_model
-    from kivi_jax.generation.prefix_files import write_prefix
+    from kivi_jax.generation.prefix_files import MANIFEST, write_prefix
     from kivi_jax.generation.text import read_prefix
 
     strategy = parse_cache(cache)
@@ -57,7 +57,7 @@ def save(
     errors = Console(stderr=True)
     sources = [resolve(model), FilePath(prompt_file)]
     with replacing(
-        destination, overwrite=overwrite, sources=sources
+        destination, manifest=MANIFEST, overwrite=overwrite, sources=sources
     ) as partial:  # before anything is computed
         llama, tokenizer = open_model(model, dtype)
         prompt = as_prompt(tokenizer, text, chat=chat, system=system)

@@ -102,6 +102,7 @@ def generate(
     from convert.hub import resolve
     from kivi_jax.commands.answers import answer_file
     from kivi_jax.eval import contents
+    from kivi_jax.generation.loading import dtype_name
     from kivi_jax.generation.prefix_files import MANIFEST
 
     assert source is not None
@@ -116,7 +117,7 @@ def generate(
         max_new_tokens=max_new_tokens,
         sampler=repr(sampler),
         seed=seed,
-        dtype=None if dtype is None else dtype.value,
+        dtype=dtype_name(dtype),
         **contents.together(
             input=contents.of_data(source),
             model=contents.of_model(resolve(model)),

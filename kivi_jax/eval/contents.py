@@ -6,22 +6,18 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from kivi_jax.eval.samples import data_files
+
 _DATA = (".jsonl", ".json", ".txt")  # files of a folder that evaluations read
 _BRIEF = 2**26  # bytes that are hashed in a moment; larger weights are known by size and time
 
 
-def of_data(source: str | Path, *, without: Path | None = None) -> str | None:
-    """SHA-256 of a file, or of the files of data in a folder, but not in the folder `without`, of results.
-
-    None where there is neither, but a name.
-    """
+def of_data(source: str | Path) -> str | None:
+    """SHA-256 of a file, or of the files of data in a folder; None where there is neither, but a name."""
     path = Path(source)
     if path.is_file():
         return _sha256(path)
-    files = (file for file in path.rglob("*") if file.suffix in _DATA and file.is_file())
-    if without is not None:
-        results = without.resolve()
-        files = (file for file in files if not file.resolve().is_relative_to(results))
+    files = (file for file in data_files(path, "*") if file.suffix in _DATA)
     return _digest(path, files, brief=False) if path.is_dir() else None
 
 

@@ -17,6 +17,13 @@ Item = TypeVar("Item")
 _BEGIN = b'{"settings": '
 
 
+def is_ours(path: Path) -> bool:
+    """Whether a file holds records that this program wrote, be its first line cut off."""
+    with path.open("rb") as file:
+        head = file.read(len(_BEGIN))
+    return bool(head) and _BEGIN.startswith(head)
+
+
 def read_records(path: Path) -> tuple[Record, list[Record]]:
     """A file's settings and its records; an absent or empty file has neither.
 

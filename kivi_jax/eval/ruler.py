@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kivi_jax.eval.samples import Sample, read_answers, read_rows
+from kivi_jax.eval.samples import Sample, data_files, read_answers, read_rows
 from kivi_jax.eval.scoring import all_found
 
 _SPLITS = ("validation", "test", "train")  # RULER's scripts write TASK/validation.jsonl
@@ -20,7 +20,7 @@ def read_samples(data: str | Path, *, limit: int | None, max_new_tokens: int) ->
         ValueError: there are none, or a row is not RULER's.
     """
     path = Path(data)
-    files = sorted(path.rglob("*.jsonl")) if path.is_dir() else [path]
+    files = data_files(path, "*.jsonl") if path.is_dir() else [path]
     places = {file: _place(file, path if path.is_dir() else path.parent) for file in files}
     common = Counter(task for task, _ in places.values())
     samples: list[Sample] = []

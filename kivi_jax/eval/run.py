@@ -53,12 +53,14 @@ class Run:
         from kivi_jax.eval import contents
 
         sources = {"data": self.data, **self.beside}
-        read = {name: contents.of_data(source, without=self.folder) for name, source in sources.items()}
+        read = {name: contents.of_data(source) for name, source in sources.items()}
         return contents.together(model=contents.of_model(resolve(self.model)), **read)
 
     def settings(self, **more: Any) -> dict[str, Any]:
         """What records depend on: a run with others may not add to them."""
-        dtype = None if self.dtype is None else self.dtype.value
+        from kivi_jax.generation.loading import dtype_name
+
+        dtype = dtype_name(self.dtype)
         named = dict(eval=self.name, model=self.model, data=self.data, dtype=dtype)
         return named | self.contents | more
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from kivi_jax.eval.jobs import is_ours
+
 TEXTS = ("input", "context", "prompt", "question", "answer", "target")  # fields of rows
 
 
@@ -111,6 +113,11 @@ def _load_hub(source: str) -> list[dict[str, Any]]:
         ) from error
 
 
+def data_files(folder: Path, pattern: str) -> list[Path]:
+    """The files anywhere in a folder of data, but for results of ours, which may stand in it, too."""
+    return [file for file in sorted(folder.rglob(pattern)) if file.is_file() and not is_ours(file)]
+
+
 def find_file(source: str | Path, name: str) -> str | Path:
     """`source`, or where it is a folder the file `name` anywhere in it.
 
@@ -120,7 +127,7 @@ def find_file(source: str | Path, name: str) -> str | Path:
     path = Path(source)
     if not path.is_dir():
         return source
-    if found := sorted(path.rglob(name)):
+    if found := data_files(path, name):
         return found[0]
     raise ValueError(f"there is no {name} in {path}")
 
@@ -135,7 +142,7 @@ def files_by_task(source: str | Path, names: Mapping[str, Any]) -> dict[str, Pat
     """
     path = Path(source)
     found: dict[str, list[Path]] = {}
-    for file in sorted(path.rglob("*.jsonl")) if path.is_dir() else [path]:
+    for file in data_files(path, "*.jsonl") if path.is_dir() else [path]:
         # the longest name: "2wikimqa_e" before "2wikimqa"
         if matching := [name for name in names if file.name.startswith(name)]:
             found.setdefault(max(matching, key=len), []).append(file)

@@ -48,7 +48,14 @@ def open_model(name: str, dtype: Dtype | None) -> tuple[Llama, Tokenizer]:
         ValueError: it cannot be loaded, or has no tokenizer.
     """
     with status("loading"):
-        return load_with_tokenizer(name, dtype=None if dtype is None else dtype.value)
+        return load_with_tokenizer(name, dtype=dtype_name(dtype))
+
+
+def dtype_name(dtype: Dtype | None) -> str:
+    """The dtype that a command line asks for, or else that `load` takes here: results depend on it."""
+    from convert.loading import default_dtype
+
+    return default_dtype() if dtype is None else dtype.value
 
 
 def load_tokenizer(directory: Path) -> Tokenizer | None:

@@ -60,7 +60,8 @@ def save_prefix(path: str | FilePath, prefix: Prefix, model: Llama, *, overwrite
     check_start(model, None, prefix)
     cache_name(prefix.cache.strategy)  # one that has no name is refused before anything is written
     needed = sum(array.nbytes for array in _named(prefix).values())
-    with replacing(path, overwrite=overwrite, needed=needed) as partial, writing(path):
+    replaced = replacing(path, manifest=MANIFEST, overwrite=overwrite, needed=needed)
+    with replaced as partial, writing(path):
         write_prefix(partial, prefix, model)
 
 

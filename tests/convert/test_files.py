@@ -15,10 +15,11 @@ from convert.errors import CheckpointError
 from convert.files import replacing
 
 ROOT = Path(__file__).parents[2]
+OURS = {"manifest": "kivi_jax.json"}
 
 
 def write(destination, content="new", **options):
-    with replacing(destination, **{"overwrite": True, **options}) as partial:
+    with replacing(destination, **OURS | {"overwrite": True, **options}) as partial:
         (partial / "parameters").mkdir()
         (partial / "parameters" / "weights").write_text("x")
         (partial / "tokenizer.json").write_text("{}")
@@ -45,6 +46,19 @@ def test_what_was_written_is_replaced_if_asked(tmp_path):
     (tmp_path / "empty").mkdir()
     write(tmp_path / "empty")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "link", "saved"]
+
+
+def test_what_was_written_as_another_kind_is_not_replaced(tmp_path):
+    write(tmp_path / "model", "old")
+    message = "model is a converted model, which a saved prefix does not replace: choose another"
+    with pytest.raises(CheckpointError, match=message):
+        write(tmp_path / "model", manifest="prefix.json")
+    (tmp_path / "prefix" / "arrays").mkdir(parents=True)
+    (tmp_path / "prefix" / "prefix.json").write_text('{"format": 1, "files": {}}')
+    with pytest.raises(CheckpointError, match="prefix is a saved prefix, which a converted model does not"):
+        write(tmp_path / "prefix")
+    assert written(tmp_path / "model") == "old"
+    assert (tmp_path / "prefix" / "prefix.json").is_file()
 
 
 @pytest.mark.parametrize(
@@ -139,7 +153,7 @@ def test_what_stands_where_the_work_is_done_is_left(tmp_path, name):
 
 
 def test_the_later_of_two_writers_is_refused(tmp_path):
-    with replacing(tmp_path / "saved", overwrite=False) as partial:
+    with replacing(tmp_path / "saved", **OURS, overwrite=False) as partial:
         with pytest.raises(CheckpointError, match="saved is being written by another process"):
             write(tmp_path / "saved")
         write(tmp_path / "other")
@@ -150,7 +164,7 @@ def test_the_later_of_two_writers_is_refused(tmp_path):
 
 def test_what_appeared_meanwhile_is_not_replaced(tmp_path):
     def late():
-        with replacing(tmp_path / "saved", overwrite=True):
+        with replacing(tmp_path / "saved", **OURS, overwrite=True):
             (tmp_path / "saved").mkdir()
             (tmp_path / "saved" / "precious").write_text("x")
 
@@ -166,7 +180,7 @@ def test_a_failure_leaves_the_destination_as_it_was(tmp_path, existed):
     before = content(tmp_path)
 
     def fail():
-        with replacing(tmp_path / "saved", overwrite=True) as partial:
+        with replacing(tmp_path / "saved", **OURS, overwrite=True) as partial:
             (partial / "half").write_text("x")
             raise KeyboardInterrupt
 
@@ -181,7 +195,7 @@ from convert.files import replacing
 from kivi_jax.console import main
 
 def command():
-    with replacing(pathlib.Path(sys.argv[1]), overwrite=True) as partial:
+    with replacing(pathlib.Path(sys.argv[1]), manifest="kivi_jax.json", overwrite=True) as partial:
         (partial / "half").write_text("x")
         print("writing", flush=True)
         time.sleep(600)
@@ -246,7 +260,7 @@ def test_what_comes_while_a_failed_write_is_removed_is_removed_too(tmp_path, mon
             (path / "late").write_text("x")
 
     monkeypatch.setattr(shutil, "rmtree", remove_but_for_late_files)
-    with pytest.raises(RuntimeError, match="cut"), replacing(tmp_path / "saved", overwrite=False):
+    with pytest.raises(RuntimeError, match="cut"), replacing(tmp_path / "saved", **OURS, overwrite=False):
         raise RuntimeError("cut")
     assert len(calls) == 3
     assert content(tmp_path) == {}

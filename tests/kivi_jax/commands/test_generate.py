@@ -200,6 +200,8 @@ def test_what_was_written_anew_at_its_path_is_another(command, asked, tmp_path):
     model.mkdir()
     options = write_rows(tmp_path / "in.jsonl", {"prompt": "a"})
     assert command("generate", model, *options)[0] == 0
+    assert command("generate", model, *options, "--dtype", "float32")[0] == 0  # as without --dtype here
+    assert "dtype='float32', not 'bfloat16'" in command("generate", model, *options, "--dtype", "bfloat16")[2]
     (model / "tokenizer_config.json").write_text("{}")
     code, _, error = command("generate", model, *options)
     assert (code, error.count("\n")) == (2, 1)

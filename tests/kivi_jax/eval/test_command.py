@@ -238,6 +238,9 @@ def test_rows_are_those_there_are_and_changed_data_is_other_data(command, tmp_pa
     run = ("needle", *options, "--batch", 1000, "--out", tmp_path / "out")
     assert command(*run)[0] == 0
     assert rows == [3]
+    assert command(*run, "--dtype", "float32")[0] == 0  # what is taken here where none is asked for
+    code, _, error = command(*run, "--dtype", "bfloat16")
+    assert (code, "was computed with dtype='float32', not 'bfloat16'" in error) == (2, True)
     (model / "config.json").write_text("{}")
     text.write_text("The moon rose. " * 200)
     code, _, error = command(*run)

@@ -12,14 +12,13 @@ def test_data_is_known_by_what_its_files_hold(tmp_path):
     file.parent.mkdir()
     file.write_text("1")
     one, folder = contents.of_data(file), contents.of_data(str(tmp_path))
-    for name in ("picture.png", "a/out/full.jsonl"):
+    for name in ("picture.png", "a/out/full.jsonl", "a/out/cut.jsonl"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text("x")
-    assert contents.of_data(tmp_path, without=tmp_path / "a" / "out") == folder
-    assert contents.of_data(tmp_path) != folder  # results are data of a later run, where they are asked for
+        (tmp_path / name).write_text('{"settings": {}}\n' if "full" in name else '{"settin')
+    assert contents.of_data(tmp_path) == folder  # results are no data, whichever evaluation's they are
     file.write_text("2")
     assert contents.of_data(file) != one
-    assert contents.of_data(tmp_path, without=tmp_path / "a" / "out") != folder
+    assert contents.of_data(tmp_path) != folder
     assert contents.of_data("openai/gsm8k:main") is None
     assert contents.together(data=None, model="x") == {"contents": {"model": "x"}}
 

@@ -229,6 +229,7 @@ def test_rulers_own_folders_are_tasks_and_lengths(tmp_path):
     with pytest.raises(ValueError, match=r"empty\.jsonl holds no rows"):
         ruler.read_samples(write_rows(tmp_path / "empty.jsonl"), limit=None, max_new_tokens=4)
     (tmp_path / "nothing").mkdir()
+    (tmp_path / "nothing" / "full.jsonl").write_text('{"settings": {}}\n')  # results of a former run
     with pytest.raises(ValueError, match="there are no samples"):
         ruler.read_samples(tmp_path / "nothing", limit=None, max_new_tokens=4)
 
