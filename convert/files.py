@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path as FilePath
 
 from convert.errors import CheckpointError, brief
+from kivi_jax.checks import instance
 
 # What this package writes: a manifest, and a folder. The manifest lists the folder's `files` and those beside
 # itself; nothing else is ever replaced, and only by what has the same manifest.
@@ -39,7 +40,9 @@ def replacing(
             this package did not write all of it, or as another kind; or it holds a source, the current or the
             home directory; or another process writes to it; or there is too little space; or what stands
             where the work is done is not ours.
+        ValueError: `overwrite` is neither true nor false.
     """
+    instance("overwrite", overwrite, bool, "pass True or False")
     _check_replaceable(destination, manifest, overwrite, sources)
     with writing(destination):
         target = destination.resolve()  # of a symbolic link, what it points to is replaced

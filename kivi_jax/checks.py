@@ -1,4 +1,4 @@
-"""What callers pass: counts must be whole, of whatever type, dtypes floats, and rows not too long."""
+"""What callers pass: counts must be whole, of whatever type, dtypes floats, a model one, rows not too long."""
 
 import functools
 import logging
@@ -38,6 +38,16 @@ def real(name: str, number: Any) -> float:
     if isinstance(number, bool) or not isinstance(number, numbers.Real):
         raise ValueError(f"{name}={number!r} must be a number")
     return float(number)
+
+
+def instance(name: str, value: Any, kind: type, cure: str) -> None:
+    """Refuse what is not of a kind that no other can stand for.
+
+    Raises:
+        ValueError: it is of another; `cure` says what to pass.
+    """
+    if not isinstance(value, kind):
+        raise ValueError(f"{name} is of type {type(value).__name__}, not {kind.__name__}: {cure}")
 
 
 def floating(dtype: Any) -> np.dtype[Any]:

@@ -16,7 +16,7 @@ from kivi_jax.cache.pool import TokenPool
 from kivi_jax.cache.prompt_selectors import KeepAll, Prompt, PromptSelector
 from kivi_jax.cache.segments import Segment, Step
 from kivi_jax.cache.stores import DEFAULT_GROUP, Given, PoolQuantization, ScaleDtype, rotate
-from kivi_jax.checks import warn_once
+from kivi_jax.checks import instance, warn_once
 from kivi_jax.config import ModelConfig
 from pallas_kernels.pytree import pytree, static
 from pallas_kernels.quantize.packing import words_per_token
@@ -355,7 +355,11 @@ def cache_bytes(cache: KVCache) -> dict[str, int]:
 
     `packed`: codes. `scales`: scales and zeros. `rings`: KIVI's residual and sinks. `dense`: full-precision
     tokens. `pool`: tokens of a bounded decoding phase. `metadata`: lengths, positions, weights.
+
+    Raises:
+        ValueError: `cache` is something else.
     """
+    instance("cache", cache, KVCache, "pass what prefill or decode gave, or a prefix' .cache")
     parts: dict[str, int] = dict.fromkeys(("packed", "scales", "rings", "dense", "pool", "metadata"), 0)
     of_field = {
         "words": "packed",

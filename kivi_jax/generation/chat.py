@@ -17,7 +17,8 @@ from jaxtyping import Array, Key
 
 from kivi_jax.cache.names import strategy_of
 from kivi_jax.cache.strategy import CacheStrategy, shorten
-from kivi_jax.checks import warn_beyond, whole
+from kivi_jax.checks import instance, warn_beyond, whole
+from kivi_jax.generation.generate import check_count, check_model
 from kivi_jax.generation.prefix import Prefix, prefill
 from kivi_jax.generation.sampling import Sampler
 from kivi_jax.generation.templates import Message, encode_conversation, has_template
@@ -53,6 +54,7 @@ class Chat:
             ValueError: there is no tokenizer, the strategy does not fit the model, `context` is not positive,
                 or there is a system message but no chat template.
         """
+        check_model(model)
         check_tokenizer(tokenizer)
         if whole("context", context) < 1:
             raise ValueError(f"{context=} must be positive")
@@ -95,9 +97,11 @@ class Chat:
         the reply.
 
         Raises:
-            ValueError: the message leaves no room for a reply, or the template refuses it; the conversation
-                is as it was.
+            ValueError: the message is no text or leaves no room for a reply, or the template refuses it; the
+                conversation is as it was.
         """
+        instance("message", message, str, "a reply answers what the user says")
+        max_new_tokens = check_count(max_new_tokens)
         asked = [*self.messages, {"role": "user", "content": message}]
         wanted = self._spell(asked)
         room = self.context - len(wanted)

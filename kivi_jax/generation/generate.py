@@ -13,8 +13,8 @@ from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 
 from kivi_jax.cache.names import strategy_of
 from kivi_jax.cache.strategy import CacheStrategy, KVCache
-from kivi_jax.checks import warn_beyond, whole
-from kivi_jax.generation.prefix import Prefix, extend, fork, prefill, weights_mark
+from kivi_jax.checks import instance, warn_beyond, whole
+from kivi_jax.generation.prefix import Prefix, check_prefix, extend, fork, prefill, weights_mark
 from kivi_jax.generation.sampling import Greedy, Sampler, penalize
 from kivi_jax.model.inputs import PerRow, Prompts, read_prompts
 from kivi_jax.model.llama import Llama
@@ -113,10 +113,12 @@ def generate(
             or a sampler that needs a key got none.
     """
     max_new_tokens = check_count(max_new_tokens)
+    strategy = check_start(model, cache, prefix)
     tokens, lengths = read_prompts(
         tokens, lengths, vocab_size=model.config.vocab_size, least=0 if prefix is not None else 1
     )
-    strategy = check_start(model, cache, prefix)
+    if ends is not None and not callable(ends):
+        raise ValueError(f"{ends=} is no function: pass one of tokens and lengths; texts that end are stop=")
     warn_if_long(model, lengths, prefix, max_new_tokens)
     sampler = check_sampler(sampler)
     program = _Program(strategy, max_new_tokens, sampler, log_probs, block_tokens)
@@ -134,6 +136,15 @@ def generate(
         out = loop.result()
     warn_unless_finite(out.finite)
     return out
+
+
+def check_model(model: Llama) -> None:
+    """Refuse what is no model.
+
+    Raises:
+        ValueError: it is none.
+    """
+    instance("model", model, Llama, "pass what load gave, the model before its tokenizer")
 
 
 def check_count(max_new_tokens: Any) -> int:
@@ -202,8 +213,10 @@ def check_start(
     A prefix' model is known outside of a trace.
 
     Raises:
-        ValueError: it is not exactly one of the two, its name is unknown, or it does not fit the model.
+        ValueError: it is not exactly one of the two, its name is unknown, or it does not fit the model; or
+            model or prefix is none.
     """
+    check_model(model)
     if (cache is None) == (prefix is None):
         raise ValueError("pass either cache=, a strategy, or prefix=, which brings its own")
     if prefix is None:
@@ -211,6 +224,7 @@ def check_start(
         strategy = strategy_of(cache)
         strategy.check(model.config)
         return strategy
+    check_prefix(prefix)
     if prefix.logits.shape[1] != model.config.vocab_size:
         raise ValueError(
             f"the prefix was read by a model of {prefix.logits.shape[1]} tokens, this one has "

@@ -13,6 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from kivi_jax.cache.strategy import CacheStrategy, KVCache, grow, repeat_row
+from kivi_jax.checks import instance
 from kivi_jax.generation.tokens import CONTEXT
 from kivi_jax.model.llama import Llama
 from pallas_kernels.pytree import pytree, static
@@ -39,6 +40,15 @@ class Prefix:
     def rows(self) -> int:
         """B: how many texts were read."""
         return self.logits.shape[0]
+
+
+def check_prefix(prefix: Prefix) -> None:
+    """Refuse what is no prefix.
+
+    Raises:
+        ValueError: it is none.
+    """
+    instance("prefix", prefix, Prefix, "pass what read_prefix or load_prefix gave")
 
 
 def prefill(

@@ -22,7 +22,7 @@ from jaxtyping import Array, Shaped, UInt32
 from kivi_jax.cache.names import cache_name, parse_cache, strategy_of
 from kivi_jax.cache.strategy import CacheStrategy, cache_bytes
 from kivi_jax.config import ModelConfig, config_from_dict
-from kivi_jax.generation.generate import check_start
+from kivi_jax.generation.generate import check_model, check_start
 from kivi_jax.generation.prefix import Prefix, weights_mark
 from kivi_jax.model.llama import Llama
 from kivi_jax.plan.memory import zero_cache
@@ -105,6 +105,7 @@ def load_prefix(path: str | FilePath, model: Llama, *, cache: CacheStrategy | st
     from convert.files import find_damage
 
     path = FilePath(path)
+    check_model(model)
     saved = read_manifest(path)
     strategy = parse_cache(saved.cache)
     if cache is not None and (asked := strategy_of(cache)).fit(model.config) != strategy.fit(model.config):

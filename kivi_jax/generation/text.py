@@ -18,6 +18,7 @@ from kivi_jax.generation.generate import (
     Drawing,
     Generation,
     check_count,
+    check_model,
     check_sampler,
     check_start,
     draw,
@@ -30,7 +31,7 @@ from kivi_jax.generation.generate import (
     warn_if_long,
     warn_unless_finite,
 )
-from kivi_jax.generation.prefix import Prefix, extend, prefill, weights_mark
+from kivi_jax.generation.prefix import Prefix, check_prefix, extend, prefill, weights_mark
 from kivi_jax.generation.sampling import Sampler
 from kivi_jax.generation.stops import check_stop, decode_stream, find_stop
 from kivi_jax.generation.templates import (
@@ -45,6 +46,7 @@ from kivi_jax.generation.templates import (
 from kivi_jax.generation.tokens import (
     CONTEXT,
     Tokenizer,
+    check_tokenizer,
     encode,
     encode_after,
     encode_as_is,
@@ -89,6 +91,8 @@ def read_prefix(
     Raises:
         ValueError: see `generate` and `pad_prompts`; texts and conversations are mixed.
     """
+    check_model(model)
+    check_tokenizer(tokenizer)
     batch = as_batch(prompts)
     turn = not isinstance(batch[0], str) if batch else False
     if any(isinstance(prompt, str) is turn for prompt in batch):
@@ -150,6 +154,7 @@ def completions(
     Raises:
         ValueError: see `complete`.
     """
+    check_model(model)
     prefix, batch = options.get("prefix"), as_batch(prompts)
     ids = [encode_prompt(tokenizer, prompt, prefix, row=row) for row, prompt in enumerate(batch)]
     found = complete_tokens(model, tokenizer, ids, stop=stop, log_probs=log_probs, **options)
@@ -239,6 +244,7 @@ def stream(
     Raises:
         ValueError: see `complete`.
     """
+    check_model(model)
     prefix, stop = options.get("prefix"), check_stop(stop)
     ids = encode_prompt(tokenizer, prompt, prefix)
     ends = options["eos_ids"] = _ends(model, tokenizer, options)
@@ -279,12 +285,15 @@ def encode_prompt(
     """Token ids of a prompt that begins a row or follows row `row` of a prefix, as if the two were one text.
 
     Raises:
-        ValueError: a conversation follows a prefix of plain text; or see `templates.write`.
+        ValueError: a conversation follows a prefix of plain text; there is no tokenizer, or no such prefix;
+            or see `templates.write`.
     """
+    check_tokenizer(tokenizer)
     if prefix is None:
         if isinstance(prompt, str):
             return encode(tokenizer, prompt)
         return encode_conversation(tokenizer, prompt)
+    check_prefix(prefix)
     if prefix.turn:
         said = user_turn(prompt) if isinstance(prompt, str) else prompt
         return encode_after(tokenizer, _tail(prefix, row), continue_turn(tokenizer, said))

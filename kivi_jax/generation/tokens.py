@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Int
 
 from kivi_jax.config import ModelConfig
+from kivi_jax.model.llama import Llama
 
 CONTEXT = 32  # tokens before a text that decide how it is spelled
 _ANCHORS = ("\n", ".")  # what a text may follow without merging with it
@@ -29,11 +30,16 @@ def check_tokenizer(tokenizer: Tokenizer | None) -> None:
     """Refuse to read text without a tokenizer.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or something else.
     """
     if tokenizer is None:
         raise ValueError(
             "there is no tokenizer: copy its files beside the weights, or pass token ids to kj.generate"
+        )
+    if isinstance(tokenizer, Llama) or not callable(tokenizer):  # a model can be called and decodes, too
+        raise ValueError(
+            f"tokenizer is of type {type(tokenizer).__name__}: pass what load gave, the model before its "
+            "tokenizer"
         )
 
 
@@ -43,9 +49,8 @@ def encode(tokenizer: Tokenizer, text: str) -> list[int]:
     Special tokens are put before it, unless the text has its begin-of-text token already.
 
     Raises:
-        ValueError: there is no tokenizer, or the text has bytes or halves of characters that are no Unicode.
+        ValueError: the text has bytes or halves of characters that are no Unicode.
     """
-    check_tokenizer(tokenizer)
     begin = getattr(tokenizer, "bos_token", None)
     if begin and text.startswith(begin):
         return encode_as_is(tokenizer, text)

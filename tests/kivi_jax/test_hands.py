@@ -34,6 +34,22 @@ MISTAKES = {
     "kj.complete(model, len, 3, cache=full, max_new_tokens=2)": "must be a list of texts or messages, got 3",
     "next(kj.stream(model, len, 'a', stop=5, cache=full, max_new_tokens=2))": "stop strings must be strings",
     "next(kj.stream(model, len, 'a', stop=None, cache=full, max_new_tokens=2))": "stop strings must be",
+    "kj.complete('llama', len, ['a'], cache=full, max_new_tokens=2)": "model is of type str, not Llama",
+    "kj.complete(len, model, ['a'], cache=full, max_new_tokens=2)": "model is of type builtin_function_or_m",
+    "kj.complete(model, model, ['a'], cache=full, max_new_tokens=2)": "tokenizer is of type Llama: pass what",
+    "next(kj.stream(model, 'x', 'a', cache=full, max_new_tokens=2))": "tokenizer is of type str: pass what",
+    "kj.read_prefix(len, model, ['a'], cache=full)": "not Llama: pass what load gave, the model before",
+    "kj.generate(len, [[1]], [1], cache=full, max_new_tokens=2)": "model is of type builtin_function",
+    "kj.Chat(len, model, cache=full, context=8)": "not Llama: pass what load gave, the model before",
+    "kj.load_prefix('p', 'model')": "model is of type str, not Llama",
+    "kj.generate(model, [[1]], [1], prefix='x', max_new_tokens=2)": "prefix is of type str, not Prefix",
+    "kj.complete(model, len, ['a'], prefix='x', max_new_tokens=2)": "prefix is of type str, not Prefix",
+    "kj.save_prefix('p', 'x', model)": "prefix is of type str, not Prefix: pass what read_prefix or load",
+    "kj.save_prefix('p', prefix, model, overwrite='no')": "overwrite is of type str, not bool: pass True or",
+    "kj.cache_bytes(None)": "cache is of type NoneType, not KVCache: pass what prefill or decode gave",
+    "kj.generate(model, [[1]], [1], cache=full, max_new_tokens=2, ends='x')": "ends='x' is no function: pass",
+    "next(kj.Chat(model, len, cache=full, context=8).reply(None, max_new_tokens=2))": "message is of type",
+    "next(kj.Chat(model, len, cache=full, context=8).reply('a', max_new_tokens=0))": "must be at least 1",
     "kj.kivi(bits=True)": "key_bits=True must be a whole number",
     "kj.kivi(residual_length=2**32)": "residual_length=4294967296 must be below 2**31",
     "kj.kivi(prompt='snapkv')": "prompt='snapkv' is no prompt of a cache: parse_cache reads names",
@@ -72,9 +88,12 @@ MISTAKES = {
 }
 SCRIPT = """
 import json, sys
+import jax.numpy as jnp
 import kivi_jax as kj
+from kivi_jax.generation.prefix import prefill
 from tests.models import config, random_llama
 model, full = random_llama(config(num_layers=1)), kj.full()
+prefix = prefill(model, jnp.ones((1, 1), int), jnp.ones(1, int), cache=full, capacity=8)
 said = {}
 for mistake in json.load(sys.stdin):
     try:
