@@ -1,4 +1,4 @@
-"""What callers pass: counts must be whole, of whatever type, dtypes floats, a model one, rows not too long."""
+"""What callers pass: counts must be whole, of whatever type, dtypes floats, a model one, and rows short."""
 
 import functools
 import logging

@@ -22,6 +22,7 @@ INTERRUPTED = 128 + signal.SIGINT  # the exit code that typer gives a KeyboardIn
 COMPILED = "KIVI_JAX_COMPILATION_CACHE"  # the directory of compiled programs, or off
 NAME = 14  # columns for a cache's name, at least
 USAGE_ERROR: Any = typer.BadParameter.__mro__[1]  # click's UsageError, be it typer's own copy or not
+NARROWEST = 26  # columns that a table takes: in fewer, rich would leave its names empty
 READABLE = 70  # columns of a terminal in which all tables can be read
 
 
@@ -150,6 +151,7 @@ def out_of_memory(error: BaseException) -> str | None:
 
 def print_table(console: Console, table: Table) -> None:
     """Print a table; in a narrow terminal without its last columns, rather than with broken numbers."""
+    console.width = max(console.width, NARROWEST)
     left_out: list[str] = []
     while console.width < READABLE and len(table.columns) > 2 and _width(console, table) > console.width:
         header = " ".join(str(table.columns.pop().header).split())

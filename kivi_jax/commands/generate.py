@@ -81,6 +81,8 @@ def generate(
     strategy = None if own is None else parse_cache(own)
     sampler = make_sampler(temperature, top_k, top_p, min_p, repetition_penalty)
     stops = check_stop(stop or ())
+    if any("\\n" in text for text in stops):
+        say("hint: a --stop has a backslash and an n; a line's end is $'\\n' in bash and zsh")
     llama, tokenizer = open_model(model, dtype)
     drawing: Decoding = {"max_new_tokens": max_new_tokens, "sampler": sampler}
     if prefix is None:
@@ -149,6 +151,7 @@ class _Answer:
     pieces: list[str] = field(default_factory=list)
     held: "KVCache | None" = None
     ended: bool = False  # by itself, not at the most tokens
+    stopped: bool = False  # by a stop string
 
     def report(self, model: "Llama", *, as_json: bool) -> None:
         """What it cost and how it ended: a line on stderr, or all of it as JSON on stdout."""
@@ -174,7 +177,7 @@ class _Answer:
         parts.append(compare_bytes(size, whole))
         if not self.ended:
             parts.append("cut at --max-new-tokens")
-        elif len(self.tokens) == 1:
+        elif len(self.tokens) == 1 and not self.stopped:
             parts.append(FIRST_TOKEN)
         say(" · ".join(parts))
 
@@ -229,7 +232,8 @@ def _stream(
         answer.moments.append(time.perf_counter())
         answer.tokens.append(token)
         show(decoder.push(token))
-        answer.ended = token in ends or decoder.stopped
+        answer.stopped = decoder.stopped
+        answer.ended = token in ends or answer.stopped
         drawn = None if decoder.stopped else next(tokens, None)
     show(decoder.finish() + "\n" * shown)
     return answer

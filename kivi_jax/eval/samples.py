@@ -61,12 +61,24 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
     try:
         # Not splitlines(): a line of JSON may hold other separators of lines (as MMLU's questions do).
         lines = [line for line in path.read_text("utf-8-sig").split("\n") if line.strip()]
-        rows = [_well_formed(json.loads(line)) if "\\u" in line else json.loads(line) for line in lines]
+        rows = [_read_line(number, line) for number, line in enumerate(lines, 1)]
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not a file of JSON lines: {error}") from None
     if any(not isinstance(row, dict) for row in rows):
         raise ValueError(f"{path} is not a file of JSON lines: a line is not an object of named fields")
     return rows
+
+
+def _read_line(number: int, line: str) -> Any:
+    def fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(found := dict(pairs)) < len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise ValueError(f"row {number} has its field {twice} more than once: keep one")
+        return found
+
+    row = json.loads(line, object_pairs_hook=fields)
+    return _well_formed(row) if "\\u" in line else row
 
 
 def _well_formed(value: Any) -> Any:

@@ -70,6 +70,12 @@ def test_a_text_ends_at_a_stop_string_and_is_json(command, instruct):
     assert (found["finish_reason"], found["prompt_tokens"]) == ("stop", ended.prompt_tokens)
     assert found["cache_bytes"] == found["full_cache_bytes"] > 0
     assert found["seconds_to_first_token"] > 0
+    _, _, error = command(
+        "generate", "demo", "hello", *FULL, "--chat", "--stop", whole.text[:1], "--stop", "\\n"
+    )
+    assert "hint: a --stop has a backslash and an n" in error
+    assert "1 new tokens" in error
+    assert FIRST_TOKEN not in error
 
 
 def test_what_ends_at_its_first_token_is_said_to(command, instruct, monkeypatch, caplog):

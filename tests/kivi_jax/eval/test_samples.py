@@ -142,6 +142,9 @@ def test_rows_are_json_lines(tmp_path):
     path.write_text("no json")
     with pytest.raises(ValueError, match="not a file of JSON lines"):
         read_rows(path)
+    path.write_text('{"a": 1}\n{"a": 1, "b": {"c": 1, "c": 2}}\n')
+    with pytest.raises(ValueError, match="row 2 has its field c more than once: keep one"):
+        read_rows(path)
     path.write_text("[1]\n")
     with pytest.raises(ValueError, match="not an object"):
         read_rows(path)
