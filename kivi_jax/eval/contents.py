@@ -17,7 +17,7 @@ def of_data(source: str | Path) -> str | None:
     path = Path(source)
     if path.is_file():
         return _sha256(path)
-    files = (file for file in data_files(path, "*") if file.suffix in _DATA)
+    files = (file for suffix in _DATA for file in data_files(path, f"*{suffix}"))
     return _digest(path, files, brief=False) if path.is_dir() else None
 
 
