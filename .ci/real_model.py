@@ -17,6 +17,7 @@ import typer
 
 import kivi_jax as kj
 from kivi_jax.generation.chat import Chat
+from kivi_jax.generation.tokens import pad_prompts
 
 LOGITS = 1e-3
 QUESTIONS = [
@@ -80,10 +81,7 @@ def compare(model: Any, tokenizer: Any, file: Path, tokens: int, count: int) -> 
         for question in QUESTIONS[:count]
     ]
     rows = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in asked]
-    lengths = np.array([len(row) for row in rows], np.int32)
-    padded = np.zeros((count, lengths.max()), np.int32)
-    for row, ids_of_row in zip(padded, rows, strict=True):
-        row[: len(ids_of_row)] = ids_of_row
+    padded, lengths = pad_prompts(rows)
     # All rows run to the end, so that as many tokens as possible are compared.
     ours = kj.generate(
         model, jnp.asarray(padded), jnp.asarray(lengths), cache=kj.full(), max_new_tokens=tokens, eos_ids=()

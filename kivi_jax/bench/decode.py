@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.progress import track
 
 from kivi_jax.bench.kernels import profiled
+from kivi_jax.bench.peers import llama_config
 from kivi_jax.cache.prompt_selectors import ExpectedQueries, Prompt
 from kivi_jax.cache.strategy import CacheStrategy, KVCache, cache_bytes
 from kivi_jax.config import ModelConfig
@@ -239,19 +240,9 @@ def greedy_steps(
 
 def _transformers(config: ModelConfig, context: int, batch: int) -> tuple[Callable[[], Any], int]:
     """transformers' Llama of the same shape, float32, with its DynamicCache."""
-    from transformers import AutoModelForCausalLM, LlamaConfig
+    from transformers import AutoModelForCausalLM
 
-    shape = LlamaConfig(
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        num_hidden_layers=config.num_layers,
-        num_attention_heads=config.num_heads,
-        num_key_value_heads=config.num_kv_heads,
-        head_dim=config.head_dim,
-        max_position_embeddings=config.max_position_embeddings,
-    )
-    model = AutoModelForCausalLM.from_config(shape).eval().requires_grad_(False)
+    model = AutoModelForCausalLM.from_config(llama_config(config)).eval().requires_grad_(False)
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, (batch, context))
     ids = next(model.parameters()).new_tensor(tokens).long()
     out = model(ids, use_cache=True, logits_to_keep=1)

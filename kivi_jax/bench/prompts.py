@@ -12,6 +12,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from rich.table import Table
 
+from kivi_jax.bench.peers import llama_config
 from kivi_jax.config import ModelConfig
 from kivi_jax.model.llama import Llama
 
@@ -48,20 +49,9 @@ def transformers(
     In a process of its own: nothing here asks JAX for the GPU, which would take its memory.
     """
     import torch  # pyright: ignore[reportMissingImports]
-    from transformers import AutoModelForCausalLM, LlamaConfig
+    from transformers import AutoModelForCausalLM
 
-    shape = LlamaConfig(
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        num_hidden_layers=config.num_layers,
-        num_attention_heads=config.num_heads,
-        num_key_value_heads=config.num_kv_heads,
-        head_dim=config.head_dim,
-        max_position_embeddings=config.max_position_embeddings,
-        dtype=jnp.dtype(dtype).name,
-        attn_implementation="sdpa",  # pyright: ignore[reportCallIssue]
-    )
+    shape = llama_config(config, dtype=jnp.dtype(dtype).name, attn_implementation="sdpa")
     device: Any = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with device:  # a CPU draws 8B numbers for minutes
         model = AutoModelForCausalLM.from_config(shape).eval().requires_grad_(False)

@@ -13,13 +13,10 @@ from kivi_jax.cache.dense import DenseTokens
 from kivi_jax.cache.kivi import KiviQuantization, KiviTokens
 from kivi_jax.cache.segments import Step
 from pallas_kernels.partials import normalize
+from tests.draws import normal
 from tests.oracles.kivi import ListKivi, attention
 
 BATCH, KV_HEADS, GROUPS = 3, 2, 2
-
-
-def random(shape, seed):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
 
 def step(key, value, active):
@@ -90,8 +87,8 @@ def list_kivi(
 @given(lengths=st.lists(st.integers(1, 21), min_size=BATCH, max_size=BATCH), steps=st.integers(0, 19))
 def test_kivi_denotes_what_the_lists_hold(bits, key_group, value_group, residual, sinks, lengths, steps):
     """Any prompt length and number of steps: the same tokens, and the same attention."""
-    keys, values = random((BATCH, KV_HEADS, 40, 8), 0), random((BATCH, KV_HEADS, 40, 8), 1)
-    query = random((BATCH, KV_HEADS * GROUPS, 8), 2)
+    keys, values = normal(0, BATCH, KV_HEADS, 40, 8), normal(1, BATCH, KV_HEADS, 40, 8)
+    query = normal(2, BATCH, KV_HEADS * GROUPS, 8)
     segment = kivi_tokens(
         keys[:, :, :21],
         values[:, :, :21],
@@ -137,8 +134,8 @@ def test_kivi_denotes_what_the_lists_hold(bits, key_group, value_group, residual
 @given(lengths=st.lists(st.integers(1, 30), min_size=BATCH, max_size=BATCH), steps=st.integers(0, 60))
 def test_window_sees_the_last_tokens_and_holds_few(dense, sinks, window, lengths, steps):
     """Beyond the window nothing is seen, and the buffers do not grow with the length."""
-    keys, values = random((BATCH, KV_HEADS, 90, 8), 3), random((BATCH, KV_HEADS, 90, 8), 4)
-    query = random((BATCH, KV_HEADS, 8), 5)
+    keys, values = normal(3, BATCH, KV_HEADS, 90, 8), normal(4, BATCH, KV_HEADS, 90, 8)
+    query = normal(5, BATCH, KV_HEADS, 8)
     prompt = keys[:, :, :30], values[:, :, :30]
     if dense:
         segment = DenseTokens.from_prompt(*prompt, jnp.asarray(lengths), capacity=90, window=window)
@@ -165,7 +162,7 @@ def test_window_sees_the_last_tokens_and_holds_few(dense, sinks, window, lengths
 
 def test_rows_that_ended_hold_what_they_held():
     """An inactive row appends nothing, and a full key block is not quantized a second time."""
-    keys, values = random((2, KV_HEADS, 40, 8), 6), random((2, KV_HEADS, 40, 8), 7)
+    keys, values = normal(6, 2, KV_HEADS, 40, 8), normal(7, 2, KV_HEADS, 40, 8)
     lengths = [6, 3]
     active = np.ones((12, 2), bool)
     active[2:, 0] = False  # row 0 stops exactly where its first key block is full (6 + 2 = 8 = R)
@@ -185,8 +182,8 @@ def test_rows_that_ended_hold_what_they_held():
 
 def test_capacity_exactly_full():
     """A cache filled to its last slot still denotes every token."""
-    keys, values = random((1, KV_HEADS, 64, 8), 8), random((1, KV_HEADS, 64, 8), 9)
-    query = random((1, KV_HEADS, 8), 10)
+    keys, values = normal(8, 1, KV_HEADS, 64, 8), normal(9, 1, KV_HEADS, 64, 8)
+    query = normal(10, 1, KV_HEADS, 8)
     segment = stream(kivi_tokens(keys[:, :, :5], values[:, :, :5], [5], capacity=64), keys, values, 59)
     dense = DenseTokens.from_prompt(
         keys[:, :, :5], values[:, :, :5], jnp.asarray([5]), capacity=64, window=None
@@ -204,7 +201,7 @@ def test_capacity_exactly_full():
 )
 def test_more_bits_are_closer(scale_dtype):
     """The error of what is held falls from 1 to 2 to 4 to 8 bits, whatever the scales are stored in."""
-    keys, values = random((1, 1, 64, 8), 11), random((1, 1, 64, 8), 12)
+    keys, values = normal(11, 1, 1, 64, 8), normal(12, 1, 1, 64, 8)
     errors = []
     for bits in (1, 2, 4, 8):
         held = kivi_tokens(
@@ -217,7 +214,7 @@ def test_more_bits_are_closer(scale_dtype):
 
 
 def test_groups_that_do_not_fit_are_refused():
-    keys = random((1, 1, 8, 8), 13)
+    keys = normal(13, 1, 1, 8, 8)
     with pytest.raises(ValueError, match=r"group_size=3 must divide the number of channels, 8"):
         kivi_tokens(keys, keys, [8], capacity=8, value_group_size=3)
     with pytest.raises(ValueError, match=r"residual_length=8 must be a multiple of key_group_size=3"):
