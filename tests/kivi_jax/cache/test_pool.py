@@ -78,13 +78,13 @@ SELECTORS = [
     pytest.param(Discontinuous(window=9, recent=3, max_new_tokens=24), marks=pytest.mark.slow),
     Discontinuous(window=8, recent=2, max_new_tokens=8),
     H2O(budget=9, recent=3),
-    GKV(window=6, recent=2),
-    Random(window=6, recent=2, seed=5),
     *(
         pytest.param(selector, marks=pytest.mark.slow)
         for selector in (
             StreamingLLM(sinks=2, recent=7),
+            GKV(window=6, recent=2),
             VaSE(window=6, recent=2, reserve=2),
+            Random(window=6, recent=2, seed=5),
             Random(window=8, recent=2, block=4),
         )
     ),

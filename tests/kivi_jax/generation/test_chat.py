@@ -63,7 +63,8 @@ def test_20_turns_say_what_one_long_prompt_would(name):
 @pytest.mark.parametrize(
     ("name", "kind", "template"),
     [
-        *(("full", kind, template) for kind in ("spaced", "bytes") for template in TEMPLATES),
+        *(("full", "spaced", template) for template in TEMPLATES),
+        *(pytest.param("full", "bytes", template, marks=pytest.mark.slow) for template in TEMPLATES),
         pytest.param("kivi2", "spaced", "llama2", marks=pytest.mark.slow),
     ],
 )

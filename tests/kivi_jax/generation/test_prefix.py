@@ -38,12 +38,12 @@ CACHES = {
 P, LENGTHS, Q, QUESTIONS, NEW = 40, np.array([40, 17]), 7, np.array([7, 0]), 12
 ENOUGH = P + Q + NEW
 CASES = [
-    *((name, None, ENOUGH) for name in ("full", "kivi2+scope")),
-    ("selected kivi", None, P),
+    ("kivi2+scope", None, ENOUGH),
     *(
         pytest.param(*case, marks=pytest.mark.slow)
         for case in (
-            *((name, None, ENOUGH) for name in ("kivi2", "scope", "packed pool", "unified")),
+            *((name, None, ENOUGH) for name in ("full", "kivi2", "scope", "packed pool", "unified")),
+            ("selected kivi", None, P),
             ("kivi2", 24, P),
             ("full", 50, P),
         )

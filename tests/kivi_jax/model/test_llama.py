@@ -60,11 +60,9 @@ def decode_all(model, logits, cache, ids):
     return np.stack(out), cache
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prompt", [17, 32, 64, 77])
-@pytest.mark.parametrize(
-    ("key_bits", "value_bits"),
-    [(2, 2), *(pytest.param(*bits, marks=pytest.mark.slow) for bits in ((2, 4), (4, 2), (4, 4)))],
-)
+@pytest.mark.parametrize(("key_bits", "value_bits"), [(2, 2), (2, 4), (4, 2), (4, 4)])
 def test_logits_follow_the_original_kivi(shared, prompt, key_bits, value_bits):
     """Over 64 steps, for prompts shorter than R = 32, equal to it, a multiple of it, and neither."""
     file = shared / "golden" / f"kivi_stream_stories260K_T{prompt}.npz"
@@ -150,12 +148,11 @@ VARIANTS = {
 }
 
 
+QUICK = ("GQA", "MQA", "window", "every other layer a window, rotated otherwise", "multipliers")
+
+
 @pytest.mark.parametrize(
-    "name",
-    [
-        name if name not in ("MHA", "wide heads", "biases") else pytest.param(name, marks=pytest.mark.slow)
-        for name in VARIANTS
-    ],
+    "name", [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in VARIANTS]
 )
 def test_prefill_and_decode_equal_one_forward(name):
     """Logits of every step of a ragged batch equal those of a forward over the whole row."""
@@ -266,6 +263,7 @@ def test_what_stands_in_the_padding_does_not_matter():
         np.testing.assert_array_equal(first.tokens, second.tokens)
 
 
+@pytest.mark.slow
 def test_scope_equals_the_original_end_to_end(shared):
     """64 tokens of ALLKV + slide, on the trained model with one KV head per query head, as SCOPE caches."""
     golden = np.load(shared / "golden" / "scope_stream_stories260K.npz")

@@ -24,8 +24,7 @@ IMPLEMENTATIONS = {"xla": 2e-6, "pallas_triton": 1e-3, "pallas_mosaic": 1e-3}
 KERNELS = {"pallas_triton": pallas_triton, "pallas_mosaic": pallas_mosaic}
 INTERPRETED = {} if jax.default_backend() == "gpu" else KERNELS
 each_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-each_case = pytest.mark.parametrize("case", CORRECTNESS, ids=str)
-# The cases that a plain `pytest` gives interpreted kernels, one of a kind; the others are slow tests.
+# The cases of a plain `pytest`, one of a kind; the others are slow tests.
 QUICK = [
     "mha",
     "gqa",
@@ -41,6 +40,10 @@ QUICK = [
     "empty_row",
     "tiles_bits_8",
 ]
+
+
+def unless_quick(case: Case) -> list[pytest.MarkDecorator]:
+    return [] if str(case) in QUICK else [pytest.mark.slow]
 
 
 @functools.cache
@@ -83,7 +86,9 @@ def relative_error(got, want) -> float:
     return float(np.linalg.norm(np.asarray(got) - want) / max(np.linalg.norm(want), 1e-30))
 
 
-@each_case
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, id=str(case), marks=unless_quick(case)) for case in CORRECTNESS]
+)
 def test_the_packed_words_denote_what_dequantize_says(case):
     _, key, value, _, _ = inputs(case)
     for tensor in (key, value):
@@ -93,12 +98,7 @@ def test_the_packed_words_denote_what_dequantize_says(case):
 @pytest.mark.parametrize(
     ("implementation", "case"),
     [
-        pytest.param(
-            name,
-            case,
-            id=f"{case}-{name}",
-            marks=[] if name == "xla" or str(case) in QUICK else [pytest.mark.slow],
-        )
+        pytest.param(name, case, id=f"{case}-{name}", marks=unless_quick(case))
         for case in CORRECTNESS
         for name in IMPLEMENTATIONS
     ],

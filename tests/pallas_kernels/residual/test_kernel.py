@@ -62,12 +62,18 @@ def with_xla(tokens: KiviTokens, step: Step) -> KiviTokens:
         pytest.param(
             {"residual": 64, "dim": 64, "bits": 4, "group": 32, "value_group": 64}, marks=pytest.mark.slow
         ),
-        {"residual": 32, "dim": 8, "bits": 2, "group": 8, "value_group": 8, "scale_dtype": "float32"},
+        pytest.param(
+            {"residual": 32, "dim": 8, "bits": 2, "group": 8, "value_group": 8, "scale_dtype": "float32"},
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             {"residual": 64, "dim": 32, "bits": 1, "group": 64, "value_group": 16, "scale_dtype": "bfloat16"},
             marks=pytest.mark.slow,
         ),
-        {"residual": 32, "dim": 16, "bits": 8, "group": 16, "value_group": 4, "dtype": jnp.bfloat16},
+        pytest.param(
+            {"residual": 32, "dim": 16, "bits": 8, "group": 16, "value_group": 4, "dtype": jnp.bfloat16},
+            marks=pytest.mark.slow,
+        ),
         {"residual": 32, "dim": 64, "bits": 2, "group": 32, "value_group": 32, "window": 40},
         {"residual": 32, "dim": 16, "bits": 2, "group": 16, "value_group": 16, "sinks": 4},
         pytest.param(
