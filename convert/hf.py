@@ -16,6 +16,7 @@ from convert.quantized import dequantized
 from convert.rules import Path, is_derived, model_config, sources_of
 from convert.stored import Stored, read_json, stored_tensors
 from convert.tensors import named_as_llama
+from kivi_jax.checks import warn_once
 from kivi_jax.config import ModelConfig
 from kivi_jax.model.llama import Llama
 
@@ -24,6 +25,7 @@ Progress = Callable[[int, int], None]  # tensors done, tensors in all
 _FLOATS = {"F64", "F32", "F16", "BF16"}
 _ALIGNMENT = 64  # bytes
 _ROWS = 256  # copied at a time: where they become columns, they stay in a processor's cache
+_LARGEST = 65504.0  # of float16, in which all trained weights can be kept
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
@@ -113,10 +115,24 @@ def _copy(stored: Stored, part: np.ndarray, name: str) -> None:
     """Read a tensor into the part of a parameter that it fills; the tensor itself is let go."""
     with np.errstate(over="ignore"):  # said below
         tensor = stored.read(part.dtype)
-    if not np.isfinite(tensor).all():
+    largest = _largest(tensor)
+    if not np.isfinite(largest):
         raise _not_finite(name, stored.read(None), part.dtype)
+    if largest > _LARGEST:  # files have no checksums
+        warn_once(
+            f"{name} has values up to {largest:.1e}, as no trained weights have: the file may be damaged, so "
+            "compare its checksum with its origin's"
+        )
     for start in range(0, len(tensor), _ROWS):
         part[start : start + _ROWS] = tensor[start : start + _ROWS]
+
+
+def _largest(tensor: np.ndarray) -> float:
+    """The largest absolute value, or not a number. But for their signs, floats order as their bits do."""
+    bits = np.dtype(f"uint{8 * tensor.itemsize}")
+    unsigned = bits.type(np.iinfo(bits).max >> 1)
+    blocks = (tensor[start : start + _ROWS] for start in range(0, len(tensor), _ROWS))
+    return float(np.array(max((block.view(bits) & unsigned).max() for block in blocks)).view(tensor.dtype))
 
 
 def abstract_parameters(config: ModelConfig, dtype: DTypeLike) -> dict[Path, jax.ShapeDtypeStruct]:

@@ -1,6 +1,7 @@
 """Converted models on disk: orbax parameters, our config, the source's config and tokenizer beside.
 
-DST/kivi_jax.json     format version, dtype, ModelConfig, sizes and SHA-256 of the files in parameters/
+DST/kivi_jax.json     format version, dtype, ModelConfig, sizes and SHA-256 of the files in parameters/, and a
+                      checksum of all this
 DST/parameters/       orbax checkpoint, one array per parameter, named by its path
 DST/config.json, generation_config.json, tokenizer and template files: as they were in the source
 
@@ -23,8 +24,10 @@ from convert.errors import CheckpointError, brief
 from convert.files import checksums, file_sizes, find_damage, replacing, writing
 from convert.gguf.load import is_gguf, write_beside
 from convert.hf import abstract_parameters, build, check_tokenizer
+from kivi_jax.checks import floating
 from kivi_jax.config import ModelConfig, config_from_dict
 from kivi_jax.model.llama import Llama
+from kivi_jax.outputs import seal
 
 FORMAT = 2  # in format 1, queries, keys and values were projections of their own
 MANIFEST = "kivi_jax.json"
@@ -80,6 +83,7 @@ def write(model: Llama, folder: FilePath) -> None:
         "checksums": checksums(folder / "parameters"),
         "beside": beside,  # what may be replaced with it
     }
+    manifest["manifest"] = seal(manifest)
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
 
 
@@ -129,11 +133,13 @@ def read_manifest(directory: FilePath) -> Manifest:
             raise CheckpointError(
                 f"{file} has format {manifest['format']}, this version reads {FORMAT}: {cure}"
             )
-        config, dtype = config_from_dict(manifest["config"]), jnp.dtype(manifest["dtype"]).name
+        if manifest.pop("manifest", None) not in (None, seal(manifest)):  # none: of a former version
+            raise CheckpointError(f"{file} was edited: its checksum is another one; convert again")
+        config, dtype = config_from_dict(manifest["config"]), floating(manifest["dtype"]).name
         return Manifest(config, dtype, dict(manifest["files"]), dict(manifest.get("checksums", {})))
     except CheckpointError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{file} is damaged ({error}): convert again") from error
 
 

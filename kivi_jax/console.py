@@ -1,5 +1,7 @@
 """What every command shares: how it starts and ends, and how bytes and tables look."""
 
+import contextlib
+import errno
 import io
 import logging
 import os
@@ -17,6 +19,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.status import Status
 from rich.table import Table
+
+from kivi_jax.signals import ending
 
 INTERRUPTED = 128 + signal.SIGINT  # the exit code that typer gives a KeyboardInterrupt, too
 COMPILED = "KIVI_JAX_COMPILATION_CACHE"  # the directory of compiled programs, or off
@@ -42,10 +46,11 @@ def main(app: Callable[[], Any]) -> None:
         if not issubclass(unraisable.exc_type, KeyboardInterrupt):
             sys.__unraisablehook__(unraisable)
         elif stopped:  # a destructor or a callback was interrupted, and what it raises goes nowhere
-            threading.Timer(0.1, signal.raise_signal, (stopped[-1],)).start()
+            # To the process: a signal that a thread raises in itself does not wake the main one.
+            threading.Timer(0.1, os.kill, (os.getpid(), stopped[-1])).start()
 
     sys.unraisablehook = again
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in ending():
         signal.signal(number, stop)
     accept_all_text()
     logging.getLogger("transformers").addFilter(_is_no_advice)
@@ -56,8 +61,9 @@ def main(app: Callable[[], Any]) -> None:
         if not stopped or getattr(end, "code", INTERRUPTED) != INTERRUPTED:
             raise
     if stopped:
-        for stream in (sys.stdout, sys.stderr):
-            stream.flush()
+        with contextlib.suppress(OSError):  # a terminal may be gone
+            sys.stdout.flush()
+            sys.stderr.flush()
         os._exit(128 + stopped[0])
 
 
@@ -121,7 +127,8 @@ def run(app: Callable[[], Any]) -> None:
         unexpected = memory is None and isinstance(error, RuntimeError) and not expected
         if unexpected or os.environ.get("KIVI_JAX_TRACEBACK"):  # for reporting a bug
             raise
-        fail(memory or str(error))
+        printing = isinstance(error, OSError) and error.filename is None and error.errno == errno.ENOSPC
+        fail(memory or (f"what this prints cannot be written: {error.strerror}" if printing else str(error)))
         sys.exit(2)
 
 

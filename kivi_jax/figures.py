@@ -1,10 +1,14 @@
 """Pictures: matplotlib without a screen, one color for a cache everywhere, saved whole or not at all."""
 
-import os
 from collections.abc import Collection
 from pathlib import Path
 
+import matplotlib
 from matplotlib.figure import Figure
+from matplotlib.text import Text
+from matplotlib.ticker import LogFormatter, LogFormatterMathtext
+
+from kivi_jax import outputs
 
 # Okabe and Ito's colors (2008), which people with any kind of color vision tell apart.
 CACHE_COLORS = {
@@ -39,21 +43,27 @@ def check_place(path: Path) -> None:
     """Make the folder of a plot, or refuse the place, before what the plot shows is computed.
 
     Raises:
-        ValueError: it is a directory, or below what is none, or may not be written.
+        ValueError: see `outputs.check_place`.
     """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        possible = False
-    else:
-        possible = os.access(path.parent, os.W_OK) and not path.is_dir()
-    if not possible:
-        raise ValueError(f"{path} cannot be written: choose another file for the plot")
+    outputs.check_place(path, b"\x89PNG")
 
 
 def save_figure(figure: Figure, path: Path) -> Path:
-    """Write a PNG file, whatever its suffix; a cut leaves the old one."""
+    """Write a PNG file, whatever its suffix; a cut leaves the old one.
+
+    No text is read as mathematics: a path may have dollar signs, and fonts for it need not be there.
+
+    Raises:
+        ValueError: it cannot be written.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".partial")
-    figure.savefig(temporary, format="png", dpi=150)
-    return temporary.replace(path)
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)
+    for axis in (axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)):
+        if isinstance(axis.get_major_formatter(), LogFormatterMathtext):
+            axis.set_major_formatter(LogFormatter())
+        if isinstance(axis.get_minor_formatter(), LogFormatterMathtext):
+            axis.set_minor_formatter(LogFormatter())
+    with outputs.whole(path) as partial, matplotlib.rc_context({"text.parse_math": False}):
+        figure.savefig(partial, format="png", dpi=150)
+    return path

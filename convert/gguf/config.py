@@ -127,11 +127,20 @@ def _check_keys(gguf: GGUF, said: Mapping[str, Any], known: set[str]) -> None:
     }
     if (values := said.get("attention.value_length")) != said.get("attention.key_length"):
         unknown["attention.value_length"] = values
+    numbers = known | _READ
+    unknown |= {key: value for key, value in said.items() if key in numbers and not _is_size(key, value)}
     if unknown:
         raise CheckpointError(
             f"{gguf.file} has metadata that may change what the model computes and that is not supported: "
             + ", ".join(f"{key}={value!r}" for key, value in sorted(unknown.items()))
         )
+
+
+def _is_size(key: str, value: Any) -> bool:
+    """Whether it is a positive number; a window may be 0."""
+    if not isinstance(value, int | float):
+        return False
+    return value > 0 or (value == 0 and key == "attention.sliding_window")
 
 
 def _rows(gguf: GGUF, name: str) -> int:

@@ -87,7 +87,7 @@ def read_gguf(file: FilePath) -> GGUF:
         ) from error
     if swapped:
         raise CheckpointError(f"{file} is of another byte order: download the little-endian file")
-    if metadata.get("split.count", 1) > 1:
+    if metadata.get("split.count", 1) not in (0, 1):
         raise CheckpointError(
             f"{file} is one of {metadata['split.count']} files of a model: merge them with llama-gguf-split"
         )

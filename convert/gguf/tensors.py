@@ -49,7 +49,8 @@ def _stored(gguf: GGUF, name: str, block: Block) -> Stored:
     read = block.read
     for projection, key in (("q_proj", "head_count"), ("k_proj", "head_count_kv")):
         if architecture.permuted and f"self_attn.{projection}." in name:
-            heads = gguf.metadata[f"{gguf.architecture}.attention.{key}"]
+            said = f"{gguf.architecture}.attention."
+            heads = gguf.metadata.get(said + key, gguf.metadata[f"{said}head_count"])
             read = functools.partial(_halves, block, heads)
     if architecture.norm_offset and "norm" in name:
         read = functools.partial(_less, block, architecture.norm_offset)

@@ -10,6 +10,7 @@ from typing import Any
 from convert.errors import CheckpointError
 from convert.gguf.file import GGUF
 
+_NONE = (None, -1, 2**32 - 1)  # how files say that there is no such token
 _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4  # of llama.cpp's types of tokens
 _CONTRACTIONS = "'s|'t|'re|'ve|'m|'ll|'d"
 _PUNCTUATION = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -144,7 +145,8 @@ def _pairs(token: str, vocabulary: dict[str, int]) -> Iterable[tuple[str, str]]:
 def _special_tokens(said: dict[str, Any]) -> dict[str, str]:
     keys = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
     ids = {name: said.get(f"{key}_token_id") for name, key in keys.items()}
-    return {name: said["tokens"][index] for name, index in ids.items() if index is not None}
+    tokens = dict(enumerate(said["tokens"]))
+    return {name: tokens[index] for name, index in ids.items() if index not in _NONE}
 
 
 def _add_tokens(tokenizer: Any, said: dict[str, Any], special: dict[str, str]) -> None:

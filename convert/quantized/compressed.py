@@ -4,7 +4,7 @@ Source: compressed-tensors, `compressors/pack_quantized`, `compressors/naive_qua
 `quantization/lifecycle/forward.py`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -30,7 +30,15 @@ def restore(parts: Parts, settings: Mapping[str, Any]) -> dict[str, Stored]:
         )
     if "weight_packed" in parts:
         return _packed(parts)
-    return _plain(parts) if "weight_scale" in parts else dict(parts)
+    if "weight_scale" not in parts:
+        return dict(parts)
+    said = (group.get("weights") or {} for group in groups.values())
+    return _plain(parts, {_block(weights.get("block_structure")) for weights in said} - {None})
+
+
+def _block(said: Any) -> tuple[int, ...] | None:
+    """Rows and columns of a block: [128, 128], or "128x128" in older files."""
+    return None if said is None else tuple(map(int, said.split("x") if isinstance(said, str) else said))
 
 
 def _packed(parts: Parts) -> dict[str, Stored]:
@@ -64,13 +72,13 @@ def _packed(parts: Parts) -> dict[str, Stored]:
     return restored(parts, used, (outputs, inputs), rows)
 
 
-def _plain(parts: Parts) -> dict[str, Stored]:
+def _plain(parts: Parts, blocks: Collection[tuple[int, ...] | None]) -> dict[str, Stored]:
     outputs, inputs = parts["weight"].shape
 
     def rows(values: dict[str, np.ndarray]) -> Any:
         weight, scales = values["weight"], _grid(values["weight_scale"])
         zeros = _grid(values.get("weight_zero_point", np.zeros(1, np.int8)))
-        down, across = _runs(outputs, len(scales)), _runs(inputs, scales.shape[1])
+        down, across = _places((outputs, inputs), scales.shape, blocks)
 
         def make(part: slice) -> np.ndarray:
             found = scales[down[part]][:, across]
@@ -88,12 +96,20 @@ def _grid(values: np.ndarray) -> np.ndarray:
     return values.reshape(-1, 1) if values.ndim < 2 else values
 
 
-def _runs(length: int, count: int) -> np.ndarray:
-    """Which of `count` runs each of `length` positions stands in, all equal but for a shorter last one."""
-    step = -(-length // count)
-    if -(-length // step) != count:
-        raise ValueError(f"{count} blocks of {length}")
-    return np.arange(length) // step
+def _places(
+    shape: tuple[int, int], grid: tuple[int, ...], blocks: Collection[tuple[int, ...] | None]
+) -> tuple[np.ndarray, ...]:
+    """In which of the `grid`'s blocks each row and each column is: one of the sizes said, or equal parts."""
+    fitting = [
+        block
+        for block in blocks
+        if block and grid == tuple(-(-size // part) for size, part in zip(shape, block, strict=True))
+    ]
+    if len(fitting) > 1:
+        raise ValueError(f"scales of shape {list(grid)} for blocks of any of {fitting}")
+    if fitting:  # the last one may be cut
+        return tuple(np.arange(size) // part for size, part in zip(shape, fitting[0], strict=True))
+    return tuple(runs(size, count) for size, count in zip(shape, grid, strict=True))
 
 
 def _scaled(codes: np.ndarray, scales: np.ndarray, zeros: np.ndarray) -> np.ndarray:

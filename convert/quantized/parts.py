@@ -58,7 +58,7 @@ def runs(inputs: int, count: int) -> Int[np.ndarray, "inputs"]:
         ValueError: they cannot be equal; for `fitting`.
     """
     if inputs % count:
-        raise ValueError(f"{count} groups of {inputs} inputs")
+        raise ValueError(f"{count} groups of {inputs}")
     return np.arange(inputs) // (inputs // count)
 
 

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from kivi_jax.cache.names import parse_cache
 from kivi_jax.console import format_bytes, parse_bytes, print_table
+from kivi_jax.outputs import check_place, whole
 from kivi_jax.plan.shapes import SHAPES
 
 if TYPE_CHECKING:
@@ -322,11 +323,13 @@ def gpu(
 def _written(records: Iterable[dict[str, Any]], path: Path | None) -> Iterator[dict[str, Any]]:
     """Pass records on; the file holds all so far, whenever the run is cut."""
     found = []
+    if path:
+        check_place(path, b"[\n {")
     for record in records:
         found.append(record)
         if path:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(found, indent=1) + "\n")
+            with whole(path) as partial:
+                partial.write_text(json.dumps(found, indent=1) + "\n")
         yield record
 
 

@@ -77,6 +77,7 @@ def answer_file(
     unread: set[str] = set()
     for number, row in enumerate(read_rows(source)):
         place = f"{source}: row {number + 1}"
+        row = {name: value for name, value in row.items() if value is not None}  # tables have all columns
         tokens = encode_prompt(tokenizer, _prompt(row, ask, system, place), prefix)
         if not tokens and prefix is None:
             raise ValueError(f"{place} has a prompt without tokens: write something, or leave it out")
@@ -111,8 +112,9 @@ def answer_file(
             answer,
             identify=lambda question: question.id,
             progress=progress,
+            fields=("text", "finish_reason"),
         )
-    cut = sum(record.get("finish_reason") == "length" for record in records)
+    cut = sum(record["finish_reason"] == "length" for record in records)
     say(f"{len(records):,} answers in {destination}" + f", {cut:,} cut at --max-new-tokens" * bool(cut))
 
 

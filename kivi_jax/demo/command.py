@@ -15,6 +15,7 @@ from kivi_jax.bench.command import machine
 from kivi_jax.cache.names import parse_cache
 from kivi_jax.console import format_bytes, print_table
 from kivi_jax.demo import tasks
+from kivi_jax.outputs import check_place, whole
 
 if TYPE_CHECKING:
     from kivi_jax.cache.strategy import CacheStrategy
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from kivi_jax.generation.tokens import Tokenizer
     from kivi_jax.model.llama import Llama
 
+_BEGIN = b'{\n  "model": '  # of the results as JSON
 evaluation = typer.Typer(help="Measure what a model gets right, through any caches.", no_args_is_help=True)
 
 # The demo's questions and answers have 160 and 210 tokens: a residual of 32 packs most of them.
@@ -113,12 +115,12 @@ def demo(
 
     Example:  kivi-jax demo
     """
+    from kivi_jax import figures
     from kivi_jax.demo.plot import save_plot
-    from kivi_jax.figures import check_place
     from kivi_jax.generation.loading import load_with_tokenizer
 
     console = Console()
-    check_place(plot)
+    figures.check_place(plot)
     suite = {
         "passkey, 1,024 tokens": [tasks.passkey(seed, 1024) for seed in range(problems)],
         "30 questions": [tasks.questions(seed, 30) for seed in range(problems)],
@@ -145,6 +147,8 @@ def _evaluate(
     """Print a table per size; write all of them to `out`."""
     from kivi_jax.generation.loading import load_with_tokenizer
 
+    if out is not None:
+        check_place(out, _BEGIN)
     names = dict.fromkeys(["full", *(caches or ["kivi4", "kivi2"])])
     strategies = {name: parse_cache(name) for name in names}
     suite = {title: [make(seed) for seed in seeds] for title, make in makers.items()}
@@ -161,9 +165,8 @@ def _evaluate(
             "machine": machine(),
             "results": results,
         }
-        temporary = out.with_name(out.name + ".partial")
-        temporary.write_text(json.dumps(record, indent=2) + "\n")
-        temporary.replace(out)
+        with whole(out) as partial:
+            partial.write_text(json.dumps(record, indent=2) + "\n")
 
 
 def _measure(

@@ -42,8 +42,10 @@ def frontier(
     from kivi_jax.eval.generating import predict
     from kivi_jax.eval.needle import build_samples
 
-    files = {path.stem: read_text(str(path)) for path in data}
     beside = {path.stem: path for path in data}
+    if twice := next((path for path in data if beside[path.stem] != path), None):
+        raise ValueError(f"{twice} and {beside[twice.stem]} have one name: rename one, to tell them apart")
+    files = {name: read_text(str(path)) for name, path in beside.items()}
     run = Run("frontier", model, ", ".join(files), out, dtype, beside)
     llama, tokenizer = run.loaded
     texts = read_texts(tokenizer, files, length=length, windows=windows)

@@ -298,7 +298,7 @@ def study(
 
     from kivi_jax.eval.jobs import finish
     from kivi_jax.eval.perplexity import read_windows
-    from kivi_jax.eval.study import Study, all_settings
+    from kivi_jax.eval.study import FIELDS, Study, all_settings
 
     run = Run("study", model, data, out, dtype)
     llama, tokenizer = run.loaded
@@ -319,6 +319,7 @@ def study(
             lambda batch: [measured.measure(setting) for setting in batch],
             identify=lambda setting: setting.name,
             progress=progress,
+            fields=FIELDS,
         )
     print_report([run.folder])
 
@@ -338,9 +339,12 @@ def kept(
     """
     from kivi_jax.demo import tasks
     from kivi_jax.eval.kept import draw_drift, draw_maps, drift, kept_weight, study, table
-    from kivi_jax.figures import save_figure
+    from kivi_jax.figures import check_place, save_figure
     from kivi_jax.generation.loading import open_model
 
+    maps, drifts = out / "kept.png", out / "drift.png"
+    for file in (maps, drifts):
+        check_place(file)
     llama, tokenizer = open_model(model, dtype)
     problem = tasks.questions(seed, count=questions)
     prompt = tokenizer(problem.prompt)["input_ids"]
@@ -361,11 +365,10 @@ def kept(
     print_table(Console(), table({name: kept_weight(weights, seen) for name, seen in held.items()}))
     last = llama.config.num_layers - 1
     heads = [(0, 0), (last // 2, 0), (last, 0)]
-    short = {name.split(":recent")[0]: seen for name, seen in held.items()}
-    save_figure(draw_maps(weights, short, heads), out / "kept.png")
+    save_figure(draw_maps(weights, held, heads), maps)
     counts = [count for count in (16, 32, 64) if count < len(prompt)]
-    save_figure(draw_drift({n: drift(weights, len(prompt), n) for n in counts}), out / "drift.png")
-    Console(stderr=True).print(f"wrote {out / 'kept.png'} and {out / 'drift.png'}", markup=False)
+    save_figure(draw_drift({n: drift(weights, len(prompt), n) for n in counts}), drifts)
+    Console(stderr=True).print(f"wrote {maps} and {drifts}", markup=False)
 
 
 @evaluate.command()

@@ -31,6 +31,7 @@ from kivi_jax.figures import new_figure
 from kivi_jax.model.llama import Llama
 from kivi_jax.plan.memory import plan_cache
 
+FIELDS = ("text", "nll", "divergence", "agreement", "bytes")  # of every record
 PASSKEYS = "passkey"  # the folder of their records, beside that of the windows
 
 
@@ -98,6 +99,7 @@ def measure(
         compute,
         identify=lambda item: f"{item[0]}-{item[1][0]}",
         progress=progress,
+        fields=FIELDS,
     )
 
 

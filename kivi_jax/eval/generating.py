@@ -20,6 +20,7 @@ from kivi_jax.generation.tokens import encode_as_is, pad_prompts, padded_width
 from kivi_jax.model.llama import Llama
 
 Encoded = tuple[Sample, list[int]]
+FIELDS = ("task", "prediction", "answers")  # of every record
 
 
 def predict(
@@ -78,7 +79,15 @@ def predict(
         ]
 
     batches = in_batches(encoded, batch_size, key=_program)
-    return finish(path, settings, batches, compute, identify=lambda item: item[0].id, progress=progress)
+    return finish(
+        path,
+        settings,
+        batches,
+        compute,
+        identify=lambda item: item[0].id,
+        progress=progress,
+        fields=FIELDS,
+    )
 
 
 def encode(tokenizer: Any, sample: Sample, *, max_length: int | None, chat: bool) -> list[int]:

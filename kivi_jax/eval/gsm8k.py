@@ -10,7 +10,14 @@ from kivi_jax.eval.samples import Sample
 def build_samples(
     questions: Sequence[Mapping[str, Any]], *, examples: Sequence[Mapping[str, Any]], max_new_tokens: int
 ) -> list[Sample]:
-    """A prompt per question: the examples with their answers, then the question."""
+    """A prompt per question: the examples with their answers, then the question.
+
+    Raises:
+        ValueError: an answer has no number, so that no prediction could be right.
+    """
+    for number, row in enumerate(questions, 1):
+        if _number(row["answer"]) is None:
+            raise ValueError(f"the answer of row {number} has no number, but {row['answer']!r:.60}")
     shown = "".join(f"Question: {row['question']}\nAnswer: {row['answer']}\n" for row in examples)
     return [
         Sample(

@@ -6,7 +6,7 @@ flushed to disk batch by batch. A line that a cut tore is dropped when the file 
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -53,6 +53,18 @@ def _read(path: Path) -> tuple[Record, list[Record], int]:
     return settings, records, data.rfind(b"\n") + 1
 
 
+def check_fields(path: Path, records: Iterable[Record], fields: Collection[str]) -> None:
+    """Refuse records that lack what is to be read from them.
+
+    Raises:
+        ValueError: one does.
+    """
+    for record in records:
+        if missing := [name for name in fields if name not in record]:
+            reason = f"{record['id']} has no {', '.join(missing)}"
+            raise ValueError(f"{path} is damaged ({reason}): move it away")
+
+
 def paired(records: Sequence[Record], others: Sequence[Record]) -> tuple[list[Record], list[Record]]:
     """The records of both that have the same ids, in one order."""
     by_id = {other["id"]: other for other in others}
@@ -82,11 +94,12 @@ def finish(
     *,
     identify: Callable[[Item], str],
     progress: Progress,
+    fields: Collection[str] = (),
 ) -> list[Record]:
     """All records of all items, computing and appending those that `path` does not hold.
 
     `compute` gets whole batches where nothing of them is done, else what is left of them, and gives a
-    record per item, to which `id` is added.
+    record per item, to which `id` is added. Every record has at least the `fields`.
 
     Raises:
         ValueError: the file holds records of other settings, or anything that is not ours, or it cannot be
@@ -102,6 +115,7 @@ def finish(
     if path.exists() and not path.is_file():
         raise ValueError(f"{path} is no regular file, in which a cut run could go on: choose another place")
     held, records = read_records(path)
+    check_fields(path, records, fields)
     done = {record["id"]: record for record in records}
     if held == settings and done.keys() >= set(wanted):  # only read, so by several processes at once
         return [done[name] for name in wanted]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kivi_jax.eval import scoring
-from kivi_jax.eval.samples import Sample, files_by_task, read_answers, read_rows
+from kivi_jax.eval.samples import Sample, as_texts, files_by_task, read_rows
 
 METRICS: dict[str, Callable[[str, str], float] | None] = {  # None: classification, which needs classes
     "narrativeqa": scoring.answer_f1,
@@ -83,12 +83,12 @@ def read_samples(
                 Sample(
                     id=f"{task}-{row.get('_id', index)}",
                     task=task,
-                    prompt=templates[task].format(**row),
-                    answers=read_answers(row["answers"]),
+                    prompt=_fill(templates[task], row, task),
+                    answers=as_texts(row["answers"]),
                     max_new_tokens=most[task],
                     truncate=True,
                     chat=task not in NO_CHAT,
-                    info={"classes": row["all_classes"]} if classes else {},
+                    info={"classes": as_texts(row["all_classes"])} if classes else {},
                 )
             )
     return samples
@@ -96,12 +96,23 @@ def read_samples(
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
+        if not isinstance(found := json.loads(path.read_text("utf-8")), dict):
+            raise TypeError("it is no JSON object")
+        return found
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise ValueError(
             f"LongBench's {path.name} cannot be read ({error}): copy the benchmark's config files beside its "
             "data, or pass their folder as --prompts"
         ) from None
+
+
+def _fill(template: Any, row: Mapping[str, Any], task: str) -> str:
+    try:
+        return str.format(template, **row)
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"LongBench's prompt of {task} in dataset2prompt.json cannot be filled ({error!r}): copy it again"
+        ) from error
 
 
 def score(record: Mapping[str, Any]) -> float:

@@ -8,14 +8,14 @@ Source: SCOPE (arXiv 2412.13649) section 5; LongGenBench (arXiv 2410.04199).
 """
 
 import re
+import string
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from kivi_jax.eval.samples import Sample
+from kivi_jax.eval.samples import Sample, as_texts
 
 TASKS = {"gsm8k": "GSM8K+", "mmlu": "MMLU+", "csqa": "CSQA+"}
 QUESTIONS = {"gsm8k": 30, "mmlu": 30, "csqa": 40}  # in a prompt, for 4,096 new tokens
-_LETTERS = "ABCDEFGHIJ"
 SYSTEM = (
     "Answer each question step by step, in the format of the examples. Begin each answer with 'Answer_' and "
     "its number, and close it with 'The answer is'. Do not repeat the questions. Answer all of them."
@@ -78,7 +78,7 @@ def read_question(row: Mapping[str, Any]) -> Question:
     bring the reasoning before it as `rationale`; else the example shows none.
 
     Raises:
-        ValueError: the row has no answer that can be read.
+        ValueError: the row has no answer that can be read, or none of its choices.
     """
     choices, answer = row.get("choices"), row.get("answerKey", row.get("answer"))
     if answer is None:
@@ -88,13 +88,23 @@ def read_question(row: Mapping[str, Any]) -> Question:
         reasoning = re.sub(r"<<.*?>>", "", reasoning).strip()  # GSM8K's notes for a calculator
         shown = f"{reasoning}\nThe answer is {number.strip()}." if mark else reasoning
         return Question(row["question"], str(answer), shown, row.get("subject"))
-    labels, texts = (
-        (choices["label"], choices["text"]) if isinstance(choices, Mapping) else (_LETTERS, choices)
-    )
-    letter = labels[answer] if isinstance(answer, int) else str(answer)
-    listed = " ".join(f"({label}) {text}" for label, text in zip(labels, texts, strict=False))
+    by_letter = _by_letter(choices)
+    letter = dict(enumerate(by_letter)).get(answer) if isinstance(answer, int) else str(answer)
+    if letter not in by_letter:
+        raise ValueError(f"the answer {answer!r} is none of the choices {choices!r:.60}")
+    listed = " ".join(f"({label}) {text}" for label, text in by_letter.items())
     shown = f"{row.get('rationale', '')} The answer is ({letter}).".strip()
     return Question(f"{row['question']}\n{listed}", letter, shown, row.get("subject"))
+
+
+def _by_letter(choices: Any) -> dict[str, Any]:
+    """A list of texts (MMLU's), or lists of labels and of texts (CommonsenseQA's)."""
+    if not isinstance(choices, Mapping):
+        choices = {"label": list(string.ascii_uppercase), "text": choices}
+    labels, texts = choices.get("label"), choices.get("text")
+    if not (isinstance(labels, list) and isinstance(texts, list)):
+        raise ValueError(f"choices must be a list of texts, or lists of label and text, got {choices!r:.60}")
+    return dict(zip(labels, texts, strict=False))
 
 
 def build_samples(
@@ -126,6 +136,7 @@ def build_samples(
             raise ValueError(f"there are no examples of the subject {subject}: add some to those of --build")
         for begin in range(0, len(asked) - questions_per_prompt + 1, questions_per_prompt):
             chunk = asked[begin : begin + questions_per_prompt]
+            _check_readable([question.answer for question in chunk])
             samples.append(
                 Sample(
                     id="-".join(str(part) for part in (task, subject, begin) if part is not None),
@@ -154,18 +165,31 @@ def papers_questions(task: str, max_new_tokens: int) -> int:
 
 
 def read_samples(task: str, rows: Sequence[Mapping[str, Any]], *, max_new_tokens: int) -> list[Sample]:
-    """Samples of prompts that were built before (rows with prompt and answers)."""
+    """Samples of prompts that were built before (rows with prompt and answers).
+
+    Raises:
+        ValueError: an answer cannot be read; or see `first_number`.
+    """
+    for row in rows:
+        _check_readable(as_texts(row["answers"]))
     return [
         Sample(
-            id=f"{task}-{len(row['answers'])}-{index}",
+            id=f"{task}-{len(answers)}-{index}",
             task=TASKS[task],
             prompt=f"{SYSTEM}\n\n{row['prompt']}",
-            answers=list(row["answers"]),
+            answers=answers,
             max_new_tokens=max_new_tokens,
-            info={"first": first_number(row["prompt"], len(row["answers"]))},
+            info={"first": first_number(row["prompt"], len(answers))},
         )
         for index, row in enumerate(rows)
+        for answers in [as_texts(row["answers"])]
     ]
+
+
+def _check_readable(answers: Sequence[str]) -> None:
+    """An answer that the scorer cannot read would be right for a prediction that it cannot read."""
+    if unread := [answer for answer in answers if not _value(answer)]:
+        raise ValueError(f"the answer {unread[0]!r:.60} has neither a number nor a letter: leave the row out")
 
 
 def first_number(prompt: str, questions: int) -> int:

@@ -18,6 +18,7 @@ from kivi_jax.eval.likelihood import continuation_log_probs
 from kivi_jax.eval.statistics import Estimate, bootstrap, difference
 from kivi_jax.model.llama import Llama
 
+FIELDS = ("nll",)  # of every record
 Window = tuple[str, list[int], list[int]]  # its name, its context, and the tokens that are scored
 
 
@@ -65,7 +66,15 @@ def score_windows(
         return [{"nll": [round(-float(value), 6) for value in row.log_probs]} for row in scored]
 
     batches = [windows[begin : begin + batch_size] for begin in range(0, len(windows), batch_size)]
-    return finish(path, settings, batches, compute, identify=lambda window: window[0], progress=progress)
+    return finish(
+        path,
+        settings,
+        batches,
+        compute,
+        identify=lambda window: window[0],
+        progress=progress,
+        fields=FIELDS,
+    )
 
 
 def perplexity(records: Sequence[Mapping[str, Any]]) -> Estimate:

@@ -6,7 +6,7 @@ is marked as noise: do not rank by it.
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,19 @@ import numpy as np
 from rich.markup import escape
 from rich.table import Table
 
-from kivi_jax.eval import frontier, gsm8k, longbench, longgenbench, needle, perplexity, ruler, select, study
-from kivi_jax.eval.jobs import Record, paired, read_records
+from kivi_jax.eval import (
+    frontier,
+    generating,
+    gsm8k,
+    longbench,
+    longgenbench,
+    needle,
+    perplexity,
+    ruler,
+    select,
+    study,
+)
+from kivi_jax.eval.jobs import Record, check_fields, paired, read_records
 from kivi_jax.eval.statistics import Estimate, bootstrap
 from kivi_jax.figures import SHADES, cache_colors, new_figure, save_figure
 
@@ -30,6 +41,15 @@ SCORES: dict[str, dict[str, Score]] = {
     "needle": {"": needle.score},
     "ruler": {"": ruler.score},
     "gsm8k": {"strict": gsm8k.strict, "flexible": gsm8k.flexible},
+}
+FIELDS: dict[str, tuple[str, ...]] = {  # of records, by evaluation
+    **dict.fromkeys(SCORES, generating.FIELDS),
+    "longgenbench": (*generating.FIELDS, "first"),
+    "needle": (*generating.FIELDS, "length", "depth"),
+    "perplexity": perplexity.FIELDS,
+    "study": study.FIELDS,
+    "frontier": frontier.FIELDS,
+    "select": select.FIELDS,
 }
 
 
@@ -59,17 +79,22 @@ def read_comparisons(folders: Iterable[Path]) -> list[Comparison]:
     """What the record files in `folders` compare; the full cache first, then by name, shorter ones first.
 
     Raises:
-        ValueError: there are no record files; or see `read_records`.
+        ValueError: there are no record files, or two of the same cache and settings; or see `read_records`.
     """
     found: dict[str, Comparison] = {}
-    files = [file for folder in folders for file in sorted(folder.rglob("*.jsonl"))]
-    for file in sorted(files, key=lambda file: (file.stem != "full", file.stem, str(file))):
+    files = {file.resolve(): file for folder in folders for file in sorted(folder.rglob("*.jsonl"))}
+    read: dict[tuple[str, str], Path] = {}
+    for file in sorted(files.values(), key=lambda file: (file.stem != "full", file.stem, str(file))):
         settings, records = read_records(file)
-        if not records or settings.get("eval") not in [*SCORES, "perplexity", "study", "frontier", "select"]:
+        if not records or settings.get("eval") not in FIELDS:
             continue  # answers of `kivi-jax generate`, for example
+        check_fields(file, [settings | {"id": "the first line"}], ("model", "data"))
+        check_fields(file, records, FIELDS[settings["eval"]])
         cache = settings.pop("cache", "")
-        comparison = found.setdefault(repr(sorted(settings.items())), Comparison(settings, {}, file.parent))
-        comparison.by_cache[cache] = records
+        same = repr(sorted(settings.items()))
+        if (other := read.setdefault((same, cache), file)) != file:
+            raise ValueError(f"{other} and {file} are of one evaluation and cache: name one of them")
+        found.setdefault(same, Comparison(settings, {}, file.parent)).by_cache[cache] = records
     if not found:
         raise ValueError("there are no predictions in these folders: run kivi-jax eval NAME --out DIR first")
     return list(found.values())
@@ -103,7 +128,11 @@ def _perplexity_table(comparison: Comparison) -> Table:
         table.add_column(column, justify="right")
     for cache, rows in records.items():
         value = perplexity.perplexity(rows)
-        cells = [cache, f"{value.mean:.4f}", f"[{value.low:.3f}, {value.high:.3f}]".replace("[", r"\[")]
+        cells = [
+            _counted(cache, rows, records[baseline]),
+            f"{value.mean:.4f}",
+            f"[{value.low:.3f}, {value.high:.3f}]".replace("[", r"\["),
+        ]
         if cache != baseline:
             change = perplexity.relative_change(*paired(rows, records[baseline]))
             cells += [f"{change.mean:+.3%}", rf"\[{change.low:+.3%}, {change.high:+.3%}]{_noise(change)}"]
@@ -131,7 +160,7 @@ def _score_table(comparison: Comparison, name: str, score: Score) -> Table:
         if cache != baseline:
             for row, other in zip(*paired(rows, records[baseline]), strict=True):
                 differences.setdefault(row["task"], []).append(score(row) - score(other))
-        cells = [cache]
+        cells = [_counted(cache, rows, records[baseline])]
         for task in tasks:
             mark = "~" if task in differences and bootstrap(differences[task]).noise else ""
             cells.append(f"{100 * bootstrap(held[task]).mean:.2f}{mark}" if held[task] else "-")
@@ -142,6 +171,11 @@ def _score_table(comparison: Comparison, name: str, score: Score) -> Table:
             cells += [f"{100 * change.mean:+.2f}", _interval(change) + _noise(change)]
         table.add_row(*cells)
     return table
+
+
+def _counted(cache: str, rows: Sequence[Record], baseline: Sequence[Record]) -> str:
+    """A cache's name, and how many samples there are of it where a run was cut."""
+    return cache if len(rows) == len(baseline) else f"{cache} ({len(rows):,} samples)"
 
 
 def _natural(name: str) -> list[str | int]:

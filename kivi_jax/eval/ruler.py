@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kivi_jax.eval.samples import Sample, data_files, read_answers, read_rows
+from kivi_jax.eval.samples import Sample, as_texts, data_files, read_rows
 from kivi_jax.eval.scoring import all_found
 
 _SPLITS = ("validation", "test", "train")  # RULER's scripts write TASK/validation.jsonl
@@ -44,13 +44,19 @@ def _place(file: Path, folder: Path) -> tuple[str, tuple[str, ...]]:
 
 
 def build_samples(task: str, rows: Sequence[Mapping[str, Any]], *, max_new_tokens: int) -> list[Sample]:
-    """A sample per row: `input`, `outputs`, and in newer files `answer_prefix`, the answer's beginning."""
+    """A sample per row: `input`, `outputs`, and in newer files `answer_prefix`, the answer's beginning.
+
+    Raises:
+        ValueError: an answer is empty, which would be found in any prediction.
+    """
+    if not all(answer.strip() for row in rows for answer in as_texts(row["outputs"])):
+        raise ValueError(f"{task} has a row with an empty answer: leave it out")
     return [
         Sample(
             id=f"{task}-{row.get('index', index)}",
             task=task,
             prompt=f"{row['input']}{row.get('answer_prefix') or ''}",
-            answers=read_answers(row["outputs"]),
+            answers=as_texts(row["outputs"]),
             max_new_tokens=max_new_tokens,
             answer_prefix=row.get("answer_prefix") or "",
         )

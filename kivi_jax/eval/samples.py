@@ -9,6 +9,7 @@ from typing import Any
 from kivi_jax.eval.jobs import is_ours
 
 TEXTS = ("input", "context", "prompt", "question", "answer", "target")  # fields of rows
+LISTS = ("answers", "outputs", "all_classes")  # of texts or numbers; one text is a list of one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +39,7 @@ def read_rows(source: str | Path, *fields: str) -> list[dict[str, Any]]:
 
     Raises:
         ValueError: there is neither, or no row; a line is not a JSON object, or one of `fields` is missing
-            in a row, or no text where it is one.
+            in a row, or no text or list of texts where it is one.
     """
     path = Path(source)
     rows = _read_lines(path) if path.is_file() else _load_hub(str(source))
@@ -53,6 +54,10 @@ def read_rows(source: str | Path, *fields: str) -> list[dict[str, Any]]:
         if odd := [name for name in fields if name in TEXTS and not isinstance(row[name], str)]:
             raise ValueError(
                 f"{source}: row {number} has no text in its field {odd[0]}, but {row[odd[0]]!r:.60}"
+            )
+        if odd := [name for name in fields if name in LISTS and not _are_texts(row[name])]:
+            raise ValueError(
+                f"{source}: row {number} has no list of texts in its field {odd[0]}, but {row[odd[0]]!r:.60}"
             )
     return rows
 
@@ -92,16 +97,16 @@ def _well_formed(value: Any) -> Any:
     return value
 
 
-def read_answers(value: Any) -> list[str]:
-    """The answers in a field of a row: a text is one answer, not its letters.
+def _are_texts(value: Any) -> bool:
+    texts = value if isinstance(value, list) else [value]
+    return bool(texts) and all(
+        isinstance(text, str | int | float) and not isinstance(text, bool) for text in texts
+    )
 
-    Raises:
-        ValueError: there are none, so that nothing could be scored.
-    """
-    answers = [str(answer) for answer in (value if isinstance(value, list) else [value])]
-    if not answers or value is None:
-        raise ValueError("a row has no answers: leave it out")
-    return answers
+
+def as_texts(value: Any) -> list[str]:
+    """The texts in a field of `LISTS`: one text is one, not its letters."""
+    return [str(text) for text in (value if isinstance(value, list) else [value])]
 
 
 def _load_hub(source: str) -> list[dict[str, Any]]:

@@ -87,8 +87,14 @@ def count(prediction: str, answer: str) -> float:
 
 
 def retrieval(prediction: str, answer: str) -> float:
-    """`count`, for an answer that is a paragraph's name: "Paragraph 7"."""
-    return count(prediction, re.findall(r"\d+", answer)[0])
+    """`count`, for an answer that is a paragraph's name: "Paragraph 7".
+
+    Raises:
+        ValueError: the answer has no number.
+    """
+    if not (number := re.search(r"\d+", answer)):
+        raise ValueError(f"the answer {answer!r} names no paragraph by its number: leave the row out")
+    return count(prediction, number[0])
 
 
 def code_similarity(prediction: str, answer: str) -> float:

@@ -33,6 +33,7 @@ SELECTORS = {
 }
 BASELINE = "slide"
 FULL: tuple[str, int] = ("full", 100)
+FIELDS = ("right", "selector", "percent")  # of every record
 
 
 Choice = tuple[str, int]  # a selector, and the percentage of the output that it keeps
@@ -88,7 +89,15 @@ def measure(
 
     names = list(problems)
     batches = [names[begin : begin + batch_size] for begin in range(0, len(names), batch_size)]
-    return finish(path, settings, batches, compute, identify=lambda name: name, progress=progress)
+    return finish(
+        path,
+        settings,
+        batches,
+        compute,
+        identify=lambda name: name,
+        progress=progress,
+        fields=FIELDS,
+    )
 
 
 Scores = dict[Choice, Sequence[Record]]  # `right` of every problem

@@ -31,6 +31,8 @@ from pallas_kernels.quantize.quantization import dequantize, quantize
 
 Axis = Literal["channel", "token"]
 Attend = Callable[[Array, Array, Array, int | None], Array]  # query, key, value, the layer's window
+# Of every record, at least.
+FIELDS = ("bits", "group_size", "residual_length", "keys", "values", "attention_error", "logit_kl")
 SCALE_BITS = 2 * 16  # a float16 scale and zero per group
 
 
@@ -305,5 +307,6 @@ def _by_setting(
     def key(row: Mapping[str, Any]) -> tuple[int, int, int]:
         return row["bits"], row["group_size"], row["residual_length"]
 
-    for name, rows in itertools.groupby(sorted(records, key=key), key=key):
-        yield name, list(rows)
+    found = {name: list(rows) for name, rows in itertools.groupby(sorted(records, key=key), key=key)}
+    most = max(map(len, found.values()))
+    yield from ((name, rows) for name, rows in found.items() if len(rows) == most)  # a cut leaves one in part

@@ -73,7 +73,12 @@ def load_tokenizer(directory: Path) -> Tokenizer | None:
     from transformers import AutoTokenizer  # takes seconds to import, too
 
     try:
-        return AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
+        # Else code of the checkpoint's would run if standard input said yes.
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(directory), local_files_only=True, trust_remote_code=False
+        )
+        tokenizer("")  # what cannot read is said now
+        return tokenizer
     except Exception as error:  # transformers checks little, so what it meets may raise anything
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"the tokenizer in {directory} cannot be read: {reason}") from error

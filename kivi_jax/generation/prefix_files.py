@@ -25,6 +25,7 @@ from kivi_jax.config import ModelConfig, config_from_dict
 from kivi_jax.generation.generate import check_model, check_start
 from kivi_jax.generation.prefix import Prefix, weights_mark
 from kivi_jax.model.llama import Llama
+from kivi_jax.outputs import seal
 from kivi_jax.plan.memory import zero_cache
 
 FORMAT = 2
@@ -88,7 +89,7 @@ def write_prefix(folder: FilePath, prefix: Prefix, model: Llama) -> None:
         files=file_sizes(folder / "arrays"),
     )
     manifest = {"format": FORMAT, **saved._asdict(), "config": dataclasses.asdict(saved.config)}
-    manifest["manifest"] = _manifest_checksum(manifest)
+    manifest["manifest"] = seal(manifest)
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
 
 
@@ -171,7 +172,7 @@ def read_manifest(path: FilePath) -> SavedPrefix:
         )
     try:
         manifest = json.loads(file.read_text())
-        edited = manifest.pop("manifest", None) != _manifest_checksum(manifest)
+        edited = manifest.pop("manifest", None) != seal(manifest)
         found = manifest.pop("format")
         if found == FORMAT and not edited:
             parse_cache(manifest["cache"])
@@ -181,11 +182,6 @@ def read_manifest(path: FilePath) -> SavedPrefix:
     if found == FORMAT:
         raise _damaged(path, f"{MANIFEST} was edited: its checksum is another one")
     raise ValueError(f"{path} has format {found}, this version of kivi-jax reads {FORMAT}: save it anew")
-
-
-def _manifest_checksum(manifest: Mapping[str, Any]) -> str:
-    """Of what a manifest says, however it is spelled."""
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def fingerprint(model: Llama) -> str:

@@ -38,17 +38,15 @@ def write(tokenizer: Tokenizer, messages: Conversation) -> str:
     Raises:
         ValueError: there is no template, it refuses the conversation, or a message is not one.
     """
-    from jinja2 import TemplateError
-
+    _check(messages)
     if not has_template(tokenizer):
         raise ValueError(
             "the model's tokenizer has no chat template: pass text, and leave out --chat or --system"
         )
-    _check(messages)
     templated: Any = tokenizer
     try:
         return templated.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
-    except TemplateError as error:
+    except Exception as error:  # a template is a program, which may raise anything
         raise ValueError(f"the tokenizer's chat template refuses the conversation: {error}") from error
 
 
@@ -81,7 +79,9 @@ def _check(messages: Conversation) -> None:
         if not isinstance(message, Mapping) or not all(
             isinstance(message.get(name), str) for name in ("role", "content")
         ):
-            raise ValueError(f"a message is a dict of the strings role and content, got {message!r}")
+            raise ValueError(
+                f"a message is a dict of the strings role and content, got {message!r:.100}: join its parts"
+            )
 
 
 def _cut(text: str, *, first: bool = False) -> tuple[str, str]:

@@ -1,6 +1,7 @@
 """GGUF files: values are the gguf package's own, each in its place; what is wrong is one line."""
 
 import json
+import re
 from dataclasses import replace
 
 import gguf
@@ -16,6 +17,7 @@ from convert.errors import CheckpointError
 from convert.gguf.config import ARCHITECTURES, config_of
 from convert.gguf.file import read_gguf
 from convert.gguf.load import load_gguf, load_gguf_tokenizer, write_beside
+from convert.gguf.tensors import tensors_of
 from convert.hf import load_hf
 from tests.convert.checkpoints import LLAMA, family_tensors, random_tensors, write_checkpoint
 from tests.convert.gguf_files import WIDE, pack, permuted, stored, write_gguf
@@ -273,6 +275,8 @@ def test_damage_is_one_line(tmp_path, damage):
         ({"tokenizer.ggml.model": "rwkv"}, "a tokenizer of kind 'rwkv', which is not supported"),
         ({"tokenizer.ggml.pre": "runes"}, "splits text as 'runes' does"),
         ({"tokenizer.ggml.merges": ["a zz"]}, "cannot be built"),
+        ({"tokenizer.ggml.bos_token_id": -5}, "cannot be built"),
+        ({"tokenizer.ggml.bos_token_id": 99}, "cannot be built"),
     ],
 )
 def test_tokenizers_that_cannot_be_built_are_named(tmp_path, said, message):
@@ -281,6 +285,35 @@ def test_tokenizers_that_cannot_be_built_are_named(tmp_path, said, message):
     parts = read_gguf(write_gguf(tmp_path / "model.gguf"))
     with pytest.raises(CheckpointError, match=message):
         read_tokenizer(parts._replace(metadata=parts.metadata | said))
+
+
+@pytest.mark.parametrize("value", ["2", [2, 2], 0])
+@pytest.mark.parametrize("key", ["attention.head_count", "embedding_length", "rope.freq_base"])
+def test_sizes_are_positive_numbers(tmp_path, key, value):
+    parts = read_gguf(write_gguf(tmp_path / "model.gguf"))
+    said = re.escape(f"not supported: {key}={value!r}")
+    with pytest.raises(CheckpointError, match=said):
+        config_of(parts._replace(metadata=parts.metadata | {f"llama.{key}": value}))
+
+
+def test_as_many_kv_heads_as_heads_need_not_be_said(tmp_path):
+    file = write_gguf(tmp_path / "model.gguf", LLAMA | dict(num_key_value_heads=4))
+    parts = read_gguf(file)
+    said = dict(parts.metadata)
+    del said["llama.attention.head_count_kv"]
+    name = "model.layers.0.self_attn.k_proj.weight"
+    (found, expected) = (tensors_of(parts._replace(metadata=m), [name])[name] for m in (said, parts.metadata))
+    np.testing.assert_array_equal(found.read(None), expected.read(None))
+
+
+@pytest.mark.parametrize("number", [-1, 2**32 - 1])
+def test_a_special_token_that_is_none_is_none(tmp_path, number):
+    from convert.gguf.tokenizer import read_tokenizer
+
+    parts = read_gguf(write_gguf(tmp_path / "model.gguf"))
+    said = {"tokenizer.ggml.eos_token_id": number, "tokenizer.ggml.bos_token_id": number}
+    tokenizer = read_tokenizer(parts._replace(metadata=parts.metadata | said))
+    assert (tokenizer.eos_token, tokenizer.bos_token) == (None, None)
 
 
 def test_a_file_without_needed_metadata_says_which(tmp_path):

@@ -14,6 +14,7 @@ from flax import nnx
 import convert.hf
 from convert.errors import CheckpointError
 from convert.hf import load_hf
+from kivi_jax.checks import warn_once
 from kivi_jax.model.rope import rope_frequencies
 from tests.convert.checkpoints import LLAMA, random_tensors, write_checkpoint, write_tokenizer
 
@@ -228,11 +229,13 @@ def test_weights_that_are_no_numbers_are_refused(tmp_path, value, stored):
         load_hf(tmp_path, dtype="float32")
 
 
-def test_weights_too_large_for_float16_are_refused(tmp_path):
+def test_weights_too_large_for_float16_are_said_and_refused_in_it(tmp_path, caplog):
     tensors = random_tensors(LLAMA)
-    tensors["model.norm.weight"][0] = 1e5
+    tensors["model.norm.weight"][0] = -1e5
     write_checkpoint(tmp_path, tensors=tensors)
+    warn_once.cache_clear()
     load_hf(tmp_path, dtype="bfloat16")
+    assert "model.norm.weight has values up to 1.0e+05, as no trained weights have" in caplog.text
     with pytest.raises(CheckpointError, match=r"model\.norm\.weight has values too large for float16"):
         load_hf(tmp_path, dtype="float16")
 

@@ -118,16 +118,30 @@ def unknown_field(directory):
     (directory / "kivi_jax.json").write_text(json.dumps(manifest))
 
 
-def other_shape(directory):
+def edited(directory):
     manifest = json.loads((directory / "kivi_jax.json").read_text())
-    manifest["config"]["intermediate_size"] = 40
+    manifest["config"]["rms_norm_eps"] = 0.5
     (directory / "kivi_jax.json").write_text(json.dumps(manifest))
+
+
+def of_a_former_version(directory, **changes):
+    """Whose manifest has no checksum."""
+    manifest = json.loads((directory / "kivi_jax.json").read_text())
+    del manifest["manifest"]
+    manifest["config"] |= changes
+    (directory / "kivi_jax.json").write_text(json.dumps(manifest))
+
+
+def no_fields(directory):
+    (directory / "kivi_jax.json").write_text('{"format": 2, "config": [1], "dtype": "float32", "files": {}}')
+
+
+def other_shape(directory):
+    of_a_former_version(directory, intermediate_size=40)
 
 
 def another_layer(directory):
-    manifest = json.loads((directory / "kivi_jax.json").read_text())
-    manifest["config"]["num_layers"] = 3
-    (directory / "kivi_jax.json").write_text(json.dumps(manifest))
+    of_a_former_version(directory, num_layers=3)
 
 
 def no_parameters(directory):
@@ -157,7 +171,9 @@ DAMAGE = {
     newer: "has format 99, this version reads 2: upgrade kivi-jax",
     older: "has format 1, this version reads 2: convert again",
     no_json: "kivi_jax.json is damaged",
-    unknown_field: "kivi_jax.json is damaged",
+    unknown_field: "kivi_jax.json was edited: its checksum is another one; convert again",
+    edited: "kivi_jax.json was edited: its checksum is another one; convert again",
+    no_fields: "kivi_jax.json is damaged",
     other_shape: "cannot be restored",
     another_layer: "cannot be restored",
     no_parameters: r"is damaged \(.* is missing\): copy it or convert again",
@@ -180,7 +196,7 @@ def test_a_model_without_checksums_loads(tmp_path):
     model = random_llama(config())
     save(model, tmp_path / "saved")
     manifest = json.loads((tmp_path / "saved" / "kivi_jax.json").read_text())
-    del manifest["checksums"]
+    del manifest["checksums"], manifest["manifest"]
     (tmp_path / "saved" / "kivi_jax.json").write_text(json.dumps(manifest))
     assert load(tmp_path / "saved").config == model.config
 

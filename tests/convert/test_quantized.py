@@ -180,6 +180,24 @@ def test_compressed_tensors_of_8_bits(scales):
     np.testing.assert_array_equal(found["layer.weight"].read(BF16), values.astype(BF16) * wide)
 
 
+@pytest.mark.parametrize("structure", [[5, 5], "5x5"])
+def test_the_last_of_compressed_tensors_blocks_may_be_cut(structure):
+    values = RANDOM.integers(-9, 9, (12, 12)).astype(np.int8)
+    factors = RANDOM.random((3, 3), np.float32)
+    expected = values * np.repeat(np.repeat(factors, 5, 0), 5, 1)[:12, :12]
+    said = CT | {"config_groups": {"g": {"weights": {"block_structure": structure}}}}
+    tensors = {"weight": values, "weight_scale": factors}
+    np.testing.assert_array_equal(weight(tensors, said), expected)
+
+
+@pytest.mark.parametrize("structures", [[], [[9, 9]], [[5, 5], [6, 6]]])
+def test_blocks_of_sizes_that_are_not_said_are_not_guessed(structures):
+    tensors = {"weight": np.ones((13, 13), np.int8), "weight_scale": np.ones((3, 3), np.float32)}
+    groups = {str(i): {"weights": {"block_structure": block}} for i, block in enumerate(structures)}
+    with pytest.raises(CheckpointError, match="quantized weights of layer do not fit together"):
+        weight(tensors, CT | {"config_groups": groups})
+
+
 @pytest.mark.parametrize("method", ["fp8", "awq", "gptq", "compressed-tensors"])
 def test_modules_that_are_left_out_are_as_they_are(method):
     tensors = held({"weight": np.ones((2, 2), np.float32), "bias": np.ones(2, np.float32)}, "lm_head")

@@ -29,8 +29,9 @@ ERRORS = {
 NEVER_SEEN = {  # caught where they are raised, or by `convert.quantized.parts.fitting`
     "negative",
     "… of shape …, not …",
-    "… groups of … inputs",
-    "… blocks of …",
+    "… groups of …",
+    "scales of shape … for blocks of any of …",
+    "it is no JSON object",
     "g_idx from … to … of … groups",
 }
 

@@ -1,5 +1,6 @@
 """How commands end, and how their tables fit a terminal."""
 
+import errno
 import io
 import logging
 import os
@@ -7,6 +8,7 @@ import signal
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import jax
 import pytest
@@ -47,12 +49,12 @@ def test_a_signal_that_goes_nowhere_comes_again():
     """What is raised in a destructor is dropped by Python."""
     environment = os.environ | {console.COMPILED: "off"}
     done = subprocess.run(
-        [sys.executable, "-c", SWALLOWED], capture_output=True, env=environment, check=False
+        [sys.executable, "-c", SWALLOWED], capture_output=True, env=environment, check=False, timeout=30
     )
     assert (done.returncode, done.stderr) == (128 + signal.SIGTERM, b"")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_unwinds_and_ends(number):
     """What a `with` block owes is done; then the process is gone, without a traceback."""
     environment = os.environ | {console.COMPILED: "off"}
@@ -95,6 +97,16 @@ def test_out_of_memory_is_one_line(monkeypatch, capsys, kind):
     assert error.startswith("error: out of memory: 2 TiB more wanted, ")
     assert "on this CPU in all: take fewer tokens, fewer rows, or fewer bits" in error
     assert error.count("\n") == 1
+
+
+def test_a_full_disk_is_named_where_nothing_else_is(capsys):
+    def app():
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(SystemExit):
+        console.run(app)
+    said = capsys.readouterr().err
+    assert said == "error: what this prints cannot be written: No space left on device\n"
 
 
 def test_a_backend_that_is_not_there_is_one_line(capsys):
@@ -180,6 +192,10 @@ def test_a_place_for_a_plot_is_checked_before(tmp_path):
     check_place(tmp_path / "new" / "plot.png")
     assert (tmp_path / "new").is_dir()
     (tmp_path / "file").write_text("")
-    for bad in (tmp_path, tmp_path / "file" / "plot.png"):
-        with pytest.raises(ValueError, match="choose another file for the plot"):
+    check_place(tmp_path / "file")
+    for bad in (tmp_path, tmp_path / "file" / "plot.png", Path(os.devnull)):
+        with pytest.raises(ValueError, match="cannot be written: choose another file"):
             check_place(bad)
+    (tmp_path / "file").write_text("a thesis")
+    with pytest.raises(ValueError, match="is a file of another kind, which would be lost"):
+        check_place(tmp_path / "file")

@@ -191,7 +191,8 @@ def test_no_more_rows_are_computed_than_there_are(command, asked, tmp_path):
 
 
 def test_the_system_speaks_before_messages(command, asked, tmp_path):
-    options = write_rows(tmp_path / "in.jsonl", {"messages": user("hello")}, {"prompt": "hello"})
+    rows = ({"messages": user("hello"), "prompt": None}, {"prompt": "hello", "messages": None, "id": None})
+    options = write_rows(tmp_path / "in.jsonl", *rows)  # tables have all columns in all rows
     assert command("generate", "demo", *options, "--system", "be brief")[0] == 0
     assert len(set(asked[0])) == 1
     assert "system\nbe brief" in asked[0][0]

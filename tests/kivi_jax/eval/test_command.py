@@ -155,11 +155,32 @@ def test_the_report_marks_differences_within_noise(command, tmp_path):
     assert "noise" not in rows["far"]
 
 
+def test_the_report_counts_what_a_cut_left_and_reads_nothing_twice(command, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    write_records(tmp_path / "a" / "full.jsonl", "full", [1] * 4)
+    write_records(tmp_path / "a" / "cut.jsonl", "cut", [1] * 3)
+    code, out, _ = command("report", tmp_path, tmp_path / "a")
+    assert code == 0
+    assert "cut (3 samples)" in out
+    write_records(tmp_path / "b" / "full.jsonl", "full", [0])
+    code, _, error = command("report", tmp_path)
+    assert code == 2
+    assert "a/full.jsonl" in error
+    assert "b/full.jsonl are of one evaluation and cache: name one of them" in " ".join(error.split())
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (("report", "nowhere"), "no predictions"),
         (("report", "answers"), "no predictions"),  # of no evaluation
+        (("report", "lacking"), "a.jsonl is damaged (0 has no length, depth): move it away"),
+        (("kept", "--out", "rows/train.jsonl"), "rows/train.jsonl/kept.png cannot be written"),
+        (
+            ("frontier", "--model", "MODEL", "--out", "o", "--data", "a/x.txt", "--data", "b/x.txt"),
+            "b/x.txt have one name: rename one",
+        ),
+        (("passkey", "--out", "rows/train.jsonl"), "is a file of another kind, which would be lost"),
         (("needle", "--model", "MODEL", "--out", "o", "--cache", "kivi3"), "unknown cache 'kivi3'"),
         (("needle", "--model", "MODEL", "--out", "o", "--length", "5"), "no text fits"),
         (("perplexity", "--model", "MODEL", "--out", "o", "--data", "nowhere.txt"), "cannot be read"),
@@ -182,6 +203,7 @@ def test_the_report_marks_differences_within_noise(command, tmp_path):
 def test_mistakes_end_in_one_line(command, model, arguments, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_records(tmp_path / "answers" / "a.jsonl", "full", [1], evaluation=None)
+    write_records(tmp_path / "lacking" / "a.jsonl", "full", [1], evaluation="needle")
     (tmp_path / "rows").mkdir()
     (tmp_path / "rows" / "train.jsonl").write_text('{"other": 1}\n')
     code, _, error = command(*(str(model) if word == "MODEL" else word for word in arguments))

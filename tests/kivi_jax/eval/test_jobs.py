@@ -113,6 +113,16 @@ def test_records_of_one_id_are_no_file_of_this_program(tmp_path):
         run(path)
 
 
+def test_records_without_what_is_read_of_them_are_damaged(tmp_path):
+    path = tmp_path / "full.jsonl"
+    run(path)
+    with (
+        Progress(disable=True) as progress,
+        pytest.raises(ValueError, match=r"full\.jsonl is damaged \(a has no text\): move it away"),
+    ):
+        finish(path, SETTINGS, BATCHES, list, identify=str, progress=progress, fields=["text"])
+
+
 def test_the_later_of_two_writers_is_refused(tmp_path):
     path = tmp_path / "full.jsonl"
 

@@ -114,9 +114,31 @@ def test_the_papers_prompts_have_these_numbers_of_questions(shared):
         assert len(row["answers"]) == count
 
 
-def test_prompts_without_numbered_questions_are_refused():
+def test_prompts_without_numbered_questions_or_readable_answers_are_refused():
     with pytest.raises(ValueError, match="no Question_1: build prompts"):
         longgenbench.read_samples("gsm8k", [{"prompt": "2 + 2?", "answers": ["4"]}], max_new_tokens=1)
+    with pytest.raises(ValueError, match="the answer 'four' has neither a number nor a letter"):
+        longgenbench.read_samples("gsm8k", [{"prompt": "Question_1:", "answers": ["four"]}], max_new_tokens=1)
+    (one,) = longgenbench.read_samples(
+        "gsm8k", [{"prompt": "Question_1:", "answers": "34"}], max_new_tokens=1
+    )
+    assert one.answers == ["34"]  # and not 3 and 4
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"answer": 7}, "the answer 7 is none of the choices"),
+        ({"answer": -1}, "the answer -1 is none of the choices"),
+        ({"answer": "E"}, "the answer 'E' is none of the choices"),
+        ({"choices": []}, "the answer 1 is none of the choices"),
+        ({"choices": "ab"}, "choices must be a list of texts, or lists of label and text"),
+        ({"choices": {"x": 1}}, "choices must be a list of texts, or lists of label and text"),
+    ],
+)
+def test_an_answer_is_one_of_the_choices(row, message):
+    with pytest.raises(ValueError, match=message):
+        longgenbench.read_question(MMLU | row)
 
 
 def test_too_few_questions_are_refused():

@@ -154,6 +154,10 @@ def test_rows_are_json_lines(tmp_path):
     path.write_text('{"input": 3}\n')
     with pytest.raises(ValueError, match="row 1 has no text in its field input, but 3"):
         read_rows(path, "input")
+    for odd in ([], None, [None], [["a"]], {"a": 1}, [True]):
+        path.write_text(json.dumps({"outputs": odd}) + "\n")
+        with pytest.raises(ValueError, match="row 1 has no list of texts in its field outputs, but"):
+            read_rows(path, "outputs")
     with pytest.raises(ValueError, match="not a file of JSON lines"):
         read_rows(tmp_path)
     with pytest.raises(ValueError, match="not a file of JSON lines"):
@@ -251,10 +255,32 @@ def test_answers_may_be_one_text_or_a_number(outputs, expected):
     assert item.answers == expected
 
 
-@pytest.mark.parametrize("outputs", [[], None])
-def test_a_row_without_answers_is_refused(outputs):
-    with pytest.raises(ValueError, match="a row has no answers"):
-        ruler.build_samples("t", [dict(input="q", outputs=outputs)], max_new_tokens=4)
+def test_answers_that_any_prediction_or_none_has_are_refused():
+    with pytest.raises(ValueError, match="t has a row with an empty answer"):
+        ruler.build_samples("t", [dict(input="q", outputs=["a", " "])], max_new_tokens=4)
+    with pytest.raises(ValueError, match="the answer of row 1 has no number, but 'three'"):
+        gsm8k.build_samples([dict(question="q", answer="three")], examples=[], max_new_tokens=4)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        ("[1]", "it is no JSON object"),
+        ("3", "it is no JSON object"),
+        ("[" * 200_000, "recursion"),
+        ('{"qasper": "{question}"}', "prompt of qasper .* cannot be filled .*question"),
+        ('{"qasper": "{} {input}"}', "cannot be filled"),
+        ('{"qasper": "{"}', "cannot be filled"),
+        ('{"qasper": 3}', "cannot be filled"),
+    ],
+)
+def test_longbench_of_damaged_prompts_is_one_line(tmp_path, prompts, message):
+    row = {"context": "c", "input": "i", "answers": ["a"]}
+    (tmp_path / "qasper.jsonl").write_text(json.dumps(row) + "\n")
+    (tmp_path / "dataset2prompt.json").write_text(prompts)
+    (tmp_path / "dataset2maxlen.json").write_text('{"qasper": 4}')
+    with pytest.raises(ValueError, match=message):
+        longbench.read_samples(tmp_path, None, limit=None)
 
 
 def test_one_file_of_a_task_is_read_and_two_are_refused(tmp_path):

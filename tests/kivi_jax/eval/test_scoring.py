@@ -84,6 +84,8 @@ def test_counting_and_retrieval_count_numbers():
     assert scoring.retrieval("Paragraph 12", "Paragraph 12") == 1
     assert scoring.retrieval("段落7", "段落27") == 0
     assert scoring.all_found("x ABC y", ["abc", "d"]) == 0.5
+    with pytest.raises(ValueError, match="names no paragraph by its number"):
+        scoring.retrieval("Paragraph 12", "Paragraph")
 
 
 def test_longbench_takes_the_best_reference_and_few_shot_tasks_the_first_line():

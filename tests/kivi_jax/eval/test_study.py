@@ -8,7 +8,16 @@ import pytest
 import kivi_jax as kj
 from kivi_jax.eval.likelihood import continuation_log_probs
 from kivi_jax.eval.perplexity import read_windows
-from kivi_jax.eval.study import Setting, Study, all_settings, attend_cached, attend_quantized, forward, table
+from kivi_jax.eval.study import (
+    Setting,
+    Study,
+    all_settings,
+    attend_cached,
+    attend_quantized,
+    draw,
+    forward,
+    table,
+)
 from kivi_jax.generation.loading import load_tokenizer
 from tests.models import config, random_llama, stories
 
@@ -71,6 +80,15 @@ def test_keys_want_channels_on_a_trained_model(shared):
     assert min(by_direction, key=by_direction.get) == ("channel", "token")
     assert by_direction["channel", "token"] < by_direction["token", "token"] / 2
     assert "in 1 of 1" in str(table("title", records).caption)
+
+
+def test_settings_of_which_a_cut_left_a_part_are_left_out():
+    row = dict(bits=2, group_size=8, residual_length=8, attention_error=0.5, logit_kl=0.5)
+    axes = ("channel", "token")
+    records = [row | dict(keys=keys, values=values) for keys in axes for values in axes]
+    cut = [*records, *(record | {"bits": 4} for record in records[:3])]
+    assert table("title", cut).row_count == 1
+    assert len(draw("title", cut).axes[0].patches) == 4
 
 
 def test_groups_that_do_not_fit_are_refused():

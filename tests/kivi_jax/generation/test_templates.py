@@ -78,6 +78,7 @@ def test_a_conversation_is_one_prompt_and_a_batch_holds_several():
     ("prompts", "message"),
     [
         ([[{"role": "user"}]], "a message is a dict of the strings role and content, got"),
+        ([[{"role": "user", "content": [{"type": "text", "text": "a"}]}]], "'a'.*: join its parts"),
         ([user_turn("a"), "b"], "a prefix is of texts or of conversations"),
         ([[]], "at least one message"),
     ],
@@ -94,6 +95,16 @@ def test_a_conversation_needs_a_template_and_an_open_turn():
     prefix = kj.read_prefix(model, templated, ["a"], cache=kj.full())
     with pytest.raises(ValueError, match="the prefix is plain text, which no conversation can follow"):
         kj.complete(model, templated, user_turn("a"), prefix=prefix, max_new_tokens=1)
+
+
+@pytest.mark.parametrize(
+    "template", ["{{ 1 // 0 }}", "{{ 'a' + 1 }}", "{% for i in range(10**12) %}{% endfor %}", "{% for", 3]
+)
+def test_whatever_a_template_raises_is_one_sentence(monkeypatch, template):
+    tokenizer = build("bytes", "chatml")
+    monkeypatch.setattr(tokenizer, "chat_template", template)
+    with pytest.raises(ValueError, match="the tokenizer's chat template refuses the conversation: "):
+        write(tokenizer, user_turn("a"))
 
 
 def test_a_template_that_hides_messages_cannot_be_cut():

@@ -1,6 +1,9 @@
 """Strings in, strings out: padding, streaming, and characters that span tokens."""
 
 import functools
+import io
+import json
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -171,6 +174,24 @@ def test_no_tokenizer_files_no_tokenizer(tmp_path):
 def test_a_damaged_tokenizer_is_refused(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(ValueError, match=r"tokenizer in .* cannot be read"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ({"tokenizer_class": "T", "auto_map": {"AutoTokenizer": ["code.T", None]}}, "trust_remote_code"),
+        ({"model_max_length": "long"}, "not supported between"),
+    ],
+)
+def test_a_tokenizer_that_cannot_read_or_is_code_is_refused(tmp_path, monkeypatch, said, message):
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    build("bytes").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | said))
+    (tmp_path / "code.py").write_text("raise SystemExit('this must not run')")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("y\n"))
+    with pytest.raises(ValueError, match=message):
         load_tokenizer(tmp_path)
 
 

@@ -59,3 +59,18 @@ def test_a_picture_is_saved_whole_or_not_at_all(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         save_figure(new_figure(2, 1), file)
     assert file.read_bytes() == saved
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_text_is_no_mathematics(tmp_path, caplog):
+    """A folder may be called a$b$^c, and fonts of formulas may not be there."""
+    figure = new_figure(2, 2)
+    axes = figure.subplots()
+    axes.plot([1, 10, 100], [0.1, 1, 10])
+    axes.set_title("a$b$^c$\\x$")
+    axes.set(xscale="log", yscale="symlog")
+    save_figure(figure, tmp_path / "plot.png")
+    labels = [label.get_text() for axis in (axes.xaxis, axes.yaxis) for label in axis.get_ticklabels()]
+    assert "100" in labels
+    assert not any("$" in label for label in labels)
+    assert caplog.records == []
