@@ -79,12 +79,12 @@ def score_windows(
 
 def perplexity(records: Sequence[Mapping[str, Any]]) -> Estimate:
     """exp of the mean negative log-probability; the interval is over windows."""
-    return Estimate(*(math.exp(value) for value in bootstrap(_means(records))))
+    return Estimate(*map(_exp, bootstrap(_means(records))))
 
 
 def relative_change(records: Sequence[Mapping[str, Any]], baseline: Sequence[Mapping[str, Any]]) -> Estimate:
     """How much higher the perplexity is than the baseline's, 0.01 for 1 %; the interval is over windows."""
-    return Estimate(*(math.exp(value) - 1 for value in difference(_means(records), _means(baseline))))
+    return Estimate(*(_exp(value) - 1 for value in difference(_means(records), _means(baseline))))
 
 
 def by_position(records: Sequence[Mapping[str, Any]], points: int = 32) -> tuple[np.ndarray, np.ndarray]:
@@ -93,8 +93,13 @@ def by_position(records: Sequence[Mapping[str, Any]], points: int = 32) -> tuple
     stretches = np.array_split(np.arange(nll.size), min(points, nll.size))
     return (
         np.array([stretch.mean() for stretch in stretches]),
-        np.array([math.exp(nll[stretch].mean()) for stretch in stretches]),
+        np.array([_exp(float(nll[stretch].mean())) for stretch in stretches]),
     )
+
+
+def _exp(nats: float) -> float:
+    """Of a model that is sure of what is wrong it may be more than a float can hold."""
+    return math.inf if nats > 709 else math.exp(nats)
 
 
 def _means(records: Sequence[Mapping[str, Any]]) -> list[float]:

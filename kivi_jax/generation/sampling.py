@@ -27,6 +27,9 @@ class Sampler(Protocol):
         ...
 
 
+_COLDEST = 1e-6  # logits divided by less may be infinite, several of them equally
+
+
 @dataclass(frozen=True, kw_only=True)
 class Greedy:
     """The most likely token; of equals the lowest id. Needs no key."""
@@ -74,6 +77,8 @@ class Sample:
             ValueError: a field is out of its range.
         """
         _check_positive("temperature", self.temperature)
+        if self.temperature < _COLDEST:
+            raise ValueError(f"{self.temperature=} must be at least {_COLDEST}: Greedy() is what is colder")
         _check_positive("repetition_penalty", self.repetition_penalty)
         if whole("top_k", self.top_k) < 0:
             raise ValueError(f"{self.top_k=} must not be negative; 0 keeps every token")

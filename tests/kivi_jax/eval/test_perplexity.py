@@ -61,3 +61,4 @@ def test_positions_are_averaged_over_windows():
     np.testing.assert_allclose(where, [0.5, 2.5])
     np.testing.assert_allclose(value, [math.e, math.exp(1.5)])
     assert perplexity.relative_change(records, records) == pytest.approx((0, 0, 0))
+    assert perplexity.perplexity([{"nll": [1e30]}]).mean == math.inf

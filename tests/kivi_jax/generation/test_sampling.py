@@ -142,6 +142,7 @@ def test_sampling_without_a_key_is_refused():
     [
         dict(temperature=0.0),
         dict(temperature=-1.0),
+        dict(temperature=1e-38),
         dict(top_k=-1),
         dict(top_p=0.0),
         dict(top_p=1.5),
