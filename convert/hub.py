@@ -5,6 +5,7 @@ from importlib.resources import files
 from pathlib import Path as FilePath
 
 from convert.errors import CheckpointError
+from kivi_jax.checks import path
 
 _FILES = ["*.safetensors", "*.json", "tokenizer*", "chat_template*", "additional_chat_templates/*"]
 _COPIES = ["consolidated*", "original/*"]  # the same weights in the trainer's own layout
@@ -22,7 +23,7 @@ def resolve(source: str | FilePath) -> FilePath:
     """
     if source == "demo":  # a directory of that name is ./demo
         return FilePath(str(files("kivi_jax"))) / "demo" / "model"
-    directory = FilePath(source).expanduser()
+    directory = path("model", source).expanduser()
     if directory.is_dir():
         return _the_gguf_in(directory) or directory
     if directory.suffix == ".gguf" and directory.is_file():

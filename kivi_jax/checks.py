@@ -4,6 +4,8 @@ import functools
 import logging
 import numbers
 import operator
+import os
+from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -48,6 +50,17 @@ def instance(name: str, value: Any, kind: type, cure: str) -> None:
     """
     if not isinstance(value, kind):
         raise ValueError(f"{name} is of type {type(value).__name__}, not {kind.__name__}: {cure}")
+
+
+def path(name: str, value: Any) -> Path:
+    """`value` as a path, where it is one or a text.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if not isinstance(value, str | os.PathLike):
+        raise ValueError(f"{name}={value!r:.60} is no path: pass a text or a Path")
+    return Path(value)
 
 
 def floating(dtype: Any) -> np.dtype[Any]:

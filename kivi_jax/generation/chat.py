@@ -18,7 +18,7 @@ from jaxtyping import Array, Key
 from kivi_jax.cache.names import strategy_of
 from kivi_jax.cache.strategy import CacheStrategy, shorten
 from kivi_jax.checks import instance, warn_beyond, whole
-from kivi_jax.generation.generate import check_count, check_model
+from kivi_jax.generation.generate import check_count, check_model, check_sampler
 from kivi_jax.generation.prefix import Prefix, prefill
 from kivi_jax.generation.sampling import Sampler
 from kivi_jax.generation.templates import Message, encode_conversation, has_template
@@ -58,6 +58,9 @@ class Chat:
         check_tokenizer(tokenizer)
         if whole("context", context) < 1:
             raise ValueError(f"{context=} must be positive")
+        if system is not None:
+            instance("system", system, str, "pass a text")
+        check_sampler(sampler)
         if system is not None and not has_template(tokenizer):
             raise ValueError(
                 "the model's tokenizer has no chat template, which a system message needs: leave it out"

@@ -166,7 +166,7 @@ def check_sampler(sampler: Any) -> Sampler:
     """
     if sampler is None:
         return Greedy()
-    if not isinstance(sampler, Sampler):
+    if isinstance(sampler, type) or not isinstance(sampler, Sampler):  # a class has the same attributes
         raise ValueError(f"sampler={sampler!r} is no sampler: pass Greedy() or Sample(...)")
     return sampler
 

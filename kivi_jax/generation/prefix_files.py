@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Shaped, UInt32
 
+from kivi_jax import checks
 from kivi_jax.cache.names import cache_name, parse_cache, strategy_of
 from kivi_jax.cache.strategy import CacheStrategy, cache_bytes
 from kivi_jax.config import ModelConfig, config_from_dict
@@ -57,7 +58,7 @@ def save_prefix(path: str | FilePath, prefix: Prefix, model: Llama, *, overwrite
     """
     from convert.files import replacing, writing
 
-    path = FilePath(path)
+    path = checks.path("path", path)
     check_start(model, None, prefix)
     cache_name(prefix.cache.strategy)  # one that has no name is refused before anything is written
     needed = sum(array.nbytes for array in _named(prefix).values())
@@ -105,7 +106,7 @@ def load_prefix(path: str | FilePath, model: Llama, *, cache: CacheStrategy | st
     from convert.errors import brief
     from convert.files import find_damage
 
-    path = FilePath(path)
+    path = checks.path("path", path)
     check_model(model)
     saved = read_manifest(path)
     strategy = parse_cache(saved.cache)

@@ -73,15 +73,17 @@ def continue_turn(tokenizer: Tokenizer, messages: Conversation) -> str:
 
 
 def _check(messages: Conversation) -> None:
+    if isinstance(messages, str | bytes) or not isinstance(messages, Sequence):
+        raise ValueError(f"a prompt is a text or a list of messages, got {messages!r:.60}")
     if not messages:
         raise ValueError("there must be at least one message")
     for message in messages:
+        if isinstance(message, Mapping) and isinstance(message.get("content"), list):
+            raise ValueError("a message's content is one text, not parts of it: join them")
         if not isinstance(message, Mapping) or not all(
             isinstance(message.get(name), str) for name in ("role", "content")
         ):
-            raise ValueError(
-                f"a message is a dict of the strings role and content, got {message!r:.100}: join its parts"
-            )
+            raise ValueError(f"a message is a dict of the strings role and content, got {message!r:.100}")
 
 
 def _cut(text: str, *, first: bool = False) -> tuple[str, str]:
