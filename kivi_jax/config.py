@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from kivi_jax.checks import real, whole
+from kivi_jax.checks import instance, real, whole
 
 MOST_LAYERS = 1000
 QueryKeyNorm = Literal["head", "projection"]
@@ -134,7 +134,11 @@ class ModelConfig:
             raise ValueError(f"{self.num_kv_heads=} must divide {self.num_heads=}")
         if self.head_dim % 2:
             raise ValueError(f"{self.head_dim=} must be even: RoPE rotates pairs of channels")
-        if not 0 <= self.rms_norm_eps < math.inf:
+        instance("rope", self.rope, RopeConfig, "pass a RopeConfig")
+        instance("eos_ids", self.eos_ids, tuple, "pass a tuple of token ids")
+        for token in self.eos_ids:
+            whole("eos_ids", token)
+        if not 0 <= real("rms_norm_eps", self.rms_norm_eps) < math.inf:
             raise ValueError(f"{self.rms_norm_eps=} must be a finite number, not negative")
         if self.sliding_window is not None and self.sliding_window <= 0:
             raise ValueError(f"{self.sliding_window=} must be positive, or None for no window")

@@ -127,9 +127,15 @@ def run(app: Callable[[], Any]) -> None:
         unexpected = memory is None and isinstance(error, RuntimeError) and not expected
         if unexpected or os.environ.get("KIVI_JAX_TRACEBACK"):  # for reporting a bug
             raise
-        printing = isinstance(error, OSError) and error.filename is None and error.errno == errno.ENOSPC
-        fail(memory or (f"what this prints cannot be written: {error.strerror}" if printing else str(error)))
+        fail(memory or _said(error))
         sys.exit(2)
+
+
+def _said(error: Exception) -> str:
+    """An error's text. Of a full disk that is printed to, it has no name."""
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC and error.filename is None:
+        return f"what this prints cannot be written: {error.strerror}"
+    return str(error)
 
 
 def fail(message: str) -> None:

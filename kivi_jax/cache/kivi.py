@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from kivi_jax.cache.segments import Step, Tokens, first_visible, round_up, set_slot
 from kivi_jax.cache.stores import DEFAULT_GROUP, ScaleDtype, check_scale_dtype
-from kivi_jax.checks import whole
+from kivi_jax.checks import instance, whole
 from pallas_kernels.dispatch import by_kernel_or_xla
 from pallas_kernels.partials import AttentionPartial
 from pallas_kernels.pytree import pytree, static
@@ -59,6 +59,7 @@ class KiviQuantization:
         counts = ["key_bits", "value_bits", "key_group_size", "residual_length", "sinks"]
         for name in counts if self.value_group_size is None else [*counts, "value_group_size"]:
             whole(name, getattr(self, name))
+        instance("rotate_keys", self.rotate_keys, bool, "pass True or False")
         for name in ("key_bits", "value_bits"):
             if getattr(self, name) not in (1, 2, 4, 8):
                 raise ValueError(f"{name}={getattr(self, name)} must be 1, 2, 4 or 8")

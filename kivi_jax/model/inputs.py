@@ -49,6 +49,18 @@ def read_prompts(
     return jnp.asarray(tokens, jnp.int32), jnp.asarray(lengths, jnp.int32)
 
 
+def read_tokens(tokens: Any, *, vocab_size: int) -> Int[Array, "B T"]:
+    """Whole rows of tokens as an int32 array.
+
+    Raises:
+        ValueError: they are no rows of whole numbers; or, where values are known, not in the vocabulary.
+    """
+    tokens = _whole_numbers("tokens", tokens, 2)
+    if not isinstance(tokens, Tracer):
+        _check_vocabulary(np.asarray(tokens), vocab_size)
+    return jnp.asarray(tokens, jnp.int32)
+
+
 def read_token(token: Any, *, rows: int, vocab_size: int) -> Int[Array, "B"]:
     """A decoding step's token per row as an int32 array; one that is on a device is not asked for.
 

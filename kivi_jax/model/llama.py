@@ -22,11 +22,20 @@ from kivi_jax.cache.names import strategy_of
 from kivi_jax.cache.prompt_selectors import ALL_QUERIES, Prompt
 from kivi_jax.cache.segments import Segment, Step, attend_token
 from kivi_jax.cache.strategy import CacheStrategy, KVCache
-from kivi_jax.checks import whole
+from kivi_jax.checks import instance, whole
 from kivi_jax.config import Activation, ModelConfig
 from kivi_jax.model.attention import add_weights, causal_attention, flash_attention, has_flash
 from kivi_jax.model.expected_queries import QuerySums, add_queries, expected_queries, no_queries
-from kivi_jax.model.inputs import PerRow, Prompts, note_room, read_active, read_prompts, read_token, room_left
+from kivi_jax.model.inputs import (
+    PerRow,
+    Prompts,
+    note_room,
+    read_active,
+    read_prompts,
+    read_token,
+    read_tokens,
+    room_left,
+)
 from kivi_jax.model.ordering import after
 from kivi_jax.model.rope import Rotate, rotation
 from pallas_kernels.partials import merge, normalize
@@ -156,7 +165,12 @@ class Llama(nnx.Module):
             self.lm_head = _linear(False, dtype, rngs)(config.hidden_size, config.vocab_size)
 
     def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:
-        """Float32 logits of every position. No cache; differentiable; memory grows with T * V."""
+        """Float32 logits of every position. No cache; differentiable; memory grows with T * V.
+
+        Raises:
+            ValueError: tokens are no rows of numbers; or, outside of a trace, not in the vocabulary.
+        """
+        tokens = read_tokens(tokens, vocab_size=self.config.vocab_size)
         length, position = jnp.full(tokens.shape[:1], tokens.shape[1]), jnp.arange(tokens.shape[1])[None]
         x = self._embedded(tokens)
         for index, layer in enumerate(self.layers):
@@ -224,9 +238,10 @@ class Llama(nnx.Module):
         logits mean nothing. Under a caller's `jit` that holds for rows beyond `capacity`, too.
 
         Raises:
-            ValueError: the cache was consumed before, a row that takes a token is full, there is not one
-                token per row, or a token that the host holds is not in the vocabulary.
+            ValueError: the cache was consumed before or is another model's, a row that takes a token is full,
+                there is not one token per row, or a token that the host holds is not in the vocabulary.
         """
+        instance("cache", cache, KVCache, "pass what prefill or decode gave")
         rows = cache.lengths.shape[0]
         token = read_token(token, rows=rows, vocab_size=self.config.vocab_size)
         active = read_active(active, rows=rows)
@@ -385,6 +400,7 @@ def _prefill_layer_whole(
 def _decode(
     model: Llama, token: Int[Array, "B"], cache: KVCache, active: Bool[Array, "B"]
 ) -> tuple[Float[Array, "B V"], KVCache]:
+    _check_shapes(model.config, cache)
     x = model._embedded(token)[:, None]
     layers: list[tuple[Segment, ...]] = []
     for index, (layer, segments) in enumerate(zip(model.layers, cache.layers, strict=True)):
@@ -399,6 +415,15 @@ def _decode(
         cache.strategy,
         cache.capacity,
     )
+
+
+def _check_shapes(config: ModelConfig, cache: KVCache) -> None:
+    """Some other model's cache would be broadcast, and give numbers."""
+    _, heads, _, dim = jax.eval_shape(lambda: cache.layers[0][0].materialize().key).shape
+    held = f"{len(cache.layers)} layers of {heads} KV heads of {dim} channels"
+    own = f"{config.num_layers} layers of {config.num_kv_heads} KV heads of {config.head_dim} channels"
+    if held != own:
+        raise ValueError(f"the cache has {held}, the model {own}: pass one that this model's prefill gave")
 
 
 # Layers that differ in their parameters alone are traced and lowered once; XLA inlines the calls.

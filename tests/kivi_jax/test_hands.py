@@ -34,6 +34,18 @@ MISTAKES = {
     "kj.generate(model, [[1]], [1], cache=full, max_new_tokens=2, sampler=kj.Sample)": "is no sampler: pass",
     "kj.Chat(model, len, cache=full, context=8, sampler='greedy')": "sampler='greedy' is no sampler: pass",
     "kj.Chat(model, len, cache=full, context=8, system=3)": "system is of type int, not str: pass a text",
+    "model([[1, -1]])": "token -1 is not in the model's vocabulary, 0 to 60",
+    "model(np.array([[61]]))": "token 61 is not in the model's vocabulary, 0 to 60",
+    "model([1, 2])": "tokens of shape (2,) must have 2 axes",
+    "model.decode([1], None)": "cache is of type NoneType, not KVCache: pass what prefill or decode gave",
+    "other.decode([1], model.prefill([[1]], [1], cache=full, capacity=8)[1])": (
+        "the cache has 1 layers of 2 KV heads of 8 channels, the model 1 layers of 1 KV heads of 8 channels"
+    ),
+    "kj.kivi(rotate_keys='no')": "rotate_keys is of type str, not bool: pass True or False",
+    "config(eos_ids=5)": "eos_ids is of type int, not tuple: pass a tuple of token ids",
+    "config(eos_ids=('a',))": "eos_ids='a' must be a whole number",
+    "config(rope=None)": "rope is of type NoneType, not RopeConfig: pass a RopeConfig",
+    "config(rms_norm_eps='1e-5')": "rms_norm_eps='1e-5' must be a number",
     "kj.load(None)": "model=None is no path: pass a text or a Path",
     "kj.load(['demo'])": "model=['demo'] is no path",
     "kj.load(b'demo')": "model=b'demo' is no path",
@@ -99,10 +111,12 @@ MISTAKES = {
 SCRIPT = """
 import json, sys
 import jax.numpy as jnp
+import numpy as np
 import kivi_jax as kj
 from kivi_jax.generation.prefix import prefill
 from tests.models import config, random_llama
 model, full = random_llama(config(num_layers=1)), kj.full()
+other = random_llama(config(num_layers=1, num_kv_heads=1))
 prefix = prefill(model, jnp.ones((1, 1), int), jnp.ones(1, int), cache=full, capacity=8)
 said = {}
 for mistake in json.load(sys.stdin):
