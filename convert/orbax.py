@@ -69,8 +69,9 @@ def write(model: Llama, folder: FilePath) -> None:
     parameters = {"/".join(str(key.key) for key in path): leaf for path, leaf in leaves}
     # Orbax copies what it writes: one tensor at a time here, or it would hold a second model.
     limit = 1 + max(leaf.nbytes for leaf in parameters.values())
+    # Nor does it compress: that takes the largest tensor's size twice more.
     handler = ocp.BasePyTreeCheckpointHandler(
-        save_concurrent_bytes=limit, save_device_host_concurrent_bytes=limit
+        save_concurrent_bytes=limit, save_device_host_concurrent_bytes=limit, use_compression=False
     )
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(handler_impl=handler)) as checkpointer:
         checkpointer.save(folder.absolute() / "parameters", args=ocp.args.PyTreeSave(parameters))

@@ -1,1 +1,1 @@
-"""GGUF files, llama.cpp's format: a model's metadata, tensors and tokenizer in one. Read `file.py` first."""
+"""GGUF files, llama.cpp's format: metadata, tensors and tokenizer in one. Read `header.py` first."""

@@ -1,8 +1,9 @@
-"""What a GGUF file holds, as the `gguf` package reads it: metadata, and tensors by llama.cpp's names.
+"""What a GGUF file holds: metadata, and tensors by llama.cpp's names, as the `gguf` package dequantizes them.
 
 Tensors are read from the file when they are asked for: pages of a mapped file would count as our memory.
 """
 
+import math
 from collections.abc import Mapping
 from pathlib import Path as FilePath
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from convert.errors import CheckpointError, brief
+from convert.gguf.header import read_header
 
 _BLOCK = 1 << 20  # elements that are dequantized at a time: float32 values of a whole tensor take much room
 
@@ -23,6 +25,11 @@ class Block(NamedTuple):
     shape: tuple[int, ...]  # of the values, rows first as in torch
     row_bytes: int
     kind: Any  # gguf.GGMLQuantizationType
+
+    @property
+    def end(self) -> int:
+        """Where its bytes end."""
+        return self.offset + math.prod(self.shape[:-1]) * self.row_bytes
 
     def read(self, dtype: DTypeLike | None) -> np.ndarray:
         """The values, dequantized some rows at a time and cast to `dtype`, by default float32.
@@ -68,25 +75,26 @@ def read_gguf(file: FilePath) -> GGUF:
     import gguf
 
     try:
-        reader = gguf.GGUFReader(file)
-        metadata = {name: field.contents() for name, field in reader.fields.items()}
+        metadata, placed, data = read_header(file)
         tensors = {
-            tensor.name: Block(
+            name: Block(
                 file,
-                int(tensor.data_offset),
-                tuple(int(size) for size in reversed(tensor.shape)),
-                int(tensor.n_bytes) * int(tensor.shape[0]) // int(tensor.n_elements),
-                tensor.tensor_type,
+                data + start,
+                shape,
+                gguf.quant_shape_to_byte_shape(shape[-1:], kind)[0],
+                kind,
             )
-            for tensor in reader.tensors
+            for name, (_, shape, kind, start) in placed.items()
         }
-        swapped = reader.byte_order == "S"
-    except (ValueError, KeyError, IndexError, TypeError, OSError, UnicodeDecodeError) as error:
+        end = max((block.end for block in tensors.values()), default=data)
+        if end > file.stat().st_size:
+            raise ValueError("it ends early")
+    except CheckpointError:
+        raise
+    except (ValueError, IndexError, TypeError, OSError, RecursionError) as error:
         raise CheckpointError(
             f"{file} cannot be read as GGUF ({brief(error)}): copy or download it again"
         ) from error
-    if swapped:
-        raise CheckpointError(f"{file} is of another byte order: download the little-endian file")
     if metadata.get("split.count", 1) not in (0, 1):
         raise CheckpointError(
             f"{file} is one of {metadata['split.count']} files of a model: merge them with llama-gguf-split"

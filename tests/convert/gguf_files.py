@@ -37,6 +37,7 @@ def write_gguf(
     kind: str = "F32",
     metadata: Mapping[str, Any] | None = None,
     words: Sequence[str] | None = WORDS,
+    merges: Sequence[str] = ("a b", "Ġ ab"),
     extra: Mapping[str, np.ndarray] | None = None,
 ) -> Path:
     """The file that holds these Hugging Face tensors, matrices packed as `kind`."""
@@ -56,7 +57,7 @@ def write_gguf(
         writer.add_tokenizer_pre("smollm")
         writer.add_token_list(list(words))
         writer.add_token_types([3 if word.startswith("<") else 1 for word in words])
-        writer.add_token_merges(["a b", "Ġ ab"])
+        writer.add_token_merges(list(merges))
         writer.add_bos_token_id(1)
         writer.add_eos_token_id(2)
         writer.add_chat_template(CHAT)

@@ -107,6 +107,19 @@ def test_sentencepiece_merges_follow_the_order_of_pieces(tmp_path):
     assert tokenizer.decode([1, 6, 9, 3], skip_special_tokens=True) == "abb!"
 
 
+def test_the_header_says_what_the_gguf_package_reads(tmp_path):
+    said = {"general.name": "Ġ ✓", "general.flag": True, "general.third": 1 / 3, "general.many": 2**31}
+    file = write_gguf(tmp_path / "model.gguf", WIDE, kind="Q4_K", metadata=said)
+    theirs, ours = gguf.GGUFReader(file), read_gguf(file)
+    fields = {name: field for name, field in theirs.fields.items() if not name.startswith("GGUF.")}
+    assert ours.metadata == {name: field.contents() for name, field in fields.items()}
+    for tensor in theirs.tensors:
+        block = ours.tensors[tensor.name]
+        assert block.shape == tuple(reversed(tensor.shape))
+        assert (block.offset, block.end - block.offset) == (tensor.data_offset, tensor.n_bytes)
+        assert block.kind == tensor.tensor_type
+
+
 def test_no_tokenizer_is_none(tmp_path):
     assert load_gguf_tokenizer(write_gguf(tmp_path / "model.gguf", words=None)) is None
 
@@ -247,10 +260,37 @@ def too_few_layers(file):
     write_gguf(file, tensors=tensors)
 
 
+def big_endian(file):
+    write_gguf(file)
+    content = bytearray(file.read_bytes())
+    content[4:8] = content[7:3:-1]
+    file.write_bytes(content)
+
+
+def other_version(file):
+    write_gguf(file)
+    content = bytearray(file.read_bytes())
+    content[4] = 1
+    file.write_bytes(content)
+
+
+def twice(file):
+    write_gguf(file, extra={"output_norm.Weight": np.zeros(32, np.float32)})
+    file.write_bytes(file.read_bytes().replace(b"output_norm.Weight", b"output_norm.weight"))
+
+
+def aligned_to_nothing(file):
+    write_gguf(file, metadata={"general.alignment": 0})
+
+
 DAMAGE = {
+    big_endian: "is of another byte order: download the little-endian file",
+    other_version: "cannot be read as GGUF .its version is 1, not 2 or 3",
+    twice: "cannot be read as GGUF .it holds output_norm.weight twice",
+    aligned_to_nothing: "cannot be read as GGUF .its general.alignment is 0",
     too_few_layers: "says block_count=2, but there are tensors of 1",
-    cut_metadata: "cannot be read as GGUF",
-    cut_tensors: "cannot be read as GGUF",
+    cut_metadata: "cannot be read as GGUF .it ends early",
+    cut_tensors: "cannot be read as GGUF .it ends early",
     no_gguf: "cannot be read as GGUF .GGUF magic invalid",
     unknown_architecture: "has architecture 'mamba', which is not supported: choose a file of llama",
     unknown_metadata: "may change what the model computes and that is not supported: expert_count=8",

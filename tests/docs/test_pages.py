@@ -26,13 +26,19 @@ ERRORS = {
     "warning",
     "warn_once",
 }
-NEVER_SEEN = {  # caught where they are raised, or by `convert.quantized.parts.fitting`
+NEVER_SEEN = {  # caught where they are raised, or put into another, as by `quantized.parts.fitting`
     "negative",
     "… of shape …, not …",
     "… groups of …",
     "scales of shape … for blocks of any of …",
     "it is no JSON object",
     "g_idx from … to … of … groups",
+    "GGUF magic invalid",
+    "it holds … twice",
+    "its general.alignment is …",
+    "it ends early",
+    "it has a value of unknown type …",
+    "its version is …, not …",
 }
 
 
