@@ -21,11 +21,11 @@ _LONG = {
 _SWA = dict(use_sliding_window=True, sliding_window=WINDOW, max_window_layers=1)
 _KINDS = {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]}
 
-# By model_type: the variants of tiny models. The last of each is also read through caches. LongRoPE is not:
-# transformers rotates a row anew when it becomes long.
+# By model_type: the variants of tiny models. The last of each is also read through caches, so it has a layer
+# without a window, and no LongRoPE: transformers rotates a row anew when it becomes long.
 VARIANTS: Mapping[str, Mapping[str, dict[str, Any]]] = {
     "llama": {"biases": dict(attention_bias=True, mlp_bias=True, head_dim=20)},
-    "mistral": {"small": dict(sliding_window=None, head_dim=16), "window": dict(sliding_window=WINDOW)},
+    "mistral": {"window": dict(sliding_window=WINDOW), "small": dict(sliding_window=None, head_dim=16)},
     "ministral": {"every other layer a window": dict(sliding_window=WINDOW, head_dim=8, **_KINDS)},
     "ministral3": {
         "queries that grow": dict(
@@ -56,16 +56,15 @@ VARIANTS: Mapping[str, Mapping[str, dict[str, Any]]] = {
         ),
     },
     "phi3": {
-        "plain": {},
+        "window": dict(sliding_window=WINDOW),
         "partial, longrope": dict(
             max_position_embeddings=4 * CONTEXT,
             original_max_position_embeddings=CONTEXT,
             rope_parameters=_LONG,
         ),
-        "window": dict(sliding_window=WINDOW),
+        "plain": {},
     },
     "gemma3_text": {
-        "pattern": dict(head_dim=8, sliding_window=WINDOW, query_pre_attn_scalar=13, **_KINDS),
         "two ropes, softcap": dict(
             head_dim=12,
             num_hidden_layers=3,
@@ -78,6 +77,7 @@ VARIANTS: Mapping[str, Mapping[str, dict[str, Any]]] = {
                 "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
             },
         ),
+        "pattern": dict(head_dim=8, sliding_window=WINDOW, query_pre_attn_scalar=13, **_KINDS),
     },
     "granite": {
         "multipliers": dict(
