@@ -27,10 +27,12 @@ from kivi_jax.cache.strategy import CacheStrategy, KVCache, cache_bytes, full, k
 from kivi_jax.cache.unified_selectors import H2O, StreamingLLM
 from kivi_jax.config import ModelConfig, RopeConfig
 from kivi_jax.generation.chat import Chat
+from kivi_jax.generation.engine import Engine
 from kivi_jax.generation.generate import Generation, generate
 from kivi_jax.generation.loading import load
 from kivi_jax.generation.prefix import Prefix
 from kivi_jax.generation.prefix_files import load_prefix, save_prefix
+from kivi_jax.generation.requests import Request
 from kivi_jax.generation.sampling import Greedy, Sample
 from kivi_jax.generation.text import Completion, complete, completions, read_prefix, stream, stream_tokens
 from kivi_jax.model.llama import Llama
@@ -45,6 +47,7 @@ __all__ = [
     "Completion",
     "DecodeSelector",
     "Discontinuous",
+    "Engine",
     "ExpectedAttention",
     "ExpectedQueries",
     "Generation",
@@ -61,6 +64,7 @@ __all__ = [
     "PyramidInfer",
     "PyramidKV",
     "Random",
+    "Request",
     "RopeConfig",
     "Sample",
     "Slide",

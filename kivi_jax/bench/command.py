@@ -217,6 +217,40 @@ def throughput(
 
 
 @bench.command()
+def engine(
+    model: Annotated[str, typer.Option(help="A directory, a hub name, or demo.")] = "demo",
+    cache: CachesOption = None,
+    slots: Annotated[int, typer.Option(min=1, help="Requests at a time, and rows of a batch.")] = 8,
+    requests: Annotated[int, typer.Option(min=1, help="How many.")] = 64,
+    prompt: Annotated[int, typer.Option(min=1, help="Tokens of the longest prompt.")] = 64,
+    shortest: Annotated[int, typer.Option(min=1, help="New tokens, at least.")] = 16,
+    longest: Annotated[int, typer.Option(min=1, help="New tokens, at most; log-uniform between.")] = 512,
+    rounds: Annotated[int, typer.Option(min=1, help="To take the median of.")] = 3,
+) -> None:
+    """Answer requests of mixed lengths through an engine's slots, and in batches that wait for their longest.
+
+    Example:  kivi-jax bench engine --cache full --cache kivi2
+    """
+    from kivi_jax.bench import engine as serving
+    from kivi_jax.generation.loading import load
+
+    strategies = {name: parse_cache(name) for name in cache or ["full", "kivi2", "scope", "kivi2+scope"]}
+    loaded, _ = load(model)
+    results = serving.run(
+        loaded,
+        strategies,
+        slots=slots,
+        requests=requests,
+        prompt=prompt,
+        shortest=shortest,
+        longest=longest,
+        rounds=rounds,
+    )
+    title = f"{requests} requests of {shortest} to {longest} new tokens, {slots} slots, {model}"
+    print_table(Console(), serving.table(list(results), title=title, caption=machine()))
+
+
+@bench.command()
 def kernels(
     aot: Annotated[bool, typer.Option("--aot", help="Compile only, and count: needs no GPU.")] = False,
     sweep: Annotated[bool, typer.Option("--sweep", help="Time every tuning instead.")] = False,

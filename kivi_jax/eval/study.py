@@ -169,11 +169,11 @@ def forward(model: Llama, tokens: Int[Array, "B T"], attend: Attend) -> Float[Ar
     """The model's logits, its layers attending by `attend(query, key, value, window)`."""
     lengths = jnp.full(tokens.shape[:1], tokens.shape[1])
     positions = jnp.arange(tokens.shape[1])[None]
-    x = model._embedded(tokens)
+    x = model.embedded(tokens)
     for index, layer in enumerate(model.layers):
         query, key, value = layer.project(x, rotation(model.config, index, lengths, positions))
         x = layer.finish(x, attend(query, key, value, model.config.window_of(index)))
-    return model._logits(x)
+    return model.logits(x)
 
 
 def attend_quantized(

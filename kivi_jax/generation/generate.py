@@ -196,7 +196,7 @@ def warn_if_long(model: Llama, lengths: Int[Array, "B"], prefix: Prefix | None, 
         warn_beyond(model.config.context, longest + max_new_tokens)
 
 
-def warn_unless_finite(finite: Bool[Array, "..."]) -> None:
+def warn_unless_finite(finite: Bool[Array | np.ndarray, "..."]) -> None:
     """Say once that rows mean nothing, where that is known. Waits for the array."""
     if not isinstance(finite, Tracer) and not finite.all():
         _log.warning(
@@ -280,14 +280,14 @@ def start_drawing(sampler: Sampler, keys: Key[Array, "B"] | None, seen: Bool[Arr
 
 
 def draw(
-    sampler: Sampler, logits: Float[Array, "B V"], state: Draw, index: Int[Array, ""] | int
+    sampler: Sampler, logits: Float[Array, "B V"], state: Draw, index: Int[Array, "#B"] | Int[Array, ""] | int
 ) -> tuple[Int[Array, "B"], Draw]:
     """Each row's new token number `index`, and the state for the next one."""
     keys, seen = state
     if seen is not None:
         logits = penalize(logits, seen, sampler.repetition_penalty)
     if keys is not None:
-        keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, index)
+        keys = jax.vmap(jax.random.fold_in)(keys, jnp.broadcast_to(jnp.asarray(index), keys.shape))
     token = sampler(logits, keys)
     if seen is not None:
         seen = seen.at[jnp.arange(token.shape[0]), token].set(True)

@@ -3,6 +3,7 @@
 Every row draws from its own PRNG key, so what a row samples does not depend on its batch.
 """
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from kivi_jax.checks import real, whole
+from pallas_kernels.pytree import pytree
 
 
 @runtime_checkable
@@ -18,7 +20,7 @@ class Sampler(Protocol):
     """Chooses each row's next token. Hashable: a different sampler compiles anew."""
 
     @property
-    def repetition_penalty(self) -> float:
+    def repetition_penalty(self) -> Float[Array, "B"] | float:
         """Divides positive and multiplies negative logits of tokens seen before; 1 does nothing."""
         ...
 
@@ -93,33 +95,84 @@ class Sample:
         Raises:
             ValueError: there is no key.
         """
+        return RowSampler.repeat(self, logits.shape[0])(logits, keys)
+
+
+@pytree
+class RowSampler:
+    """A sampler whose numbers are arrays, one per row: rows of one batch may be drawn differently.
+
+    Fields are `Sample`'s; a row of temperature 0 takes the most likely token, of equals the lowest id.
+    """
+
+    temperature: Float[Array, "B"]
+    top_k: Int[Array, "B"]
+    top_p: Float[Array, "B"]
+    min_p: Float[Array, "B"]
+    repetition_penalty: Float[Array, "B"]
+
+    @classmethod
+    def repeat(cls, sample: Sample, rows: int) -> "RowSampler":
+        """`sample` for every row."""
+        kinds = {"top_k": jnp.int32}
+        fields = dataclasses.asdict(sample).items()
+        return cls(**{name: jnp.full(rows, number, kinds.get(name, jnp.float32)) for name, number in fields})
+
+    def __call__(self, logits: Float[Array, "B V"], keys: Key[Array, "B"] | None) -> Int[Array, "B"]:
+        """See `Sampler`.
+
+        Raises:
+            ValueError: there is no key.
+        """
         if keys is None:
             raise ValueError("sampling needs a PRNG key: pass key=jax.random.key(seed)")
-        logits = keep_likely(logits / self.temperature, top_k=self.top_k, top_p=self.top_p, min_p=self.min_p)
-        return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
+        likeliest, is_random = jnp.argmax(logits, axis=-1).astype(jnp.int32), self.temperature > 0
+
+        def drawn() -> Int[Array, "B"]:
+            warm = logits / jnp.where(is_random, self.temperature, 1)[:, None]
+            kept = keep_likely(warm, top_k=self.top_k, top_p=self.top_p, min_p=self.min_p)
+            return jnp.where(is_random, jax.vmap(jax.random.categorical)(keys, kept), likeliest)
+
+        return jax.lax.cond(is_random.any(), drawn, lambda: likeliest)
 
 
 def keep_likely(
-    logits: Float[Array, "B V"], *, top_k: int, top_p: float, min_p: float
+    logits: Float[Array, "B V"],
+    *,
+    top_k: Int[Array, "#B"],
+    top_p: Float[Array, "#B"],
+    min_p: Float[Array, "#B"],
 ) -> Float[Array, "B V"]:
-    """Logits with -inf for the tokens that top-k, then top-p, then min-p leave out."""
-    if 0 < top_k < logits.shape[-1]:
-        least = jax.lax.top_k(logits, top_k)[0][:, -1:]
-        logits = jnp.where(logits >= least, logits, -jnp.inf)
-    if top_p < 1:
+    """Logits with -inf for the tokens that top-k, then top-p, then min-p leave out.
+
+    Each is the least logit that it keeps, so what remains is what is not below any. Where no row asks for
+    top-k or top-p, nothing is sorted.
+    """
+    vocab = logits.shape[1]
+    k, p = jnp.where(top_k > 0, jnp.minimum(top_k, vocab), vocab)[:, None], top_p[:, None]
+
+    def of_sorted() -> Float[Array, "B 1"]:
         ordered = -jnp.sort(-logits, axis=-1)
-        probability = jax.nn.softmax(ordered, axis=-1)
+        index = jnp.broadcast_to(k - 1, (logits.shape[0], 1))
+        least = jnp.take_along_axis(ordered, index, axis=-1)
+        left = jnp.where(ordered >= least, ordered, -jnp.inf)
+        probability = jax.nn.softmax(left, axis=-1)
         before = jnp.cumsum(probability, axis=-1) - probability  # more likely tokens' total
-        least = jnp.where(before < top_p, ordered, jnp.inf).min(-1, keepdims=True)
-        logits = jnp.where(logits >= least, logits, -jnp.inf)
-    if min_p > 0:
-        least = logits.max(-1, keepdims=True) + jnp.log(jnp.float32(min_p))
-        logits = jnp.where(logits >= least, logits, -jnp.inf)
-    return logits
+        of_p = jnp.where(before < p, left, jnp.inf).min(-1, keepdims=True)
+        return jnp.where(p < 1, jnp.maximum(of_p, least), least)
+
+    top = logits.max(-1, keepdims=True)
+    filters = ((k < vocab) | (p < 1)).any()
+    least = jax.lax.cond(filters, of_sorted, lambda: jnp.full_like(top, -jnp.inf))
+    least = jnp.maximum(least, top + jnp.log(min_p[:, None]))
+    return jnp.where(logits < least, -jnp.inf, logits)  # what is not a number is to be seen
 
 
-def penalize(logits: Float[Array, "B V"], seen: Bool[Array, "B V"], penalty: float) -> Float[Array, "B V"]:
+def penalize(
+    logits: Float[Array, "B V"], seen: Bool[Array, "B V"], penalty: Float[Array, "B"] | float
+) -> Float[Array, "B V"]:
     """Make tokens seen before less likely: positive logits / penalty, negative ones * penalty."""
+    penalty = jnp.broadcast_to(jnp.float32(penalty), logits.shape[:1])[:, None]
     return jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 

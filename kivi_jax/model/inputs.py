@@ -45,7 +45,7 @@ def read_prompts(
             )
         if not isinstance(tokens, Tracer):
             real = np.arange(tokens.shape[1])[None] < known[:, None]
-            _check_vocabulary(np.asarray(tokens)[real], vocab_size)
+            check_vocabulary(np.asarray(tokens)[real], vocab_size)
     return jnp.asarray(tokens, jnp.int32), jnp.asarray(lengths, jnp.int32)
 
 
@@ -57,7 +57,7 @@ def read_tokens(tokens: Any, *, vocab_size: int) -> Int[Array, "B T"]:
     """
     tokens = _whole_numbers("tokens", tokens, 2)
     if not isinstance(tokens, Tracer):
-        _check_vocabulary(np.asarray(tokens), vocab_size)
+        check_vocabulary(np.asarray(tokens), vocab_size)
     return jnp.asarray(tokens, jnp.int32)
 
 
@@ -71,7 +71,7 @@ def read_token(token: Any, *, rows: int, vocab_size: int) -> Int[Array, "B"]:
     if token.shape[0] != rows:
         raise ValueError(f"{token.shape=} must be ({rows},): one token for each row of the cache")
     if isinstance(token, np.ndarray):
-        _check_vocabulary(token, vocab_size)
+        check_vocabulary(token, vocab_size)
     return (
         token if isinstance(token, jax.Array) and token.dtype == np.int32 else jnp.asarray(token, jnp.int32)
     )
@@ -143,7 +143,12 @@ def _whole_numbers(name: str, numbers: Any, axes: int) -> Any:
     return numbers
 
 
-def _check_vocabulary(ids: np.ndarray, vocab_size: int) -> None:
+def check_vocabulary(ids: np.ndarray, vocab_size: int) -> None:
+    """Refuse token ids that the model does not have.
+
+    Raises:
+        ValueError: one is not in the vocabulary.
+    """
     if ids.size and (ids.min() < 0 or ids.max() >= vocab_size):
         bad = ids[(ids < 0) | (ids >= vocab_size)][0]
         raise ValueError(

@@ -25,7 +25,7 @@ from kivi_jax.cache.strategy import CacheStrategy, KVCache
 from kivi_jax.checks import instance, whole
 from kivi_jax.config import Activation, ModelConfig
 from kivi_jax.model.attention import add_weights, causal_attention, flash_attention, has_flash
-from kivi_jax.model.expected_queries import QuerySums, add_queries, expected_queries, no_queries
+from kivi_jax.model.expected_queries import add_queries, no_queries
 from kivi_jax.model.inputs import (
     PerRow,
     Prompts,
@@ -37,6 +37,7 @@ from kivi_jax.model.inputs import (
     room_left,
 )
 from kivi_jax.model.ordering import after
+from kivi_jax.model.read import Read
 from kivi_jax.model.rope import Rotate, rotation
 from pallas_kernels.partials import merge, normalize
 
@@ -172,7 +173,7 @@ class Llama(nnx.Module):
         """
         tokens = read_tokens(tokens, vocab_size=self.config.vocab_size)
         length, position = jnp.full(tokens.shape[:1], tokens.shape[1]), jnp.arange(tokens.shape[1])[None]
-        x = self._embedded(tokens)
+        x = self.embedded(tokens)
         for index, layer in enumerate(self.layers):
             query, key, value = layer.project(x, rotation(self.config, index, length, position))
             window = self.config.window_of(index)
@@ -184,7 +185,7 @@ class Llama(nnx.Module):
                 local_window_size=None if window is None else (window - 1, 0),
             )
             x = layer.finish(x, attended)
-        return self._logits(x)
+        return self.logits(x)
 
     def prefill(
         self,
@@ -251,11 +252,13 @@ class Llama(nnx.Module):
         logits, grown = _decode(self, token, cache, active)
         return logits, note_room(grown, None if room is None else room - 1)
 
-    def _embedded(self, tokens: Int[Array, "*B"]) -> Float[Array, "*B D"]:
+    def embedded(self, tokens: Int[Array, "*B"]) -> Float[Array, "*B D"]:
+        """The residual stream before the first layer."""
         x, multiplier = self.embed(tokens), self.config.embedding_multiplier
         return x if multiplier == 1 else x * jnp.asarray(multiplier, x.dtype)  # rounded, as Gemma does
 
-    def _logits(self, x: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
+    def logits(self, x: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
+        """Float32 logits of the residual stream after the last layer."""
         x, cap = self.norm(x), self.config.logits_softcap
         head = self.embed.attend if self.config.tie_word_embeddings else self.lm_head
         logits = head(x).astype(jnp.float32) * self.config.logits_multiplier
@@ -275,7 +278,7 @@ def _prefill(
     # Padding may be anything, also what has no embedding: not a number times no weight is not nothing.
     tokens = jnp.where(jnp.arange(tokens.shape[1])[None] < lengths[:, None], tokens, 0)
     tokens = jnp.pad(tokens, ((0, 0), (0, -tokens.shape[1] % block)))
-    x = model._embedded(tokens)
+    x = model.embedded(tokens)
     layers: list[tuple[Segment, ...]] = []
     hold = functools.partial(strategy.hold_prompt, capacity=capacity, layers=model.config.num_layers)
     for index, layer in enumerate(model.layers):
@@ -289,13 +292,44 @@ def _prefill(
         x, prompt = read(layer, kind, x, lengths, blocks, model.config, block)
         layers.append(hold(prompt, window=window, layer=index))
     last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)
-    return model._logits(last[:, 0]), KVCache(tuple(layers), lengths, strategy, capacity)
-
-
-_Reading = tuple[Array, Array, Array, Array, QuerySums | None]
+    return model.logits(last[:, 0]), KVCache(tuple(layers), lengths, strategy, capacity)
 
 
 # As for decoding, below: layers that differ in their parameters alone are traced once.
+@functools.partial(jax.jit, static_argnames=("index", "config", "observed"))
+def read_block(
+    layer: Layer,
+    index: int,
+    x: Float[Array, "B T D"],
+    read: Read,
+    first: Int[Array, ""],
+    lengths: Int[Array, "B"],
+    config: ModelConfig,
+    *,
+    observed: int,
+) -> tuple[Array, Read]:
+    """The residual stream of tokens `first` .. first + T - 1 after a layer like number `index`.
+
+    They attend only to themselves and what has been `read` before, which they join. Of the last `observed`
+    queries of a row of `lengths` tokens in all (0: none, `ALL_QUERIES`) the weights are summed.
+    """
+    position = first + jnp.arange(x.shape[1])[None]
+    query, key, value = layer.project(x, rotation(config, index, lengths, position))
+    keys, values, weights, sums = read
+    if sums is not None:  # the same product again: XLA computes it once
+        sums = add_queries(sums, layer.project(x, lambda x: x)[0], position < lengths[:, None])
+    keys, values = (
+        jax.lax.dynamic_update_slice_in_dim(held, new.swapaxes(1, 2), first, axis=2)
+        for held, new in ((keys, key), (values, value))
+    )
+    attended, log_sum_exp = causal_attention(query, keys, values, first=first, window=config.window_of(index))
+    if observed:
+        oldest = jnp.zeros_like(lengths) if observed == ALL_QUERIES else lengths - observed
+        seen = (position >= oldest[:, None]) & (position < lengths[:, None])
+        weights = add_weights(weights, query, keys, log_sum_exp, seen, first=first)
+    return layer.finish(x, attended), Read(keys, values, weights, sums)
+
+
 @functools.partial(jax.jit, static_argnames=("index", "config", "block", "observed", "expects"))
 def _prefill_layer(
     layer: Layer,
@@ -312,45 +346,24 @@ def _prefill_layer(
     """The residual stream after a layer like number `index`, and what it holds of the prompt, block by block.
 
     A block attends only to itself and what is before it, so one pass over the blocks computes keys and
-    values, attends and replaces the stream in place. Of the last `observed` queries of a row (0: none,
-    `ALL_QUERIES`) it also sums the weights, and if a selector `expects` it, the queries before RoPE.
+    values, attends and replaces the stream in place. See `read_block` for `observed`; if a selector `expects`
+    them, the queries before RoPE are summed, too.
     """
     batch, padded = x.shape[:2]
     # Zeros, but computed from `blocks`: the compiler makes constants of all layers at the start.
     blank = jnp.where(blocks >= 0, 0, 1).astype(x.dtype)
     store = jnp.full((batch, config.num_kv_heads, padded, config.head_dim), blank)
-
     weights = jnp.full(store.shape[:3], blank.astype(jnp.float32))
-    oldest = jnp.zeros_like(lengths) if observed == ALL_QUERIES else lengths - observed
     sums = no_queries(batch, config.num_heads, config.head_dim) if expects else None
 
-    def advance(i: Array, state: _Reading) -> _Reading:
-        x, keys, values, weights, sums = state
-        first = i * block
-        position = first + jnp.arange(block)[None]
-        rotate = rotation(config, index, lengths, position)
-        here = jax.lax.dynamic_slice_in_dim(x, first, block, axis=1)
-        query, key, value = layer.project(here, rotate)
-        if sums is not None:  # the same product again: XLA computes it once
-            sums = add_queries(sums, layer.project(here, lambda x: x)[0], position < lengths[:, None])
-        keys, values = (
-            jax.lax.dynamic_update_slice_in_dim(held, new.swapaxes(1, 2), first, axis=2)
-            for held, new in ((keys, key), (values, value))
-        )
-        window = config.window_of(index)
-        attended, log_sum_exp = causal_attention(query, keys, values, first=first, window=window)
-        if observed:
-            seen = (position >= oldest[:, None]) & (position < lengths[:, None])
-            weights = add_weights(weights, query, keys, log_sum_exp, seen, first=first)
-        here = layer.finish(here, attended)
-        return jax.lax.dynamic_update_slice_in_dim(x, here, first, axis=1), keys, values, weights, sums
+    def advance(i: Array, state: tuple[Array, Read]) -> tuple[Array, Read]:
+        x, read = state
+        here = jax.lax.dynamic_slice_in_dim(x, i * block, block, axis=1)
+        here, read = read_block(layer, index, here, read, i * block, lengths, config, observed=observed)
+        return jax.lax.dynamic_update_slice_in_dim(x, here, i * block, axis=1), read
 
-    state = (x, store, store, weights, sums)
-    x, keys, values, weights, sums = jax.lax.fori_loop(0, blocks, advance, state)
-    if sums is None:
-        return x, Prompt(keys, values, weights, lengths)
-    rotate_at = functools.partial(rotation, config, index, lengths, queries=config.head_dim)
-    return x, Prompt(keys, values, weights, lengths, expected_queries(sums, lengths, rotate_at))
+    x, read = jax.lax.fori_loop(0, blocks, advance, (x, Read(store, store, weights, sums)))
+    return x, read.prompt(config, index, lengths)
 
 
 @functools.partial(jax.jit, static_argnames=("index", "config", "block"))
@@ -401,7 +414,7 @@ def _decode(
     model: Llama, token: Int[Array, "B"], cache: KVCache, active: Bool[Array, "B"]
 ) -> tuple[Float[Array, "B V"], KVCache]:
     _check_shapes(model.config, cache)
-    x = model._embedded(token)[:, None]
+    x = model.embedded(token)[:, None]
     layers: list[tuple[Segment, ...]] = []
     for index, (layer, segments) in enumerate(zip(model.layers, cache.layers, strict=True)):
         kind = model.config.first_like(index)
@@ -409,7 +422,7 @@ def _decode(
             layer, x, segments, cache.lengths, active, model.config, cache.strategy, kind
         )
         layers.append(grown)
-    return model._logits(x[:, 0]), KVCache(
+    return model.logits(x[:, 0]), KVCache(
         caches.settle(layers, active),
         cache.lengths + active.astype(jnp.int32),
         cache.strategy,

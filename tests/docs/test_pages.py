@@ -23,6 +23,8 @@ ERRORS = {
     "OSError",
     "RuntimeError",
     "CheckpointError",
+    "TooLong",
+    "QueueFull",
     "warning",
     "warn_once",
 }

@@ -37,7 +37,11 @@ def min_p(logits, p):
 
 
 def keep(**filters):
-    return np.asarray(keep_likely(jnp.asarray(LOGITS), **(dict(top_k=0, top_p=1.0, min_p=0.0) | filters)))
+    of_all = {
+        name: jnp.asarray([number])
+        for name, number in (dict(top_k=0, top_p=1.0, min_p=0.0) | filters).items()
+    }
+    return np.asarray(keep_likely(jnp.asarray(LOGITS), **of_all))
 
 
 def draws(sampler, logits, count, seed=0):

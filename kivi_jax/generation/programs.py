@@ -1,0 +1,236 @@
+"""What an engine runs on the device, compiled before the first request. Read `engine.py` next."""
+
+import functools
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+from rich.console import Console
+from rich.progress import track
+
+from kivi_jax.cache.strategy import CacheStrategy
+from kivi_jax.generation.requests import Request
+from kivi_jax.generation.slots import (
+    Asked,
+    Burst,
+    LogProbs,
+    Slots,
+    asked_of,
+    burst,
+    empty_slots,
+    insert,
+    log_probs_of,
+    row_of,
+)
+from kivi_jax.model.chunks import Reading, Shared, blank_reading, copy_in, copy_out, read_chunk
+from kivi_jax.model.llama import Llama
+
+_SCORED = 16  # tokens of a chunk whose logits exist together
+
+
+class Programs:
+    """The compiled programs, and the state that they work on: a buffer for one prompt, and the slots.
+
+    Nothing is compiled for other shapes than those at the start. Prompts are read in chunks of some `chunks`
+    widths, and held in `widths`, the least in which they fit.
+    """
+
+    def __init__(
+        self,
+        model: Llama,
+        strategy: CacheStrategy,
+        *,
+        slots: int,
+        context: int,
+        chunk_tokens: int,
+        progress: bool,
+    ):
+        """Compile everything, which `progress` shows."""
+        begin = time.perf_counter()
+        self.vocab, self.context = model.config.vocab_size, context
+        self.chunks = [width for width in (chunk_tokens // 16, chunk_tokens // 4) if width >= 16]
+        self.chunks.append(chunk_tokens)
+        self.widths = [context]
+        while self.widths[0] > chunk_tokens:
+            self.widths.insert(0, -(-self.widths[0] // 2))
+        leaves, tree = jax.tree.flatten(model)  # of a module, in every call, it would take a millisecond
+        reading, row = shapes(model, strategy, context=context, chunk_tokens=chunk_tokens)
+        held = jax.eval_shape(functools.partial(empty_slots, slots=slots), row)
+        number, flag = jnp.int32(0), jnp.asarray(np.zeros((), bool))
+
+        def read(
+            leaves: Sequence[Array],
+            reading: Reading,
+            tokens: Int[Array, "1 T"],
+            first: Int[Array, ""],
+            lengths: Int[Array, "1"],
+            begins: Bool[Array, ""],
+            next_tokens: Int[Array, "T"],
+            scored: Bool[Array, ""],
+        ) -> tuple[Reading, Float[Array, "1 V"], LogProbs]:
+            model = jax.tree.unflatten(tree, leaves)
+            x, reading = read_chunk(
+                model, reading, tokens, first=first, lengths=lengths, begins=begins, strategy=strategy
+            )
+            last = jnp.clip(lengths - 1 - first, 0, x.shape[1] - 1)
+            logits = model.logits(jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0])
+            return reading, logits, _score(model, x[0], next_tokens, scored)
+
+        def place(
+            slots: Slots,
+            reading: Reading,
+            logits: Float[Array, "1 V"],
+            asked: Asked,
+            seen: Bool[Array, "1 V"],
+            left: Int[Array, "1"],
+            lengths: Int[Array, "1"],
+            slot: Int[Array, ""],
+            *,
+            width: int,
+        ) -> Slots:
+            new = row_of(
+                model.config,
+                strategy,
+                reading,
+                logits,
+                asked,
+                seen,
+                left,
+                lengths,
+                width=width,
+                context=context,
+            )
+            return insert(slots, new, slot)
+
+        def run(leaves: Sequence[Array], slots: Slots, *how: Array) -> tuple[Slots, Burst]:
+            return burst(jax.tree.unflatten(tree, leaves), slots, *how)
+
+        jobs: dict[tuple[str, int], tuple[Callable[..., Any], tuple[Any, ...], tuple[int, ...]]] = {}
+        kept = jnp.asarray(np.zeros(slots, bool))
+        jobs["burst", 0] = run, (leaves, held, kept, number, flag), (1,)
+        for width in self.chunks:
+            tokens = jnp.asarray(np.zeros((1, width), np.int32))
+            args = (leaves, reading, tokens, number, row.left, flag, tokens[0], flag)
+            jobs["read", width] = read, args, (1,)
+        for width in self.widths:
+            args = (held, reading, row.logits, row.asked, row.seen, row.left, row.left, number)
+            jobs["place", width] = functools.partial(place, width=width), args, (0,)
+            copy = functools.partial(copy_out, width=width)
+            jobs["copy_out", width] = copy, (reading,), ()
+            jobs["copy_in", width] = copy_in, (reading, jax.eval_shape(copy, reading)), (0,)
+        console = Console(stderr=True)
+        self._compiled = {
+            name: jax.jit(function, donate_argnums=donated).lower(*args).compile()
+            for name, (function, args, donated) in track(
+                jobs.items(), "compiling", console=console, disable=not progress, transient=True
+            )
+        }
+        self._leaves = leaves
+        self.reading, self.slots = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (reading, held))
+        self.shared_bytes = {width: tree_bytes(jobs["copy_in", width][1][1]) for width in self.widths}
+        self.compile_s = time.perf_counter() - begin
+
+    def width_of(self, tokens: int) -> int:
+        """The least width in which so many tokens fit."""
+        return next(width for width in self.widths if width >= tokens)
+
+    def read(
+        self, prompt: Sequence[int], first: int, *, begins: bool, scored: bool
+    ) -> tuple[int, Float[Array, "1 V"], LogProbs]:
+        """Read a chunk of the prompt from token `first` on: how many tokens, and the logits after them."""
+        rest = len(prompt) - first
+        width = next((width for width in self.chunks if width >= rest), self.chunks[-1])
+        tokens = np.zeros(width + 1, np.int32)
+        here = prompt[first : first + width + 1]
+        tokens[: len(here)] = here
+        length = np.full(1, len(prompt), np.int32)
+        self.reading, logits, scores = self._compiled["read", width](
+            self._leaves,
+            self.reading,
+            tokens[None, :-1],
+            np.int32(first),
+            length,
+            np.bool_(begins),
+            tokens[1:],
+            np.bool_(scored),
+        )
+        return min(rest, width), logits, scores
+
+    def place(
+        self, prompt: Sequence[int], logits: Float[Array, "1 V"], asked: Asked, *, left: int, slot: int
+    ) -> None:
+        """The prompt that has been read becomes a row."""
+        seen = np.zeros((1, self.vocab), bool)
+        seen[0, list(prompt)] = True
+        left_one, length = np.full(1, left, np.int32), np.full(1, len(prompt), np.int32)
+        self.slots = self._compiled["place", self.width_of(len(prompt))](
+            self.slots, self.reading, logits, asked, seen, left_one, length, np.int32(slot)
+        )
+
+    def burst(self, kept: Bool[np.ndarray, "S"], *, most: int, stops: bool) -> Burst:
+        """Some steps of the rows that are kept; waits for what they have drawn."""
+        self.slots, drawn = self._compiled["burst", 0](
+            self._leaves, self.slots, kept, np.int32(most), np.bool_(stops)
+        )
+        return jax.device_get(drawn)
+
+    def copy_out(self, tokens: int) -> Shared:
+        """What has been read of so many tokens."""
+        return self._compiled["copy_out", self.width_of(tokens)](self.reading)
+
+    def copy_in(self, shared: Shared) -> None:
+        """Begin a prompt with what was read of another."""
+        self.reading = self._compiled["copy_in", shared[0][0].shape[2]](self.reading, shared)
+
+
+def shapes(
+    model: Llama, strategy: CacheStrategy, *, context: int, chunk_tokens: int
+) -> tuple[Reading, Slots]:
+    """Shapes of the buffer that prompts are read into, and of a row."""
+    config = model.config
+    request, vocab = Request(tokens=(0,), max_new_tokens=1), config.vocab_size
+
+    def build(tokens: Int[Array, "1 1"]) -> tuple[Reading, Slots]:
+        dtype = model.embedded(tokens).dtype
+        reading = blank_reading(config, strategy, width=context + chunk_tokens, dtype=dtype)
+        row = row_of(
+            config,
+            strategy,
+            reading,
+            jnp.zeros((1, vocab)),
+            asked_of(request, (), vocab),
+            jnp.zeros((1, vocab), bool),
+            tokens[0],
+            tokens[0],
+            width=context,
+            context=context,
+        )
+        return reading, row
+
+    return jax.eval_shape(build, jax.ShapeDtypeStruct((1, 1), jnp.int32))
+
+
+def tree_bytes(tree: Any) -> int:
+    """Bytes of arrays, or of their shapes."""
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def _score(model: Llama, x: Float[Array, "T D"], token: Int[Array, "T"], scored: Bool[Array, ""]) -> LogProbs:
+    """How likely each token was after the one before it, if that is asked; else zeros."""
+    pieces = x.shape[0] // math.gcd(x.shape[0], _SCORED)
+    split = x.reshape(pieces, -1, x.shape[1]), token.reshape(pieces, -1)
+
+    def score(piece: tuple[Array, Array]) -> LogProbs:
+        return log_probs_of(model.logits(piece[0]), piece[1])
+
+    def nothing() -> LogProbs:
+        zeros = jax.eval_shape(lambda: jax.lax.map(score, split))
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), zeros)
+
+    found = jax.lax.cond(scored, lambda: jax.lax.map(score, split), nothing)
+    return jax.tree.map(lambda x: x.reshape(token.shape[0], *x.shape[2:]), found)
