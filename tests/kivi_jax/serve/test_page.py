@@ -39,7 +39,7 @@ def test_a_chat_streams_stops_and_shows_errors(engine, serving, browser):
     _, address = serving(create_app(service, key="secret"))
     page = browser.new_page()
     failures = []
-    page.on("pageerror", failures.append)
+    page.on("pageerror", lambda error: failures.append(error))
     page.goto(address)
     expect = playwright.expect
     expect(page.locator(".error")).to_contain_text("the API key is missing or wrong")
