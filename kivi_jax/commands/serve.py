@@ -86,7 +86,7 @@ def batch(
 ) -> None:
     """Answer a file of requests, in OpenAI's batch format, as fast as the slots allow.
 
-    Example:  kivi-jax batch ./llama-8b-instruct in.jsonl --out out.jsonl --slots 32
+    Example:  kivi-jax batch ./llama-8b-instruct in.jsonl --out out.jsonl
     """
     check_installed("batch")
     from kivi_jax.commands.hints import say
