@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
@@ -19,6 +20,7 @@ from convert.tensors import named_as_llama
 from kivi_jax.checks import warn_once
 from kivi_jax.config import ModelConfig
 from kivi_jax.model.llama import Llama
+from kivi_jax.model.sharding import place, split
 
 Progress = Callable[[int, int], None]  # tensors done, tensors in all
 
@@ -41,8 +43,10 @@ def read_config(directory: FilePath) -> ModelConfig:
     return model_config(raw, read_json(generation) if generation.exists() else None)
 
 
-def load_hf(directory: FilePath, *, dtype: DTypeLike, progress: Progress | None = None) -> Llama:
-    """A model with the weights of a Hugging Face directory, cast to `dtype`.
+def load_hf(
+    directory: FilePath, *, dtype: DTypeLike, progress: Progress | None = None, mesh: Mesh | None = None
+) -> Llama:
+    """A model with the weights of a Hugging Face directory, cast to `dtype`; on a `mesh`, if given.
 
     Tensors are read one at a time, so host memory stays close to the model's own size.
 
@@ -60,7 +64,7 @@ def load_hf(directory: FilePath, *, dtype: DTypeLike, progress: Progress | None 
     _check_layers(config, tensors)
     if config.tie_word_embeddings and _EMBEDDING not in tensors and _HEAD in tensors:
         tensors[_EMBEDDING] = tensors[_HEAD]  # some tools keep the one matrix under the head's name
-    return fill(config, lambda _: tensors, dtype=dtype, progress=progress)
+    return fill(config, lambda _: tensors, dtype=dtype, progress=progress, mesh=mesh)
 
 
 def fill(
@@ -69,12 +73,17 @@ def fill(
     *,
     dtype: DTypeLike,
     progress: Progress | None = None,
+    mesh: Mesh | None = None,
 ) -> Llama:
     """The model of this config whose parameters are what is `stored` by the names that are asked for.
 
+    On a `mesh`, a tensor is on the host until it is whole, and then each device is given its part.
+
     Raises:
         CheckpointError: names, shapes or types differ from what the config asks for; all listed together.
+        ValueError: the model does not divide over the mesh.
     """
+    mesh = None if mesh is None else split(mesh, config)
     abstract = abstract_parameters(config, dtype)
     sources = {path: sources_of(path, config) for path in abstract}
     shapes = {
@@ -96,8 +105,8 @@ def fill(
             done += 1
             if progress is not None:
                 progress(done, len(shapes))
-        filled[path] = jax.device_put(parameter)
-    return build(config, filled, dtype)
+        filled[path] = jax.device_put(parameter) if mesh is None else place(path, parameter, config, mesh)
+    return build(config, filled, dtype, mesh)
 
 
 def _empty(like: jax.ShapeDtypeStruct) -> np.ndarray:
@@ -173,8 +182,10 @@ def _check_layers(config: ModelConfig, tensors: Mapping[str, Stored]) -> None:
         )
 
 
-def build(config: ModelConfig, parameters: Mapping[Path, jax.Array], dtype: DTypeLike) -> Llama:
-    """The model whose parameters are those given, all of them."""
+def build(
+    config: ModelConfig, parameters: Mapping[Path, jax.Array], dtype: DTypeLike, mesh: Mesh | None = None
+) -> Llama:
+    """The model whose parameters are those given, all of them, as they lie on the mesh, if there is one."""
     graphdef, state = nnx.split(nnx.eval_shape(lambda: Llama(config, dtype=dtype, rngs=nnx.Rngs(0))))
 
     def pick(path: tuple[Any, ...], _: Any) -> jax.Array:
@@ -182,7 +193,9 @@ def build(config: ModelConfig, parameters: Mapping[Path, jax.Array], dtype: DTyp
 
     pure = jax.tree_util.tree_map_with_path(pick, nnx.to_pure_dict(state))
     nnx.replace_by_pure_dict(state, pure)
-    return nnx.merge(graphdef, state)
+    model = nnx.merge(graphdef, state)
+    model.mesh = mesh
+    return model
 
 
 def check_tokenizer(directory: FilePath, config: ModelConfig) -> None:

@@ -3,6 +3,7 @@
 from pathlib import Path as FilePath
 
 import jax
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from convert.errors import CheckpointError
@@ -36,19 +37,25 @@ def read_any_config(path: str | FilePath) -> ModelConfig:
 
 
 def load_model(
-    path: str | FilePath, *, dtype: DTypeLike | None = None, progress: Progress | None = None
+    path: str | FilePath,
+    *,
+    dtype: DTypeLike | None = None,
+    progress: Progress | None = None,
+    mesh: Mesh | None = None,
 ) -> tuple[Llama, FilePath]:
     """The model at `path`, and the local directory or GGUF file it was read from.
 
     `path` is a Hugging Face directory, a converted one, a GGUF file or a directory with one, or a hub name
-    (org/name), which is downloaded. `dtype` is by default `default_dtype()`.
+    (org/name), which is downloaded. `dtype` is by default `default_dtype()`. On a `mesh`, each tensor goes
+    from the file to the devices that compute with it.
 
     Raises:
         CheckpointError: it cannot be found or used; the message says why.
+        ValueError: the model does not divide over the mesh.
     """
     checkpoint = resolve(path)
     dtype = floating(default_dtype() if dtype is None else dtype)
     if is_converted(checkpoint):
-        return load_converted(checkpoint, dtype=dtype), checkpoint
+        return load_converted(checkpoint, dtype=dtype, mesh=mesh), checkpoint
     load = load_gguf if is_gguf(checkpoint) else load_hf
-    return load(checkpoint, dtype=dtype, progress=progress), checkpoint
+    return load(checkpoint, dtype=dtype, progress=progress, mesh=mesh), checkpoint

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from flax import nnx
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from convert.errors import CheckpointError, brief
@@ -27,6 +28,7 @@ from convert.hf import abstract_parameters, build, check_tokenizer
 from kivi_jax.checks import floating
 from kivi_jax.config import ModelConfig, config_from_dict
 from kivi_jax.model.llama import Llama
+from kivi_jax.model.sharding import as_laid_out, as_stored, split
 from kivi_jax.outputs import seal
 
 FORMAT = 2  # in format 1, queries, keys and values were projections of their own
@@ -88,17 +90,21 @@ def write(model: Llama, folder: FilePath) -> None:
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
 
 
-def load(directory: FilePath, *, dtype: DTypeLike | None = None) -> Llama:
-    """The model that `save` wrote, cast to `dtype` (by default as it was saved).
+def load(directory: FilePath, *, dtype: DTypeLike | None = None, mesh: Mesh | None = None) -> Llama:
+    """The model that `save` wrote, cast to `dtype` (by default as it was saved); on a `mesh`, if given.
 
     Raises:
         CheckpointError: the directory is damaged, or of another format.
+        ValueError: the model does not divide over the mesh.
     """
     config, saved_dtype, files, sums = read_manifest(directory)
     check_tokenizer(directory, config)
     if damage := find_damage(directory / "parameters", files, sums):
         raise CheckpointError(f"{directory}/parameters is damaged ({damage}): copy it or convert again")
     wanted = abstract_parameters(config, saved_dtype if dtype is None else dtype)
+    mesh = None if mesh is None else split(mesh, config)
+    if mesh is not None:
+        wanted = {path: as_stored(path, leaf, config, mesh) for path, leaf in wanted.items()}
     try:
         with ocp.StandardCheckpointer() as checkpointer:
             restored = checkpointer.restore(
@@ -108,7 +114,10 @@ def load(directory: FilePath, *, dtype: DTypeLike | None = None) -> Llama:
         raise CheckpointError(
             f"{directory}/parameters cannot be restored ({brief(error)}): convert again"
         ) from error
-    return build(config, {path: restored["/".join(path)] for path in wanted}, dtype or saved_dtype)
+    parameters = {path: restored.pop("/".join(path)) for path in wanted}
+    if mesh is not None:
+        parameters = {path: as_laid_out(path, parameters[path], config, mesh) for path in wanted}
+    return build(config, parameters, dtype or saved_dtype, mesh)
 
 
 class Manifest(NamedTuple):

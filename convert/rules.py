@@ -8,7 +8,7 @@ from convert.attributes import ROPE_FIELDS, effective_attributes
 from convert.errors import CheckpointError
 from convert.families import ACTIVATIONS, FAMILIES, REFUSED, WRAPPERS, Family
 from kivi_jax.config import ModelConfig, RopeConfig, RopeKind
-from kivi_jax.model.llama import query_key_value_columns
+from kivi_jax.model.layer import query_key_value_columns
 
 Path = tuple[str, ...]  # of a parameter in the model: ("layers", "0", "mlp", "gate", "kernel")
 

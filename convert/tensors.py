@@ -9,7 +9,7 @@ from jax.typing import DTypeLike
 from convert.stored import Stored
 from kivi_jax.checks import warn_once
 from kivi_jax.config import ModelConfig
-from kivi_jax.model.llama import query_key_value_columns
+from kivi_jax.model.layer import query_key_value_columns
 
 # Where models of several parts have their text part, as transformers names it today and as it did.
 _TEXT = {

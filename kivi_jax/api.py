@@ -35,6 +35,7 @@ from kivi_jax.generation.prefix_files import load_prefix, save_prefix
 from kivi_jax.generation.requests import Request
 from kivi_jax.generation.sampling import Greedy, Sample
 from kivi_jax.generation.text import Completion, complete, completions, read_prefix, stream, stream_tokens
+from kivi_jax.mesh import make_mesh
 from kivi_jax.model.llama import Llama
 from kivi_jax.plan.memory import largest_batch, plan_cache
 
@@ -81,6 +82,7 @@ __all__ = [
     "largest_batch",
     "load",
     "load_prefix",
+    "make_mesh",
     "parse_cache",
     "plan_cache",
     "read_prefix",

@@ -25,6 +25,7 @@ CacheOrPrefixOption = Annotated[
     str | None, typer.Option(help=f"{_CACHE_HELP} By default {DEFAULT_CACHE}, or what the prefix is held in.")
 ]
 DtypeOption = Annotated[Dtype | None, typer.Option(help="By default float32 on a CPU, else bfloat16.")]
+MeshOption = Annotated[str | None, typer.Option(help="Devices to use, as in data=2,model=4; by default one.")]
 TemperatureOption = Annotated[float, typer.Option(help="0 is greedy.")]
 TopKOption = Annotated[int, typer.Option(help="Keep the k most likely tokens; 0 keeps all.")]
 TopPOption = Annotated[float, typer.Option(help="Keep the most likely tokens up to this probability.")]

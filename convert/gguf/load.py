@@ -4,6 +4,7 @@ import json
 from pathlib import Path as FilePath
 from typing import Any
 
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from convert.errors import CheckpointError
@@ -32,8 +33,10 @@ def read_gguf_config(file: FilePath) -> ModelConfig:
     return model_config(config_of(read_gguf(file)))
 
 
-def load_gguf(file: FilePath, *, dtype: DTypeLike, progress: Progress | None = None) -> Llama:
-    """A model with the weights of a GGUF file, dequantized and cast to `dtype`.
+def load_gguf(
+    file: FilePath, *, dtype: DTypeLike, progress: Progress | None = None, mesh: Mesh | None = None
+) -> Llama:
+    """A model with the weights of a GGUF file, dequantized and cast to `dtype`; on a `mesh`, if given.
 
     Host memory stays close to the model's own size: tensors are dequantized some rows at a time.
 
@@ -44,7 +47,11 @@ def load_gguf(file: FilePath, *, dtype: DTypeLike, progress: Progress | None = N
     config = model_config(config_of(gguf))
     _check(gguf, config)
     return fill(
-        config, lambda names: named_as_llama(tensors_of(gguf, names), config), dtype=dtype, progress=progress
+        config,
+        lambda names: named_as_llama(tensors_of(gguf, names), config),
+        dtype=dtype,
+        progress=progress,
+        mesh=mesh,
     )
 
 

@@ -251,6 +251,51 @@ def engine(
 
 
 @bench.command()
+def mesh(
+    shape: ShapeOption = "llama-8b",
+    context: Annotated[int, typer.Option(help="Tokens in each row's cache when timing starts.")] = 8192,
+    new_tokens: Annotated[int, typer.Option(help="Steps to time.")] = 16,
+    batch: Annotated[int, typer.Option(help="Rows, on each mesh as many.")] = 1,
+    meshes: Annotated[
+        list[str] | None,
+        typer.Option("--mesh", help="As in data=2,model=4; may be repeated."),
+    ] = None,
+    cache: Annotated[str, typer.Option(help="How tokens are held.")] = "kivi2",
+    layers: Annotated[int, typer.Option(help="Of the shape's layers, the first; 0: all.")] = 0,
+    dtype: DtypeOption = "bfloat16",
+    out: Annotated[Path | None, typer.Option(help="A directory for the figures as JSON.")] = None,
+) -> None:
+    """Time decoding steps on meshes of this machine's devices, and the sums between these alone.
+
+    The last columns are bytes on each device.
+
+    Example:  kivi-jax bench mesh --shape 125m --batch 8 --dtype float32
+    """
+    import dataclasses
+
+    from kivi_jax.bench import mesh as bench_mesh
+    from kivi_jax.mesh import read_mesh
+
+    strategy, config = parse_cache(cache), _shape(shape)
+    config = dataclasses.replace(config, num_layers=layers or config.num_layers)
+    sizes = [(m.shape["data"], m.shape["model"]) for m in map(read_mesh, meshes or ())]
+    records = _written(
+        bench_mesh.run(
+            config,
+            strategy,
+            sizes or bench_mesh.meshes_here(config),
+            context=context,
+            new_tokens=new_tokens,
+            batch=batch,
+            dtype=dtype,
+        ),
+        out and out / "mesh.json",
+    )
+    title = f"{shape} {dtype}, {cache}, {context:,} tokens x {batch} rows"
+    print_table(Console(), bench_mesh.table(list(records), title, machine()))
+
+
+@bench.command()
 def kernels(
     aot: Annotated[bool, typer.Option("--aot", help="Compile only, and count: needs no GPU.")] = False,
     sweep: Annotated[bool, typer.Option("--sweep", help="Time every tuning instead.")] = False,

@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from kivi_jax.cache.prompt_selectors import check_sizes
 from kivi_jax.checks import real, whole
+from kivi_jax.mesh import first_kv_head
 
 
 class Slots(NamedTuple):
@@ -139,7 +140,8 @@ class Random(Slide):
 
     def score(self, slots: Slots) -> Float[Array, "B K S"]:
         """See `DecodeSelector`."""
-        head = jnp.arange(slots.positions.shape[1], dtype=jnp.uint32)[None, :, None]
+        heads = slots.positions.shape[1]
+        head = (first_kv_head(heads) + jnp.arange(heads)).astype(jnp.uint32)[None, :, None]
         block = (slots.positions // self.block).astype(jnp.uint32)
         seed = _mix(jnp.uint32(self.seed % 2**32))
         layer = _mix(seed + slots.layer.astype(jnp.uint32))[:, None, None]

@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 from kivi_jax.cache.decode_selectors import DecodeSelector, Slots, drop_lowest, drop_one
 from kivi_jax.cache.segments import Step, Tokens
 from kivi_jax.cache.stores import DenseStore, Given, PackedStore, Place, PoolQuantization, TokenStore
+from kivi_jax.mesh import add_replicas
 from pallas_kernels import partials
 from pallas_kernels.partials import AttentionPartial
 from pallas_kernels.pytree import pytree, static
@@ -135,7 +136,7 @@ class TokenPool:
         keys, _ = self.store.read()
         query, seen = self._asked(step.query)
         scale = step.query.shape[-1] ** -0.5
-        return partials.attention_weights(query, keys, step.log_sum_exp, seen, scale=scale)
+        return add_replicas(partials.attention_weights(query, keys, step.log_sum_exp, seen, scale=scale))
 
     @classmethod
     def settle(cls, segments: Sequence["TokenPool"], active: Bool[Array, "B"]) -> tuple["TokenPool", ...]:

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from kivi_jax.checks import whole
+from kivi_jax.mesh import mean_of_replicas
 
 ALL_QUERIES = -1  # of `PromptSelector.observed`
 
@@ -281,7 +282,7 @@ class ExpectedAttention(PromptSelector):
         score = jnp.einsum("bkph,bkgh->bkgp", keys, mean) * dim**-0.5
         score += jnp.einsum("bkph,bkghj,bkpj->bkgp", keys, covariance, keys) / (2 * dim)
         competes = (position >= self.sinks) & (position < prompt.lengths[:, None, None])
-        weight = jax.nn.softmax(score, axis=-1, where=competes[:, :, None]).mean(2)
+        weight = mean_of_replicas(jax.nn.softmax(score, axis=-1, where=competes[:, :, None]).mean(2))
         expected = (weight + _LEAST_EXPECTED) * jnp.linalg.norm(values, axis=-1)
         return jnp.where(position < self.sinks, jnp.inf, expected)
 

@@ -15,6 +15,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol, get_args, runtime_checkable
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Shaped
@@ -161,12 +162,9 @@ class DenseStore:
 
 @pytree
 class PackedStore:
-    """Codes, keys and values alike grouped over channels, and the newest tokens in full precision.
+    """Codes, keys and values alike grouped over channels, and the newest tokens in full precision."""
 
-    Of codes, rows and heads are one axis, as slots differ.
-    """
-
-    keys: QuantizedTensor  # [B * K, 1, S - R, H], S - R whole pages
+    keys: QuantizedTensor  # [B, K, S - R, H], S - R whole pages
     values: QuantizedTensor
     newest_keys: Float[Array, "B K R H"]
     newest_values: Float[Array, "B K R H"]
@@ -194,7 +192,7 @@ class PackedStore:
 
         def pack(tokens: Array) -> QuantizedTensor:
             return quantize(
-                _pad_slots(tokens, slots).reshape(batch * kv_heads, 1, slots, dim),
+                _pad_slots(tokens, slots),
                 bits=packing.bits,
                 group_size=group_size,
                 group_axis="channel",
@@ -225,8 +223,7 @@ class PackedStore:
         """See `TokenStore`: dequantized, which a pool's bound keeps small."""
 
         def unpack(tokens: QuantizedTensor, newest: Array) -> Array:
-            older = dequantize(tokens, newest.dtype).reshape(*newest.shape[:2], *tokens.shape[2:])
-            return jnp.concatenate([older, newest], axis=2)
+            return jnp.concatenate([dequantize(tokens, newest.dtype), newest], axis=2)
 
         return unpack(self.keys, self.newest_keys), unpack(self.values, self.newest_values)
 
@@ -240,8 +237,11 @@ class PackedStore:
         moved, ring = place.moved.reshape(-1), Place(place.slot - self.keys.shape[2])
 
         def pack(held: QuantizedTensor, newest: Array) -> QuantizedTensor:
-            # Past the last packed slot nothing is written: it is in the ring, or nowhere.
-            return set_token(held, moved, ring.get(newest).reshape(moved.size, 1, -1))
+            # Slots differ between heads, too: to `set_token` they are rows. Past the last packed slot nothing
+            # is written: it is in the ring, or nowhere.
+            by_row = jax.tree.map(lambda x: x.reshape(moved.size, 1, *x.shape[2:]), held)
+            written = set_token(by_row, moved, ring.get(newest).reshape(moved.size, 1, -1))
+            return jax.tree.map(lambda x, like: x.reshape(like.shape), written, held)
 
         return PackedStore(
             pack(self.keys, self.newest_keys),

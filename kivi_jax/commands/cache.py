@@ -33,6 +33,7 @@ def save(
     chat: options.ChatOption = False,
     system: options.SystemOption = None,
     dtype: options.DtypeOption = None,
+    mesh: options.MeshOption = None,
     overwrite: Annotated[bool, typer.Option(help="Replace what is at the destination.")] = False,
 ) -> None:
     """Read a text into a cache and write that to disk.
@@ -59,7 +60,7 @@ def save(
     with replacing(
         destination, manifest=MANIFEST, overwrite=overwrite, sources=sources
     ) as partial:  # before anything is computed
-        llama, tokenizer = open_model(model, dtype)
+        llama, tokenizer = open_model(model, dtype, mesh)
         prompt = as_prompt(tokenizer, text, chat=chat, system=system)
         with reading(f"{len(text):,} characters"):
             prefix = jax.block_until_ready(read_prefix(llama, tokenizer, [prompt], cache=strategy))

@@ -40,6 +40,7 @@ def chat(
     repetition_penalty: options.PenaltyOption = 1.0,
     seed: options.SeedOption = 0,
     dtype: options.DtypeOption = None,
+    mesh: options.MeshOption = None,
 ) -> None:
     """Talk to a model; its cache is kept between turns, and nothing is read twice.
 
@@ -62,7 +63,7 @@ def chat(
         raise ValueError(f"{max_new_tokens=} must be at least 1")
     strategy = parse_cache(cache)
     sampler = make_sampler(temperature, top_k, top_p, min_p, repetition_penalty)
-    llama, tokenizer = open_model(model, dtype)
+    llama, tokenizer = open_model(model, dtype, mesh)
     if context is None:
         context = min(llama.config.max_position_embeddings, 8192)
     talk = Chat(llama, tokenizer, cache=strategy, context=context, sampler=sampler, system=system)

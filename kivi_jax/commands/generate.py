@@ -53,6 +53,11 @@ def generate(
     batch: Annotated[int, typer.Option(min=1, help="Prompts of --input computed together.")] = 8,
     as_json: options.JsonOption = False,
     dtype: options.DtypeOption = None,
+    mesh: options.MeshOption = None,
+    distributed: Annotated[
+        bool,
+        typer.Option("--distributed", help="Started on several hosts: --mesh is over all their devices."),
+    ] = False,
 ) -> None:
     """Continue a prompt, streaming the text, and say what it cost.
 
@@ -64,6 +69,15 @@ def generate(
 
     Example:  kivi-jax generate ./llama-8b --input in.jsonl --output out.jsonl
     """
+    if distributed:
+        arguments = locals()
+        if mesh is None:
+            raise ValueError("--distributed needs --mesh, over the devices of all hosts")
+        from kivi_jax.commands.hosts import for_this_host, together
+
+        with together():
+            here = {"destination": destination and for_this_host(destination), "distributed": False}
+            return generate(**{**arguments, **here})
     import jax
 
     from kivi_jax.cache.names import parse_cache
@@ -83,7 +97,7 @@ def generate(
     stops = check_stop(stop or ())
     if any("\\n" in text for text in stops):
         say("hint: a --stop has a backslash and an n; a line's end is $'\\n' in bash and zsh")
-    llama, tokenizer = open_model(model, dtype)
+    llama, tokenizer = open_model(model, dtype, mesh)
     drawing: Decoding = {"max_new_tokens": max_new_tokens, "sampler": sampler}
     if prefix is None:
         drawing["cache"] = strategy

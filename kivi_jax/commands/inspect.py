@@ -52,6 +52,10 @@ def inspect(
         FilePath | None,
         typer.Option(help="Draw memory against context, up to --context, into this PNG file."),
     ] = None,
+    mesh: Annotated[
+        str | None,
+        typer.Option(help="Plan for each of many devices, as in data=2,model=4; none is needed."),
+    ] = None,
     as_json: options.JsonOption = False,
 ) -> None:
     """Plan memory: what each cache of a model weighs, and the batch that fits. Needs no weights.
@@ -59,10 +63,13 @@ def inspect(
     Example:  kivi-jax inspect llama-8b --context 131072 --batch 4 --memory 80GB
 
     Example:  kivi-jax inspect llama-8b --prompt 4096 --plot memory.png
+
+    Example:  kivi-jax inspect llama-70b --mesh data=2,model=4 --memory 80GB
     """
     from convert import read_any_config
     from kivi_jax.cache.names import parse_cache
-    from kivi_jax.plan.memory import largest_batch, parameter_count, plan_cache
+    from kivi_jax.mesh import read_mesh
+    from kivi_jax.plan.memory import largest_batch, parameters_of_device, plan_cache
 
     if plot is not None:
         from kivi_jax.figures import check_place
@@ -73,11 +80,13 @@ def inspect(
     warn_beyond(config.context, context)
     strategies = {name: parse_cache(name) for name in cache or ["full", "kivi4", "kivi2", "kivi2+scope"]}
     limit = parse_bytes(memory or "24GiB")
-    weights = parameter_count(config) * {"float32": 4}.get(dtype.value, 2)
+    devices = None if mesh is None else read_mesh(mesh)
+    weights = parameters_of_device(config, devices) * {"float32": 4}.get(dtype.value, 2)
     rows_of = f"{context:,} tokens x {batch} row{'s' * (batch > 1)}"
+    each = "" if mesh is None else f", on each device of {mesh}"
     console = Console()
     table = Table(
-        title=f"{rows_of}, {dtype.value}; weights {format_bytes(weights)}",
+        title=f"{rows_of}, {dtype.value}{each}; weights {format_bytes(weights)}",
         caption=f"max batch: rows of {context:,} tokens that fit into {memory or '24GiB'} beside the weights",
         padding=(0, 1 if console.width >= 110 else 0),  # nine columns, in 80 characters, too
     )
@@ -87,14 +96,26 @@ def inspect(
     for column in columns:
         table.add_column(column.replace(" ", "\n").replace("/", "/\n"), justify="right", no_wrap=True)
     size = functools.partial(
-        plan_cache, config, batch=batch, context=context, dtype=dtype.value, prompt_tokens=prompt
+        plan_cache,
+        config,
+        batch=batch,
+        context=context,
+        dtype=dtype.value,
+        prompt_tokens=prompt,
+        mesh=devices,
     )
     whole = size(parse_cache("full"))
     plans: dict[str, dict[str, int]] = {}
     for name, strategy in strategies.items():
         parts = size(strategy)
         rows = largest_batch(
-            config, strategy, context=context, dtype=dtype.value, memory_bytes=limit, prompt_tokens=prompt
+            config,
+            strategy,
+            context=context,
+            dtype=dtype.value,
+            memory_bytes=limit,
+            prompt_tokens=prompt,
+            mesh=devices,
         )
         plans[name] = parts | {"max_batch": rows}
         table.add_row(
@@ -109,7 +130,7 @@ def inspect(
             f"{rows:,}",
         )
     if as_json:
-        plan = dict(model=model, context=context, prompt=prompt, batch=batch, dtype=dtype.value)
+        plan = dict(model=model, context=context, prompt=prompt, batch=batch, dtype=dtype.value, mesh=mesh)
         typer.echo(json.dumps(plan | {"weights": weights, "memory": limit, "caches": plans}))
     else:
         print_table(console, table)

@@ -16,7 +16,8 @@ import numpy as np
 from flax import nnx
 
 from kivi_jax.config import ModelConfig
-from kivi_jax.model.llama import Attention, Llama, query_key_value_columns
+from kivi_jax.model.layer import Attention, query_key_value_columns
+from kivi_jax.model.llama import Llama
 
 POSITION_PAIRS = 10  # the fastest channel pairs of a head tell positions apart
 CONTENT_PAIRS = 16  # the slowest compare contents; they turn little within the context

@@ -36,7 +36,8 @@ from kivi_jax.demo.initialize import initialize
 from kivi_jax.demo.recipe import Recipe, model_config
 from kivi_jax.figures import new_figure, save_figure
 from kivi_jax.generation.loading import load
-from kivi_jax.model.llama import Llama, query_key_value_columns
+from kivi_jax.model.layer import query_key_value_columns
+from kivi_jax.model.llama import Llama
 
 Measure = dict[str, int | float]  # of one step: its number, seconds since the start, loss, accuracy by task
 

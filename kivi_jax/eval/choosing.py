@@ -11,7 +11,7 @@ from rich.progress import Progress
 from kivi_jax.cache.names import parse_cache
 from kivi_jax.eval.command import Batch, Model, Out
 from kivi_jax.eval.run import Run, read_text
-from kivi_jax.options import DtypeOption
+from kivi_jax.options import DtypeOption, MeshOption
 
 choosing = typer.Typer()
 
@@ -33,6 +33,7 @@ def frontier(
     problems: Annotated[int, typer.Option(min=1, help="Pass keys of each length.")] = 96,
     batch: Batch = 8,
     dtype: DtypeOption = None,
+    mesh: MeshOption = None,
 ) -> None:
     """What caches cost against their bytes: perplexity, distance from the full cache, pass keys.
 
@@ -46,7 +47,7 @@ def frontier(
     if twice := next((path for path in data if beside[path.stem] != path), None):
         raise ValueError(f"{twice} and {beside[twice.stem]} have one name: rename one, to tell them apart")
     files = {name: read_text(str(path)) for name, path in beside.items()}
-    run = Run("frontier", model, ", ".join(files), out, dtype, beside)
+    run = Run("frontier", model, ", ".join(files), out, dtype, beside, mesh=mesh)
     llama, tokenizer = run.loaded
     texts = read_texts(tokenizer, files, length=length, windows=windows)
     depths = math.gcd(problems, 8)
@@ -98,6 +99,7 @@ def select(
     seed: Annotated[int, typer.Option(min=0, help="Of the first problem.")] = 0,
     batch: Batch = 32,
     dtype: DtypeOption = None,
+    mesh: MeshOption = None,
 ) -> None:
     """What selectors of the output lose at equal budgets, in SCOPE's setting, with intervals.
 
@@ -106,7 +108,7 @@ def select(
     from kivi_jax.demo import tasks
     from kivi_jax.eval.select import caches, measure
 
-    run = Run("select", model, f"{questions} questions", out, dtype)
+    run = Run("select", model, f"{questions} questions", out, dtype, mesh=mesh)
     llama, tokenizer = run.loaded
     made = {str(number): tasks.questions(number, questions) for number in range(seed, seed + problems)}
     longest = max(len(tokenizer(problem.answer)["input_ids"]) for problem in made.values())

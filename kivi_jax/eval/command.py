@@ -10,7 +10,7 @@ from rich.progress import Progress
 from kivi_jax.cache.names import parse_cache
 from kivi_jax.console import print_table
 from kivi_jax.eval.run import Run, print_report, progress_bar, read_text
-from kivi_jax.options import ChatOption, DtypeOption
+from kivi_jax.options import ChatOption, DtypeOption, MeshOption
 
 if TYPE_CHECKING:
     from kivi_jax.eval.samples import Sample
@@ -46,6 +46,7 @@ def perplexity(
     limit: Limit = None,
     batch: Batch = 8,
     dtype: DtypeOption = None,
+    mesh: MeshOption = None,
 ) -> None:
     """Perplexity by position in a long text, every token decoded from the cache.
 
@@ -53,7 +54,7 @@ def perplexity(
     """
     from kivi_jax.eval.perplexity import read_windows, score_windows
 
-    run = Run("perplexity", model, data, out, dtype)
+    run = Run("perplexity", model, data, out, dtype, mesh=mesh)
     llama, tokenizer = run.loaded
     windows = read_windows(tokenizer, read_text(data), length)[:limit]
 
@@ -92,6 +93,7 @@ def longbench(
     limit: Limit = None,
     batch: Batch = 1,
     dtype: DtypeOption = None,
+    mesh: MeshOption = None,
 ) -> None:
     """LongBench, the tasks of KIVI's tables: NAME.jsonl files in --data.
 
@@ -100,7 +102,7 @@ def longbench(
     from kivi_jax.eval.longbench import LONGEST_ANSWER, prompt_files, read_samples
 
     samples = read_samples(data, prompts, limit=limit, tasks=task or ())
-    run = Run("longbench", model, data, out, dtype, beside=prompt_files(data, prompts))
+    run = Run("longbench", model, data, out, dtype, beside=prompt_files(data, prompts), mesh=mesh)
     if max_length is None:  # the same for all tasks, which may run one by one
         positions = run.loaded[0].config.max_position_embeddings
         max_length = positions - LONGEST_ANSWER
@@ -138,6 +140,7 @@ def longgenbench(
     limit: Limit = None,
     batch: Batch = 1,
     dtype: DtypeOption = None,
+    mesh: MeshOption = None,
 ) -> None:
     """LongGenBench: many questions in one prompt, answered in one long output (SCOPE's evaluation).
 
@@ -172,7 +175,7 @@ def longgenbench(
     if build is not None:
         settings |= dict(build=build, examples=examples)
     beside = {} if build is None else {"build": build}
-    run = Run("longgenbench", model, data, out, dtype, beside=beside)
+    run = Run("longgenbench", model, data, out, dtype, beside=beside, mesh=mesh)
     run.generate(samples, cache, batch=batch, **settings)
 
 
@@ -195,6 +198,7 @@ def needle(
     limit: Limit = None,
     batch: Batch = 4,
     dtype: DtypeOption = None,
+    mesh: MeshOption = None,
 ) -> None:
     """A pass key hidden at every depth of prompts of every length; a heat map per cache.
 
@@ -203,7 +207,7 @@ def needle(
     from kivi_jax.eval.needle import build_samples, read_samples
     from kivi_jax.eval.samples import read_rows
 
-    run = Run("needle", model, data or "made-up text", out, dtype)
+    run = Run("needle", model, data or "made-up text", out, dtype, mesh=mesh)
     _, tokenizer = run.loaded
     settings: dict[str, Any] = dict(max_new_tokens=max_new_tokens)
     if data is not None and data.endswith(".jsonl"):
@@ -233,6 +237,7 @@ def ruler(
     limit: Limit = None,
     batch: Batch = 1,
     dtype: DtypeOption = None,
+    mesh: MeshOption = None,
 ) -> None:
     """RULER's needle tasks, from the files of its own scripts (TASK/validation.jsonl), or TASK.jsonl.
 
@@ -241,7 +246,7 @@ def ruler(
     from kivi_jax.eval.ruler import read_samples
 
     samples = read_samples(data, limit=limit, max_new_tokens=max_new_tokens)
-    run = Run("ruler", model, data, out, dtype)
+    run = Run("ruler", model, data, out, dtype, mesh=mesh)
     run.generate(samples, cache, batch=batch, max_new_tokens=max_new_tokens, chat=chat)
 
 
@@ -257,6 +262,7 @@ def gsm8k(
     limit: Limit = None,
     batch: Batch = 4,
     dtype: DtypeOption = None,
+    mesh: MeshOption = None,
 ) -> None:
     """GSM8K with worked examples in the prompt, as in KIVI's example.
 
@@ -271,7 +277,7 @@ def gsm8k(
         for split in ("train", "test")
     )
     samples = build_samples(asked[:limit], examples=shown[:examples], max_new_tokens=max_new_tokens)
-    run = Run("gsm8k", model, data, out, dtype)
+    run = Run("gsm8k", model, data, out, dtype, mesh=mesh)
     settings = dict(examples=examples, max_new_tokens=max_new_tokens, chat=chat)
     run.generate(samples, cache, batch=batch, **settings)
 

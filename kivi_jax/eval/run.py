@@ -33,13 +33,14 @@ class Run:
     beside: Mapping[str, str | Path] = dataclasses.field(
         default_factory=dict
     )  # what it reads besides, by name
+    mesh: str | None = None
 
     @functools.cached_property
     def loaded(self) -> "tuple[Llama, Any]":
         """The model and its tokenizer, opened when first asked for: wrong data should not wait for it."""
         from kivi_jax.generation.loading import open_model
 
-        return open_model(self.model, self.dtype)
+        return open_model(self.model, self.dtype, self.mesh)
 
     @property
     def folder(self) -> Path:

@@ -166,7 +166,13 @@ def _logit_divergence(
 
 
 def forward(model: Llama, tokens: Int[Array, "B T"], attend: Attend) -> Float[Array, "B T V"]:
-    """The model's logits, its layers attending by `attend(query, key, value, window)`."""
+    """The model's logits, its layers attending by `attend(query, key, value, window)`.
+
+    Raises:
+        ValueError: the model is on a mesh, whose devices have no layer whole.
+    """
+    if model.mesh is not None:
+        raise ValueError("a study reads whole layers: load the model without mesh=")
     lengths = jnp.full(tokens.shape[:1], tokens.shape[1])
     positions = jnp.arange(tokens.shape[1])[None]
     x = model.embedded(tokens)

@@ -19,7 +19,7 @@ from kivi_jax.cache.names import strategy_of
 from kivi_jax.cache.strategy import CacheStrategy, shorten
 from kivi_jax.checks import instance, warn_beyond, whole
 from kivi_jax.generation.generate import check_count, check_model, check_sampler
-from kivi_jax.generation.prefix import Prefix, prefill
+from kivi_jax.generation.prefix import Prefix, placed, prefill
 from kivi_jax.generation.sampling import Sampler
 from kivi_jax.generation.templates import Message, encode_conversation, has_template
 from kivi_jax.generation.text import append, decode_after, stream_after
@@ -162,7 +162,7 @@ class Chat:
             seen = np.zeros(held.seen.shape, bool)
             seen[0, wanted[:known]] = True
             held = dataclasses.replace(held, cache=cache, seen=jnp.asarray(seen))
-            return append(self.model, held, wanted[known:])
+            return append(self.model, placed(held, self.model.mesh), wanted[known:])
         tokens, lengths = (jnp.asarray(x) for x in pad_prompts([wanted]))
         return prefill(
             self.model,

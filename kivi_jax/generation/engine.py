@@ -83,8 +83,11 @@ class Engine:
 
         Raises:
             ValueError: the strategy does not fit the model, a number is out of range, or no slot fits.
+            NotImplementedError: the model lies on a mesh.
         """
         check_model(model)
+        if model.mesh is not None:
+            raise NotImplementedError("an engine runs on one device: load its model without mesh=")
         self.model, self.tokenizer, self.strategy = model, tokenizer, strategy_of(cache)
         self.strategy.check(model.config)
         for name, number in dict(context=context, queue=queue, chunk_tokens=chunk_tokens).items():

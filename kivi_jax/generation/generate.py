@@ -16,6 +16,7 @@ from kivi_jax.cache.strategy import CacheStrategy, KVCache
 from kivi_jax.checks import instance, warn_beyond, whole
 from kivi_jax.generation.prefix import Prefix, check_prefix, extend, fork, prefill, weights_mark
 from kivi_jax.generation.sampling import Greedy, Sampler, penalize
+from kivi_jax.mesh import on_every_device
 from kivi_jax.model.inputs import PerRow, Prompts, read_prompts
 from kivi_jax.model.llama import Llama
 from pallas_kernels.pytree import pytree
@@ -247,7 +248,7 @@ def read(
 ) -> Prefix:
     """The prompts read, alone or after a prefix, with room for `room` tokens more a row."""
     if prefix is not None:
-        own = fork(prefix, rows=tokens.shape[0], more=tokens.shape[1] + room)
+        own = fork(prefix, rows=tokens.shape[0], more=tokens.shape[1] + room, mesh=model.mesh)
         return extend(model, own, tokens, lengths)
     assert cache is not None  # `check_start`
     capacity = tokens.shape[1] + room
@@ -342,6 +343,11 @@ class _Loop(NamedTuple):
         """What is known of the rows by now."""
         return Generation(self.tokens, self.lengths, self.cache, self.finite, self.log_probs)
 
+    def on_every_device(self, model: Llama) -> "_Loop":
+        """The loop with all but the cache where every host can read it."""
+        others = on_every_device(self._replace(cache=None), model.mesh)  # pyright: ignore
+        return others._replace(cache=self.cache)
+
 
 def _begin(
     model: Llama,
@@ -367,7 +373,7 @@ def _begin(
     rows = prompt.shape[0]
     log_probs = jnp.zeros((rows, most)) if program.log_probs else None
     padding = _padding(eos)
-    return _Loop(
+    first = _Loop(
         eos=eos,
         emitted=jnp.int32(1),
         token=token,
@@ -379,6 +385,7 @@ def _begin(
         state=state,
         finite=is_finite(start.logits, token),
     )
+    return first.on_every_device(model)
 
 
 def _run(model: Llama, first: _Loop, until: Int[Array, ""] | int, program: _Program) -> _Loop:
@@ -410,7 +417,7 @@ def _run(model: Llama, first: _Loop, until: Int[Array, ""] | int, program: _Prog
             finite=finite,
         )
 
-    return jax.lax.while_loop(unfinished, step, first)
+    return jax.lax.while_loop(unfinished, step, first).on_every_device(model)
 
 
 def log_prob(logits: Float[Array, "B V"], token: Int[Array, "B"]) -> Float[Array, "B"]:

@@ -10,12 +10,15 @@ import functools
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from kivi_jax.cache.strategy import CacheStrategy, KVCache, grow, repeat_row
 from kivi_jax.checks import instance
 from kivi_jax.generation.tokens import CONTEXT
+from kivi_jax.mesh import on_every_device
 from kivi_jax.model.llama import Llama
+from kivi_jax.model.sharding import placed_cache
 from pallas_kernels.pytree import pytree, static
 
 _MARKED = 16  # numbers of a parameter that `weights_mark` looks at
@@ -67,12 +70,24 @@ def prefill(
     """
     logits, held = model.prefill(tokens, lengths, cache=cache, capacity=capacity, block_tokens=block_tokens)
     seen = _seen(tokens, lengths, model.config.vocab_size)
-    return Prefix(held, logits, seen, _tail(jnp.full((tokens.shape[0], CONTEXT), -1), tokens, lengths))
+    tail = _tail(jnp.full((tokens.shape[0], CONTEXT), -1), tokens, lengths)
+    return placed(Prefix(held, logits, seen, tail), model.mesh)
 
 
-@functools.partial(jax.jit, static_argnames=("rows", "more"))
-def fork(prefix: Prefix, *, rows: int, more: int) -> Prefix:
+def placed(prefix: Prefix, mesh: Mesh | None) -> Prefix:
+    """A prefix, wherever its arrays lie, on a mesh."""
+    if mesh is None:
+        return prefix
+    cache = placed_cache(prefix.cache, mesh, prefix.rows)
+    others = on_every_device((prefix.logits, prefix.seen, prefix.tail, prefix.mark), mesh)
+    return Prefix(cache, *others, prefix.turn)
+
+
+@functools.partial(jax.jit, static_argnames=("rows", "more", "mesh"))
+def fork(prefix: Prefix, *, rows: int, more: int, mesh: Mesh | None = None) -> Prefix:
     """A copy with room for `more` tokens a row, of `rows` rows: the prefix's own, or its only one repeated.
+
+    On the `mesh`, if there is one.
 
     `extend` and `Llama.decode` consume the cache they are given; a prefix to be used again is forked first.
 
@@ -85,7 +100,7 @@ def fork(prefix: Prefix, *, rows: int, more: int) -> Prefix:
             f"pass {prefix.rows} prompts, or a prefix of one row"
         )
     times = rows // prefix.rows
-    return Prefix(
+    copy = Prefix(
         grow(repeat_row(prefix.cache, times), more),
         jnp.tile(prefix.logits, (times, 1)),
         jnp.tile(prefix.seen, (times, 1)),
@@ -93,6 +108,7 @@ def fork(prefix: Prefix, *, rows: int, more: int) -> Prefix:
         prefix.mark,
         prefix.turn,
     )
+    return placed(copy, mesh)
 
 
 @functools.partial(jax.jit, donate_argnames=("prefix",))
@@ -114,7 +130,7 @@ def extend(model: Llama, prefix: Prefix, tokens: Int[Array, "B T"], lengths: Int
     logits, cache = jax.lax.fori_loop(0, lengths.max(), advance, (prefix.logits, prefix.cache))
     seen = prefix.seen | _seen(tokens, lengths, prefix.seen.shape[1])
     tail = _tail(prefix.tail, tokens, lengths)
-    return Prefix(cache, logits, seen, tail, prefix.mark, prefix.turn)
+    return placed(Prefix(cache, logits, seen, tail, prefix.mark, prefix.turn), model.mesh)
 
 
 @jax.jit

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 from jaxtyping import Array, Shaped, UInt32
 
 from kivi_jax import checks
@@ -24,10 +25,13 @@ from kivi_jax.cache.names import cache_name, parse_cache, strategy_of
 from kivi_jax.cache.strategy import CacheStrategy, cache_bytes
 from kivi_jax.config import ModelConfig, config_from_dict
 from kivi_jax.generation.generate import check_model, check_start
-from kivi_jax.generation.prefix import Prefix, weights_mark
+from kivi_jax.generation.prefix import Prefix, placed, weights_mark
+from kivi_jax.mesh import on_host
 from kivi_jax.model.llama import Llama
+from kivi_jax.model.sharding import as_on_disk, cache_sharding
 from kivi_jax.outputs import seal
 from kivi_jax.plan.memory import zero_cache
+from pallas_kernels.device import default_device
 
 FORMAT = 2
 MANIFEST = "prefix.json"
@@ -79,7 +83,7 @@ def write_prefix(folder: FilePath, prefix: Prefix, model: Llama) -> None:
     saved = SavedPrefix(
         cache=cache_name(prefix.cache.strategy),
         capacity=prefix.cache.capacity,
-        tokens=prefix.cache.lengths.tolist(),
+        tokens=on_host(prefix.cache.lengths).tolist(),
         turn=prefix.turn,
         model=fingerprint(model),
         config=model.config,
@@ -126,8 +130,11 @@ def load_prefix(path: str | FilePath, model: Llama, *, cache: CacheStrategy | st
         )
     if damage := find_damage(path / "arrays", saved.files):
         raise _damaged(path, damage)
+    rows = len(saved.tokens)
     wanted = {
-        name: jax.ShapeDtypeStruct(tuple(shape), jnp.dtype(dtype))
+        name: jax.ShapeDtypeStruct(
+            tuple(shape), jnp.dtype(dtype), sharding=_where(name, tuple(shape), rows, model.mesh)
+        )
         for name, (shape, dtype) in saved.arrays.items()
     }
     try:
@@ -156,7 +163,9 @@ def load_prefix(path: str | FilePath, model: Llama, *, cache: CacheStrategy | st
     names = list(_named(structure))
     if set(names) != set(arrays):
         raise _damaged(path, "its arrays are not those of its cache")
-    prefix = jax.tree.unflatten(jax.tree.structure(structure), [arrays[name] for name in names])
+    # Pools' packed tokens were once saved with rows and heads as one axis.
+    leaves = [x if x.ndim < 3 else x.reshape(rows, -1, *x.shape[2:]) for x in map(arrays.get, names)]
+    prefix = placed(jax.tree.unflatten(jax.tree.structure(structure), leaves), model.mesh)
     return dataclasses.replace(prefix, mark=weights_mark(model))
 
 
@@ -188,7 +197,10 @@ def read_manifest(path: FilePath) -> SavedPrefix:
 def fingerprint(model: Llama) -> str:
     """Names a model: equal for equal configs and parameters, in the same dtype."""
     parameters = jax.tree_util.tree_leaves_with_path(nnx.to_pure_dict(nnx.state(model)))
-    arrays = {"/".join(str(key.key) for key in path): leaf for path, leaf in parameters}
+    named = {tuple(str(key.key) for key in path): leaf for path, leaf in parameters}
+    arrays = {
+        "/".join(path): as_on_disk(path, leaf, model.config, model.mesh) for path, leaf in named.items()
+    }
     return hashlib.sha256(f"{model.config!r} {_digest(arrays)}".encode()).hexdigest()[:16]
 
 
@@ -215,6 +227,15 @@ def _named(prefix: Prefix) -> dict[str, Any]:
     named = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
     named.pop("mark", None)
     return named
+
+
+def _where(name: str, shape: tuple[int, ...], rows: int, mesh: Mesh | None) -> Sharding:
+    """Where to read an array of a prefix to, wherever it was when it was saved."""
+    if mesh is None:
+        return SingleDeviceSharding(default_device())
+    if name.startswith("cache") and shape[0] == rows:
+        return cache_sharding(shape, mesh, rows)
+    return NamedSharding(mesh, PartitionSpec())
 
 
 def _dtype(model: Llama) -> str:

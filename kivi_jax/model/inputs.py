@@ -15,6 +15,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Bool, Int
 
 from kivi_jax.cache.strategy import KVCache
+from kivi_jax.mesh import on_host
 
 Prompts = Int[Array | np.ndarray, "B P"] | Sequence[Sequence[int]]
 PerRow = Int[Array | np.ndarray, "B"] | Sequence[int]
@@ -109,7 +110,7 @@ def room_left(cache: KVCache, active: Any) -> int | None:
         )
     if (room := cache.__dict__.get("room", 0)) > 0:
         return room
-    left = cache.capacity - np.asarray(cache.lengths)
+    left = cache.capacity - on_host(cache.lengths)
     if isinstance(active, Tracer):
         return None
     takes = left if active is None else left[np.asarray(active)]

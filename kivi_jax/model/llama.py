@@ -9,11 +9,11 @@ pytree that goes in and comes out: nothing here is mutated, so plain `jax.jit` i
 """
 
 import functools
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
@@ -23,7 +23,8 @@ from kivi_jax.cache.prompt_selectors import ALL_QUERIES, Prompt
 from kivi_jax.cache.segments import Segment, Step, attend_token
 from kivi_jax.cache.strategy import CacheStrategy, KVCache
 from kivi_jax.checks import instance, whole
-from kivi_jax.config import Activation, ModelConfig
+from kivi_jax.config import ModelConfig
+from kivi_jax.mesh import add_parts, add_replicas, first_row_of, join_parts
 from kivi_jax.model.attention import add_weights, causal_attention, flash_attention, has_flash
 from kivi_jax.model.expected_queries import add_queries, no_queries
 from kivi_jax.model.inputs import (
@@ -36,134 +37,29 @@ from kivi_jax.model.inputs import (
     read_tokens,
     room_left,
 )
+from kivi_jax.model.layer import Layer, RMSNorm, linear
 from kivi_jax.model.ordering import after
 from kivi_jax.model.read import Read
-from kivi_jax.model.rope import Rotate, rotation
+from kivi_jax.model.rope import rotation
+from kivi_jax.model.sharding import over_mesh, part_of
 from pallas_kernels.partials import merge, normalize
-
-ACTIVATIONS: dict[Activation, Callable[[Array], Array]] = {
-    "silu": nnx.silu,
-    "gelu_tanh": functools.partial(nnx.gelu, approximate=True),
-}
-
-
-class RMSNorm(nnx.Module):
-    """`x / rms(x) * (scale + offset)` in float32, over the last axis; a larger scale takes the last two."""
-
-    def __init__(self, config: ModelConfig, size: int, *, dtype: DTypeLike):
-        """Create a scale that changes nothing."""
-        self.epsilon, self.offset = config.rms_norm_eps, config.norm_offset
-        self.scale = nnx.Param(jnp.full(size, 1 - self.offset, dtype))
-
-    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-        """`x` normalized, in its shape and dtype."""
-        scale = self.scale[...].astype(jnp.float32) + self.offset
-        wide = x.shape if x.shape[-1] == scale.size else (*x.shape[:-2], scale.size)
-        y = x.astype(jnp.float32).reshape(wide)
-        y *= jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.epsilon)
-        return (y * jnp.expand_dims(scale, range(y.ndim - 1))).reshape(x.shape).astype(x.dtype)
-
-
-def query_key_value_columns(config: ModelConfig) -> tuple[slice, slice, slice]:
-    """Where queries, keys and values are in what `Attention.query_key_value` returns, each head by head."""
-    queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    return slice(0, queries), slice(queries, queries + keys), slice(queries + keys, queries + 2 * keys)
-
-
-class Attention(nnx.Module):
-    """Projections of grouped-query attention; what is attended to is the cache's business.
-
-    Queries, keys and values are one projection. On their own, keys' and values' kernels [4096, 1024] are so
-    narrow that XLA:GPU multiplies them with a single row element by element, writes the 8 MB to memory and
-    sums them afterwards: 35 us of a layer's 250 us on an H100. As columns beside the queries' they are part
-    of a real matrix product, and cost 6 us.
-    """
-
-    def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        """Create both projections, kernels [in, out]."""
-        output_bias = config.attention_bias if config.output_bias is None else config.output_bias
-        self.num_heads, self.num_kv_heads = config.num_heads, config.num_kv_heads
-        self.head_dim = config.head_dim
-        columns = query_key_value_columns(config)
-        self.query_key_value = _linear(config.attention_bias, dtype, rngs)(
-            config.hidden_size, columns[-1].stop
-        )
-        self.output = _linear(output_bias, dtype, rngs)(columns[0].stop, config.hidden_size)
-        self.qk_norm = config.qk_norm
-        if config.qk_norm is not None:
-            whole = config.qk_norm == "projection"
-            self.query_norm, self.key_norm = (
-                RMSNorm(config, heads * config.head_dim if whole else config.head_dim, dtype=dtype)
-                for heads in (config.num_heads, config.num_kv_heads)
-            )
-
-    def project(self, x: Float[Array, "B T D"], rotate: Rotate) -> tuple[Array, Array, Array]:
-        """Query [B, T, N, H], key and value [B, T, K, H]; query and key rotated to their positions."""
-        heads = self.query_key_value(x).reshape(*x.shape[:-1], -1, self.head_dim)
-        queries_and_keys, value = jnp.split(heads, [self.num_heads + self.num_kv_heads], axis=-2)
-        if self.qk_norm is not None:
-            query, key = jnp.split(queries_and_keys, [self.num_heads], axis=-2)
-            queries_and_keys = jnp.concatenate([self.query_norm(query), self.key_norm(key)], axis=-2)
-        query, key = jnp.split(rotate(queries_and_keys), [self.num_heads], axis=-2)
-        return query, key, value
-
-
-class MLP(nnx.Module):
-    """A gated MLP, `down(activation(gate(x)) * up(x))`: SwiGLU, GeGLU."""
-
-    def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        """Create the three projections, kernels [in, out]."""
-        linear = _linear(config.mlp_bias, dtype, rngs)
-        self.activate = ACTIVATIONS[config.activation]
-        self.gate = linear(config.hidden_size, config.intermediate_size)
-        self.up = linear(config.hidden_size, config.intermediate_size)
-        self.down = linear(config.intermediate_size, config.hidden_size)
-
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        """Apply to every token."""
-        return self.down(self.activate(self.gate(x)) * self.up(x))
-
-
-class Layer(nnx.Module):
-    """Residual block: attention, then MLP, each with a norm before it, on its output, or both."""
-
-    def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        """Create the norms and the two sub-blocks."""
-        norm = functools.partial(RMSNorm, config, config.hidden_size, dtype=dtype)
-        self.norms, self.multiplier = config.norm_placement, config.residual_multiplier
-        if self.norms != "post":
-            self.attention_norm, self.mlp_norm = norm(), norm()
-        if self.norms != "pre":
-            self.attention_output_norm, self.mlp_output_norm = norm(), norm()
-        self.attention = Attention(config, dtype=dtype, rngs=rngs)
-        self.mlp = MLP(config, dtype=dtype, rngs=rngs)
-
-    def project(self, x: Float[Array, "B T D"], rotate: Rotate) -> tuple[Array, Array, Array]:
-        """Query, key and value of the residual stream `x`; see `Attention.project`."""
-        return self.attention.project(x if self.norms == "post" else self.attention_norm(x), rotate)
-
-    def finish(self, x: Float[Array, "B T D"], attended: Float[Array, "B T N H"]) -> Float[Array, "B T D"]:
-        """The residual stream after this layer, given what its queries attended to."""
-        out = self.attention.output(attended.reshape(*x.shape[:-1], -1).astype(x.dtype))
-        x += self._added(out if self.norms == "pre" else self.attention_output_norm(out))
-        out = self.mlp(x if self.norms == "post" else self.mlp_norm(x))
-        return x + self._added(out if self.norms == "pre" else self.mlp_output_norm(out))
-
-    def _added(self, out: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        return out if self.multiplier == 1 else (out.astype(jnp.float32) * self.multiplier).astype(out.dtype)
 
 
 class Llama(nnx.Module):
-    """A Llama-like decoder: see `ModelConfig` for what varies between families."""
+    """A Llama-like decoder: see `ModelConfig` for what varies between families.
+
+    On a `mesh`, parameters lie as `sharding.py` says, and every device computes its own part.
+    """
 
     def __init__(self, config: ModelConfig, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs):
         """Create randomly initialized parameters of `dtype`; converters overwrite them."""
         self.config = config
+        self.mesh: Mesh | None = None
         self.embed = nnx.Embed(config.vocab_size, config.hidden_size, param_dtype=dtype, rngs=rngs)
         self.layers = nnx.List[Layer](Layer(config, dtype=dtype, rngs=rngs) for _ in range(config.num_layers))
         self.norm = RMSNorm(config, config.hidden_size, dtype=dtype)
         if not config.tie_word_embeddings:
-            self.lm_head = _linear(False, dtype, rngs)(config.hidden_size, config.vocab_size)
+            self.lm_head = linear(False, dtype, rngs)(config.hidden_size, config.vocab_size)
 
     def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:
         """Float32 logits of every position. No cache; differentiable; memory grows with T * V.
@@ -172,20 +68,7 @@ class Llama(nnx.Module):
             ValueError: tokens are no rows of numbers; or, outside of a trace, not in the vocabulary.
         """
         tokens = read_tokens(tokens, vocab_size=self.config.vocab_size)
-        length, position = jnp.full(tokens.shape[:1], tokens.shape[1]), jnp.arange(tokens.shape[1])[None]
-        x = self.embedded(tokens)
-        for index, layer in enumerate(self.layers):
-            query, key, value = layer.project(x, rotation(self.config, index, length, position))
-            window = self.config.window_of(index)
-            attended = jax.nn.dot_product_attention(
-                query,
-                key,
-                value,
-                is_causal=True,
-                local_window_size=None if window is None else (window - 1, 0),
-            )
-            x = layer.finish(x, attended)
-        return self.logits(x)
+        return _forward(self, tokens) if self.mesh is None else _forward_on_mesh(self, tokens)
 
     def prefill(
         self,
@@ -254,15 +137,49 @@ class Llama(nnx.Module):
 
     def embedded(self, tokens: Int[Array, "*B"]) -> Float[Array, "*B D"]:
         """The residual stream before the first layer."""
-        x, multiplier = self.embed(tokens), self.config.embedding_multiplier
+        x, multiplier = self._looked_up(tokens), self.config.embedding_multiplier
         return x if multiplier == 1 else x * jnp.asarray(multiplier, x.dtype)  # rounded, as Gemma does
+
+    def _looked_up(self, tokens: Int[Array, "*B"]) -> Float[Array, "*B D"]:
+        held = self.embed.embedding.shape[0]
+        if held == self.config.vocab_size:
+            return self.embed(tokens)
+        own = tokens - first_row_of(held)  # other devices have the other rows
+        is_here = (own >= 0) & (own < held)
+        return add_parts(jnp.where(is_here[..., None], self.embed(jnp.clip(own, 0, held - 1)), 0))
 
     def logits(self, x: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Float32 logits of the residual stream after the last layer."""
         x, cap = self.norm(x), self.config.logits_softcap
         head = self.embed.attend if self.config.tie_word_embeddings else self.lm_head
-        logits = head(x).astype(jnp.float32) * self.config.logits_multiplier
+        logits = head(x)
+        if logits.shape[-1] < self.config.vocab_size:
+            logits = join_parts(logits)
+        logits = logits.astype(jnp.float32) * self.config.logits_multiplier
         return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+
+def _forward(model: Llama, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:
+    config = part_of(model.config, model.mesh)
+    length, position = jnp.full(tokens.shape[:1], tokens.shape[1]), jnp.arange(tokens.shape[1])[None]
+    x = model.embedded(tokens)
+    for index, layer in enumerate(model.layers):
+        query, key, value = layer.project(x, rotation(config, index, length, position))
+        window = config.window_of(index)
+        attended = jax.nn.dot_product_attention(
+            query,
+            key,
+            value,
+            is_causal=True,
+            local_window_size=None if window is None else (window - 1, 0),
+        )
+        x = layer.finish(x, attended)
+    return model.logits(x)
+
+
+@jax.jit
+def _forward_on_mesh(model: Llama, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:
+    return over_mesh(lambda part, _, tokens: (_forward(part, tokens), None), model, None, tokens)[0]
 
 
 @functools.partial(jax.jit, static_argnames=("strategy", "capacity", "block_tokens"))
@@ -274,22 +191,37 @@ def _prefill(
     capacity: int,
     block_tokens: int,
 ) -> tuple[Float[Array, "B V"], KVCache]:
+    def read(part: Llama, _: None, tokens: Array, lengths: Array) -> tuple[Array, KVCache]:
+        return _read(part, tokens, lengths, strategy, capacity, block_tokens)
+
+    return over_mesh(read, model, None, tokens, lengths)
+
+
+def _read(
+    model: Llama,
+    tokens: Int[Array, "B P"],
+    lengths: Int[Array, "B"],
+    strategy: CacheStrategy,
+    capacity: int,
+    block_tokens: int,
+) -> tuple[Float[Array, "B V"], KVCache]:
+    config = part_of(model.config, model.mesh)
     block = min(block_tokens, tokens.shape[1])
     # Padding may be anything, also what has no embedding: not a number times no weight is not nothing.
     tokens = jnp.where(jnp.arange(tokens.shape[1])[None] < lengths[:, None], tokens, 0)
     tokens = jnp.pad(tokens, ((0, 0), (0, -tokens.shape[1] % block)))
     x = model.embedded(tokens)
     layers: list[tuple[Segment, ...]] = []
-    hold = functools.partial(strategy.hold_prompt, capacity=capacity, layers=model.config.num_layers)
+    hold = functools.partial(strategy.hold_prompt, capacity=capacity, layers=config.num_layers)
     for index, layer in enumerate(model.layers):
         # A layer starts when the one before is packed: else many layers' keys and values are kept.
         blocks = after(layers[-1:], jnp.int32(tokens.shape[1] // block))
-        window, kind = model.config.window_of(index), model.config.first_like(index)
+        window, kind = config.window_of(index), config.first_like(index)
         observed, expects = (strategy.observed, strategy.expects) if window is None else (0, False)
         read = functools.partial(_prefill_layer, observed=observed, expects=expects)
-        if not observed and not expects and has_flash(x.dtype, model.config.head_dim):
+        if not observed and not expects and has_flash(x.dtype, config.head_dim):
             read = _prefill_layer_whole
-        x, prompt = read(layer, kind, x, lengths, blocks, model.config, block)
+        x, prompt = read(layer, kind, x, lengths, blocks, config, block)
         layers.append(hold(prompt, window=window, layer=index))
     last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)
     return model.logits(last[:, 0]), KVCache(tuple(layers), lengths, strategy, capacity)
@@ -363,6 +295,8 @@ def _prefill_layer(
         return jax.lax.dynamic_update_slice_in_dim(x, here, i * block, axis=1), read
 
     x, read = jax.lax.fori_loop(0, blocks, advance, (x, Read(store, store, weights, sums)))
+    if observed:
+        read = read._replace(weights=add_replicas(read.weights))
     return x, read.prompt(config, index, lengths)
 
 
@@ -414,13 +348,18 @@ def _decode(
     model: Llama, token: Int[Array, "B"], cache: KVCache, active: Bool[Array, "B"]
 ) -> tuple[Float[Array, "B V"], KVCache]:
     _check_shapes(model.config, cache)
+    return over_mesh(_step, model, cache, token, active)
+
+
+def _step(
+    model: Llama, cache: KVCache, token: Int[Array, "B"], active: Bool[Array, "B"]
+) -> tuple[Float[Array, "B V"], KVCache]:
+    config = part_of(model.config, model.mesh)
     x = model.embedded(token)[:, None]
     layers: list[tuple[Segment, ...]] = []
     for index, (layer, segments) in enumerate(zip(model.layers, cache.layers, strict=True)):
-        kind = model.config.first_like(index)
-        x, grown = _decode_layer(
-            layer, x, segments, cache.lengths, active, model.config, cache.strategy, kind
-        )
+        kind = config.first_like(index)
+        x, grown = _decode_layer(layer, x, segments, cache.lengths, active, config, cache.strategy, kind)
         layers.append(grown)
     return model.logits(x[:, 0]), KVCache(
         caches.settle(layers, active),
@@ -462,9 +401,3 @@ def _decode_layer(
     may_append = after(attended.out, active.astype(jnp.int32)) > 0
     step = Step(query, key, value, attended.log_sum_exp, may_append)
     return x, caches.append(segments, step)
-
-
-def _linear(use_bias: bool, dtype: DTypeLike, rngs: nnx.Rngs) -> Callable[[int, int], nnx.Linear]:
-    return lambda inputs, outputs: nnx.Linear(
-        inputs, outputs, use_bias=use_bias, param_dtype=dtype, rngs=rngs
-    )

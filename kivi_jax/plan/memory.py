@@ -7,6 +7,7 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import AbstractMesh, Mesh
 from jax.typing import DTypeLike
 
 from kivi_jax.cache.names import strategy_of
@@ -15,7 +16,9 @@ from kivi_jax.cache.segments import Segment
 from kivi_jax.cache.strategy import CacheStrategy, KVCache, cache_bytes
 from kivi_jax.checks import floating, real, whole
 from kivi_jax.config import ModelConfig
+from kivi_jax.mesh import ROWS
 from kivi_jax.model.llama import Llama
+from kivi_jax.model.sharding import laid_out, part_of, rows_over, spec_of
 
 
 def plan_cache(
@@ -26,13 +29,15 @@ def plan_cache(
     context: int,
     dtype: DTypeLike,
     prompt_tokens: int | None = None,
+    mesh: Mesh | AbstractMesh | None = None,
 ) -> dict[str, int]:
     """`cache_bytes` of rows of `context` tokens, the first `prompt_tokens` (all) from a prompt.
 
-    `cache` is a strategy, or its name ("kivi2").
+    `cache` is a strategy, or its name ("kivi2"). On a `mesh` it is what each device has of it.
 
     Raises:
-        ValueError: a number is out of range, the name is unknown, or the strategy does not fit the model.
+        ValueError: a number is out of range, the name is unknown, or the strategy or the mesh does not fit
+            the model.
     """
     batch, context = whole("batch", batch), whole("context", context)
     width = context if prompt_tokens is None else whole("prompt_tokens", prompt_tokens)
@@ -41,7 +46,10 @@ def plan_cache(
         raise ValueError(f"{batch=} must be positive, and the prompt's {width} tokens from 1 to {context=}")
     strategy = strategy_of(cache)
     strategy.check(config)
-
+    if mesh is not None:
+        parts = laid_out(mesh, config)
+        config = part_of(config, parts)
+        batch //= 1 if rows_over(parts, batch) is None else parts.shape[ROWS]
     hold = functools.partial(
         zero_cache, config, strategy, batch=batch, width=width, capacity=context, dtype=dtype
     )
@@ -77,8 +85,9 @@ def largest_batch(
     dtype: DTypeLike,
     memory_bytes: int,
     prompt_tokens: int | None = None,
+    mesh: Mesh | AbstractMesh | None = None,
 ) -> int:
-    """How many rows of `context` tokens fit into `memory_bytes`, weights included.
+    """How many rows of `context` tokens fit into `memory_bytes` (of each device of a `mesh`), with weights.
 
     Counted: the weights, the caches, and per row the final logits in float32. Prefill works on one row
     or many; its own peak depends on `block_tokens` and is not counted.
@@ -86,12 +95,26 @@ def largest_batch(
     Raises:
         ValueError: see `plan_cache`.
     """
-    weights = parameter_count(config) * floating(dtype).itemsize
+    weights = parameters_of_device(config, mesh) * floating(dtype).itemsize
     if math.isnan(real("memory_bytes", memory_bytes)):
         raise ValueError(f"{memory_bytes=} must be a number of bytes")
-    plan = plan_cache(config, cache, batch=1, context=context, dtype=dtype, prompt_tokens=prompt_tokens)
+    data = 1 if mesh is None else mesh.shape["data"]
+    plan = plan_cache(
+        config, cache, batch=data, context=context, dtype=dtype, prompt_tokens=prompt_tokens, mesh=mesh
+    )
     row = plan["total"] + 4 * config.vocab_size
-    return int(max(0, (memory_bytes - weights) // row))
+    return int(max(0, (memory_bytes - weights) // row)) * data
+
+
+def parameters_of_device(config: ModelConfig, mesh: Mesh | AbstractMesh | None = None) -> int:
+    """Parameters that each device of a mesh has."""
+    if mesh is None:
+        return parameter_count(config)
+    parts = laid_out(mesh, config)
+    table = ("embed", "embedding") if config.tie_word_embeddings else ("lm_head", "kernel")
+    is_spread = any(spec_of(table, config, parts))
+    elsewhere = config.vocab_size * config.hidden_size * (1 - 1 / mesh.shape["model"]) if is_spread else 0
+    return parameter_count(part_of(config, parts)) - int(elsewhere)
 
 
 @functools.cache

@@ -47,6 +47,17 @@ SHAPES: dict[str, ModelConfig] = {
         max_position_embeddings=131072,
         rope=RopeConfig(kind="llama3", theta=500000.0, factor=8.0, original_max_position_embeddings=8192),
     ),
+    "llama-70b": ModelConfig(  # Llama-3.1-70B
+        vocab_size=128256,
+        hidden_size=8192,
+        intermediate_size=28672,
+        num_layers=80,
+        num_heads=64,
+        num_kv_heads=8,
+        head_dim=128,
+        max_position_embeddings=131072,
+        rope=RopeConfig(kind="llama3", theta=500000.0, factor=8.0, original_max_position_embeddings=8192),
+    ),
     "qwen3-8b": ModelConfig(
         vocab_size=151936,
         hidden_size=4096,

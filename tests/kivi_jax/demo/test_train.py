@@ -18,7 +18,7 @@ from kivi_jax.demo.recipe import EVEN, Cycle, Recipe, Stage, model_config
 from kivi_jax.demo.tasks import Problem
 from kivi_jax.demo.train import TrainState, make_optimizer, train, update
 from kivi_jax.generation.loading import load
-from kivi_jax.model.llama import query_key_value_columns
+from kivi_jax.model.layer import query_key_value_columns
 from kivi_jax.model.rope import apply_rope, rope_frequencies
 
 pytestmark = pytest.mark.slow

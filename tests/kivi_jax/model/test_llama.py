@@ -10,7 +10,8 @@ from flax import nnx
 
 import kivi_jax as kj
 from kivi_jax.config import RopeConfig
-from kivi_jax.model.llama import _decode, _prefill, query_key_value_columns
+from kivi_jax.model.layer import query_key_value_columns
+from kivi_jax.model.llama import _decode, _prefill
 from tests.models import config, random_llama, stories
 
 STRATEGIES = {

@@ -1,16 +1,20 @@
 """Memory: what caches weigh, what plans promise, and how both are written and read."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import pytest
 
 import kivi_jax as kj
+from convert.hf import abstract_parameters
 from kivi_jax.cache.names import parse_cache
 from kivi_jax.cache.strategy import CacheStrategy
 from kivi_jax.console import format_bytes, parse_bytes
-from kivi_jax.plan.memory import largest_batch, parameter_count, plan_cache
+from kivi_jax.mesh import read_mesh
+from kivi_jax.model.sharding import laid_out, order_of, spec_of
+from kivi_jax.plan.memory import largest_batch, parameter_count, parameters_of_device, plan_cache
 from kivi_jax.plan.shapes import SHAPES
 from tests.models import config, random_llama
 
@@ -244,3 +248,35 @@ def test_bytes_are_read(text, count):
 def test_bytes_that_cannot_be_read(text):
     with pytest.raises(ValueError, match="as a memory size"):
         parse_bytes(text)
+
+
+@pytest.mark.parametrize("model", [1, 4, 16])
+def test_a_device_of_a_mesh_holds_its_parameters(model):
+    """Also keys' and values' of 8 heads, which two of 16 devices have."""
+    mesh = read_mesh(f"data=2,model={model}")
+    for shape in (LLAMA_8B, SHAPES["llama-1b"]):  # with a head of its own, and without
+        small = dataclasses.replace(shape, num_layers=2)
+        parts, held = laid_out(mesh, small), 0
+        for path, leaf in abstract_parameters(small, "bfloat16").items():
+            order, axes = order_of(path, small, parts), spec_of(path, small, parts)
+            whole = leaf.size if order is None else leaf.size // leaf.shape[order[0]] * order[1].size
+            held += whole // (model if any(axes) else 1)
+        assert parameters_of_device(small, mesh) == held
+
+
+def test_a_device_of_a_mesh_holds_its_part_of_a_cache():
+    plan = functools.partial(plan_cache, LLAMA_8B, "kivi2", batch=4, context=4096, dtype="bfloat16")
+    whole, part = plan(), plan(mesh=read_mesh("data=2,model=4"))
+    assert {name: whole[name] / part[name] for name in ("packed", "scales", "rings")} == {
+        "packed": 8,
+        "scales": 8,
+        "rings": 8,
+    }
+    rows = functools.partial(largest_batch, LLAMA_8B, "kivi2", context=4096, dtype="bfloat16")
+    assert rows(memory_bytes=40 << 30, mesh=read_mesh("data=2")) == 2 * rows(memory_bytes=40 << 30)
+
+
+@pytest.mark.parametrize("text", ["data=2,model", "rows=2", "data=a", "", "data=2,data=4"])
+def test_a_mesh_that_is_none_is_refused(text):
+    with pytest.raises(ValueError, match="as a mesh: write for example data=2,model=4"):
+        read_mesh(text)

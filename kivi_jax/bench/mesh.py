@@ -1,0 +1,153 @@
+"""Decoding steps on meshes of this machine's devices: how much sooner, and what their sums cost."""
+
+import dataclasses
+import functools
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Array, Int
+from rich.table import Table
+
+from convert.hf import abstract_parameters, build
+from kivi_jax.bench.decode import Workload, greedy_steps, room
+from kivi_jax.cache.strategy import CacheStrategy, KVCache
+from kivi_jax.config import ModelConfig
+from kivi_jax.console import format_bytes
+from kivi_jax.mesh import add_parts, make_mesh
+from kivi_jax.model.llama import Llama
+from kivi_jax.model.sharding import fits, order_of, over_mesh, part_of, spec_of, split
+
+Record = dict[str, Any]
+
+TIMED = 3  # programs, after one that warms up
+
+
+def meshes_here(config: ModelConfig) -> list[tuple[int, int]]:
+    """`data` and `model` of one device, of all as `model` in powers of two, and of all as `data`."""
+    count = jax.device_count()
+    powers = [1 << power for power in range(count.bit_length())]
+    return [(1, model) for model in powers if fits(config, model)] + [(count, 1)] * (count > 1)
+
+
+def run(
+    config: ModelConfig,
+    strategy: CacheStrategy,
+    meshes: Sequence[tuple[int, int]],
+    *,
+    context: int,
+    new_tokens: int,
+    batch: int,
+    dtype: str,
+) -> Iterator[Record]:
+    """Time `batch` rows of `context` tokens on each mesh of (data, model): `new_tokens` steps are a program.
+
+    Yields for each: data, model, batch, ms (a step; the median of programs), tokens_per_s, sums_ms (of a
+    step's all-reduces alone, one after the other), weights_bytes and cache_bytes (of one device).
+
+    Raises:
+        ValueError: see `make_mesh` and `split`.
+    """
+    capacity = room(context, new_tokens, programs=TIMED + 1)
+    for data, size in meshes:
+        model = random_model(config, dtype, make_mesh(data=data, model=size))
+        workload = Workload(config, strategy, context, capacity, batch, dtype)
+        token = jnp.zeros(batch, jnp.int32)
+        state = token, _fill(model, token, workload)
+        weights, held = _bytes_of_device(nnx.state(model)), _bytes_of_device(state[1])
+
+        def step(state: Any, model: Llama = model) -> Any:
+            return greedy_steps(model, *state, new_tokens)
+
+        def sums(state: Array, model: Llama = model) -> Array:
+            return _sums(model, state, new_tokens)
+
+        ms = _median_ms(step, state) / new_tokens
+        stream = jnp.zeros((batch, config.hidden_size), dtype)
+        yield {
+            "data": data,
+            "model": size,
+            "batch": batch,
+            "ms": ms,
+            "tokens_per_s": batch / ms * 1e3,
+            "sums_ms": _median_ms(sums, stream) / new_tokens if size > 1 else 0.0,
+            "weights_bytes": weights,
+            "cache_bytes": held,
+        }
+
+
+def random_model(config: ModelConfig, dtype: str, mesh: Mesh) -> Llama:
+    """A model that no device ever has whole, of small random numbers."""
+    mesh = split(mesh, config)
+    parameters: dict[tuple[str, ...], jax.Array] = {}
+    for path, leaf in abstract_parameters(config, dtype).items():
+        shape = list(leaf.shape)
+        if (order := order_of(path, config, mesh)) is not None:
+            shape[order[0]] = order[1].size
+        parameters[path] = _draw(tuple(shape), dtype, NamedSharding(mesh, spec_of(path, config, mesh)))()
+    return build(config, parameters, dtype, mesh)
+
+
+@functools.cache
+def _draw(shape: tuple[int, ...], dtype: str, sharding: NamedSharding) -> Callable[[], Array]:
+    return jax.jit(
+        lambda: 0.02 * jax.random.normal(jax.random.key(0), shape, jnp.dtype(dtype)), out_shardings=sharding
+    )
+
+
+@functools.partial(jax.jit, static_argnames="workload")
+def _fill(model: Llama, token: Int[Array, "B"], workload: Workload) -> KVCache:
+    """A cache of the workload, each device's part made by it."""
+
+    def fill(part: Llama, _: None, token: Array) -> tuple[Array, KVCache]:
+        config = part_of(part.config, part.mesh)
+        return token, dataclasses.replace(workload, config=config, batch=token.shape[0]).fill_cache()
+
+    return over_mesh(fill, model, None, token)[1]
+
+
+@functools.partial(jax.jit, static_argnames="steps")
+def _sums(model: Llama, stream: Array, steps: int) -> Array:
+    """As many sums over devices as so many steps have, of as many numbers, and nothing else."""
+
+    def add(part: Llama, _: None, stream: Array) -> tuple[Array, None]:
+        count = 2 * part.config.num_layers * steps
+        return jax.lax.fori_loop(0, count, lambda _, x: add_parts(x) * x.dtype.type(0.5), stream), None
+
+    return over_mesh(add, model, None, stream)[0]
+
+
+def _median_ms(call: Callable[[Any], Any], state: Any) -> float:
+    samples: list[float] = []
+    for _ in range(TIMED + 1):
+        begin = time.perf_counter()
+        state = jax.block_until_ready(call(state))
+        samples.append((time.perf_counter() - begin) * 1e3)
+    return statistics.median(samples[1:])
+
+
+def _bytes_of_device(tree: Any) -> int:
+    return sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree))
+
+
+def table(records: Sequence[Record], title: str, caption: str) -> Table:
+    """A row per mesh, beside the first."""
+    out = Table("mesh", title=title, caption=caption)
+    for heading in ("ms/step", "tokens/s", "vs first", "all-reduces", "weights", "cache"):
+        out.add_column(heading, justify="right")
+    for record in records:
+        out.add_row(
+            f"data={record['data']},model={record['model']}",
+            f"{record['ms']:.2f}",
+            f"{record['tokens_per_s']:.0f}",
+            f"{records[0]['ms'] / record['ms']:.2f}x",
+            f"{record['sums_ms'] / record['ms']:.0%}",
+            format_bytes(record["weights_bytes"]),
+            format_bytes(record["cache_bytes"]),
+        )
+    return out

@@ -1,0 +1,137 @@
+"""A model on a mesh: what eight simulated devices compute, and say to each other, in one other process."""
+
+import dataclasses
+import json
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+
+from convert.hf import abstract_parameters
+from kivi_jax.model.sharding import axes_of, fits
+from kivi_jax.plan.shapes import SHAPES
+
+CACHES = ("full", "kivi2", "scope", "kivi2+scope")
+MESHES = ((1, 1), (2, 1), (1, 2), (1, 4), (1, 8), (2, 4))
+FEW = ("compare:full:1:2", "compare:kivi2+scope:2:4")
+MANY = (
+    *(f"compare:{cache}:{data}:{model}" for cache in CACHES for data, model in MESHES),
+    "compare:draws:2:4",
+    "compare:scope:2:4:6",
+)
+
+
+def on_eight_devices(*parts):
+    """What `on_mesh.py` finds, by part; of the same devices, sums and products as here."""
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-m", "tests.kivi_jax.model.on_mesh", *parts],
+        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def found():
+    return on_eight_devices("refusals", "files", *FEW)
+
+
+@pytest.fixture(scope="module")
+def found_slowly():
+    return on_eight_devices("generated", "families", "benched", *MANY)
+
+
+def check(part, facts):
+    """Tokens are one device's, each device holds its share, and a step asks the others for nothing else."""
+    _, cache, data, model, kv_heads = (*part.split(":"), "2")[:5]
+    data, model, kv_heads = int(data), int(model), int(kv_heads)
+    assert facts["tokens equal"]
+    assert facts["shapes equal"]
+    assert facts["error"] < 1e-5
+    parts = math.gcd(kv_heads, model)
+    assert facts["parts"] == [data * parts]
+    weighs = cache in ("scope", "kivi2+scope") and model > parts
+    spread = {
+        "all-reduce": 3 if weighs else 2,
+        "all-gather": 1,
+    }  # of one layer; weights of replicas are added
+    if kv_heads == 6:  # whose vocabulary is a prime
+        spread.pop("all-gather")
+    assert facts["collectives"] == (spread if model > 1 else {})
+
+
+@pytest.mark.parametrize("part", FEW)
+def test_tokens_are_those_of_one_device(found, part):
+    check(part, found[part])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", MANY)
+def test_every_cache_on_every_mesh(found_slowly, part):
+    check(part, found_slowly[part])
+
+
+def test_files_are_read_to_their_devices(found):
+    assert len(found["files"]) == 6
+    assert all(found["files"].values())
+
+
+def test_meshes_that_do_not_fit_are_refused(found):
+    heads, wide, many, none = found["refusals"]
+    assert heads == (
+        "8 heads (2 of keys) and 48 MLP columns do not divide over model=3 devices: "
+        "make a mesh with model=2, or one of 1, 2, 4, 8"
+    )
+    assert wide == (
+        "12 heads (6 of keys) and 48 MLP columns do not divide over model=8 devices: "
+        "make a mesh with model=6, or one of 1, 2, 3, 4, 6, 12"
+    )
+    assert many == (
+        "a mesh of data=3 times model=3 needs 9 devices, there are 8: pass numbers whose product is at most 8"
+    )
+    assert none == "data=0 and model=1 of a mesh must be positive"
+
+
+@pytest.mark.slow
+def test_every_way_to_continue_a_text_gives_one_device_s(found_slowly):
+    """Also of a prefix that was read on one mesh and is continued on another."""
+    facts = found_slowly["generated"]
+    assert facts["generate"]
+    assert facts["prefix"] == [facts["prefix"][0]] * 3
+    assert facts["chat"] == [facts["chat"][0]] * 2
+    assert facts["stream"] == [facts["stream"][0]] * 2
+
+
+@pytest.mark.slow
+def test_every_family(found_slowly):
+    assert {name: error for name, error in found_slowly["families"].items() if error > 1e-5} == {}
+
+
+@pytest.mark.slow
+def test_the_benchmark_divides_bytes(found_slowly):
+    """Of the cache all but lengths, of the weights all but norms and embeddings."""
+    one, four = found_slowly["benched"]
+    assert (four["data"], four["model"]) == (2, 2)
+    assert 4 <= one["cache_bytes"] / four["cache_bytes"] * 1.02 < 4.1
+    assert 1.5 < one["weights_bytes"] / four["weights_bytes"] < 2
+    assert one["sums_ms"] == 0 < four["sums_ms"]
+    assert all(record["ms"] > 0 for record in (one, four))
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_every_parameter_says_what_its_axes_are(name):
+    config = dataclasses.replace(SHAPES[name], num_layers=1)
+    for path, leaf in abstract_parameters(config, "bfloat16").items():
+        assert len(axes_of(path, config)) == leaf.ndim
+
+
+def test_where_heads_divide():
+    """KV heads of Llama-3.1-8B over up to 8 devices, then a quarter of their query heads each."""
+    assert [n for n in range(1, 65) if fits(SHAPES["llama-8b"], n)] == [1, 2, 4, 8, 16, 32]
+    assert [n for n in range(1, 65) if fits(SHAPES["phi-4"], n)] == [1, 2, 4, 5, 8, 10, 20, 40]
