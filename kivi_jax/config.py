@@ -52,7 +52,15 @@ class RopeConfig:
             ValueError: a factor is not positive and finite, or llama3's two frequencies do not follow each
                 other.
         """
-        positive = ("theta", "factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow")
+        positive = (
+            "theta",
+            "partial",
+            "factor",
+            "low_freq_factor",
+            "high_freq_factor",
+            "beta_fast",
+            "beta_slow",
+        )
         numbers = {name: getattr(self, name) for name in (*positive, "attention_factor")}
         given = {name: real(name, n) for name, n in numbers.items() if n is not None}
         if bad := {name: n for name, n in given.items() if not 0 < n < math.inf}:
@@ -64,6 +72,10 @@ class RopeConfig:
             raise ValueError(f"{self.high_freq_factor=} must be above {self.low_freq_factor=}")
         if self.original_max_position_embeddings < 0:
             raise ValueError(f"{self.original_max_position_embeddings=} must not be negative")
+
+    def channels_of(self, head_dim: int) -> int:
+        """How many of a head's channels are rotated."""
+        return int(head_dim * self.partial)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,8 +121,8 @@ class ModelConfig:
 
         Raises:
             ValueError: a size is not positive, there are too many layers, or `num_kv_heads` does not divide
-                `num_heads`, or `head_dim` is odd (RoPE rotates pairs of channels), or `rms_norm_eps` is
-                negative or no number.
+                `num_heads`, or `head_dim` or RoPE's part of it is odd (RoPE rotates pairs of channels), or
+                `rms_norm_eps` is negative or no number.
         """
         sizes = {
             name: getattr(self, name)
@@ -138,6 +150,13 @@ class ModelConfig:
         instance("eos_ids", self.eos_ids, tuple, "pass a tuple of token ids")
         for token in self.eos_ids:
             whole("eos_ids", token)
+        for rope in filter(None, (self.rope, self.window_rope)):
+            least = 4 if rope.kind == "dynamic" else 2  # with two channels, its theta has no exponent
+            if (rotated := rope.channels_of(self.head_dim)) % 2 or not least <= rotated <= self.head_dim:
+                raise ValueError(
+                    f"{rope.partial=} rotates {rotated} of {self.head_dim} channels: {rope.kind} RoPE needs "
+                    f"an even number of them, at least {least}"
+                )
         if not 0 <= real("rms_norm_eps", self.rms_norm_eps) < math.inf:
             raise ValueError(f"{self.rms_norm_eps=} must be a finite number, not negative")
         if self.sliding_window is not None and self.sliding_window <= 0:

@@ -3,7 +3,7 @@
 llama.cpp's keys say what the computation needs; what it fixes by architecture is said here.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -43,7 +43,15 @@ ARCHITECTURES = {
             "logit_scale": "logits_scaling",
         },
     ),
-    "olmo2": Architecture("olmo2"),
+    "mistral3": Architecture(  # Ministral 3; Mistral's older models are files of llama
+        "ministral3",
+        permuted=True,
+        fields={
+            "attention.temperature_scale": "llama_4_scaling_beta",
+            "rope.scaling.yarn_log_multiplier": "mscale_all_dim",
+        },
+    ),
+    "olmo2": Architecture("olmo2", fields={"attention.sliding_window": "sliding_window"}),
 }
 _FIELDS = {
     "context_length": "max_position_embeddings",
@@ -59,6 +67,7 @@ _FIELDS = {
 _REQUIRED = set(_FIELDS) - {"attention.head_count_kv", "attention.key_length", "rope.freq_base"}
 # Read below, or harmless.
 _READ = {"vocab_size", "rope.dimension_count", "attention.value_length"}
+_PATTERN = "attention.sliding_window_pattern"
 _HARMLESS = {"expert_count": 0, "expert_used_count": 0, "attention.causal": True}
 _ROPE = {
     "type": "rope_type",
@@ -113,13 +122,44 @@ def config_of(gguf: GGUF) -> dict[str, Any]:
         if rope["rope_type"] == "longrope":
             original = rope.pop("original_max_position_embeddings", config["max_position_embeddings"])
             config["original_max_position_embeddings"] = original
+    if architecture.model_type == "ministral3":
+        config["rope_scaling"] = _ministral3(config)
+    windowed = said.get(_PATTERN)
+    if architecture.model_type == "olmo2" and (windowed or "sliding_window" in config):
+        config |= _olmo3(config, windowed)
     return config
+
+
+def _ministral3(config: dict[str, Any]) -> dict[str, Any]:
+    """Its rope, which holds what the file says elsewhere."""
+    moved = {name: config.pop(name) for name in ("llama_4_scaling_beta", "mscale_all_dim") if name in config}
+    return {"rope_type": "default", "mscale": 1.0, **config.get("rope_scaling", {}), **moved}
+
+
+def _olmo3(config: dict[str, Any], windowed: Sequence[bool] | None) -> dict[str, Any]:
+    """What OLMo 3's has where it differs from OLMo 2's, whose name its files have."""
+    unscaled = {"rope_type": "default", "rope_theta": config.pop("rope_theta", 10000.0)}
+    kinds = None if windowed is None else ["sliding_attention" if w else "full_attention" for w in windowed]
+    return {
+        "model_type": "olmo3",
+        "layer_types": kinds,
+        "rope_parameters": {
+            "full_attention": unscaled | config.pop("rope_scaling", {}),
+            "sliding_attention": unscaled,
+        },
+    }
 
 
 def _check_keys(gguf: GGUF, said: Mapping[str, Any], known: set[str]) -> None:
     if missing := sorted(_REQUIRED - said.keys()):
         raise CheckpointError(f"{gguf.file} lacks metadata that its model needs: {', '.join(missing)}")
-    harmless = {*known, *_READ, *(f"rope.scaling.{name}" for name in _ROPE), "rope.scaling.finetuned"}
+    harmless = {
+        *known,
+        *({_PATTERN} if gguf.architecture == "olmo2" else ()),
+        *_READ,
+        *(f"rope.scaling.{name}" for name in _ROPE),
+        "rope.scaling.finetuned",
+    }
     unknown = {
         key: value
         for key, value in said.items()

@@ -73,7 +73,7 @@ def rope_frequencies(
     `lengths` are the tokens of each row so far; `dynamic` and `longrope` look at them. Their frequencies
     change while a row grows; keys already rotated stay as they are.
     """
-    dim = int(config.head_dim * rope.partial)
+    dim = rope.channels_of(config.head_dim)
     if rope.kind == "dynamic":
         return _dynamic(rope, dim, config.max_position_embeddings, lengths), 1.0
     # In float32 and in this order, as transformers has it: models are trained with these roundings.

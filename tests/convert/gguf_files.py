@@ -64,6 +64,7 @@ def write_gguf(
     for name, value in (metadata or {}).items():
         add = writer.add_bool if isinstance(value, bool) else writer.add_string
         add = writer.add_float32 if isinstance(value, float) else add
+        add = writer.add_array if isinstance(value, list) else add
         (writer.add_uint32 if type(value) is int else add)(name, value)
     for name, tensor in stored(config, tensors, architecture).items():
         packed = kind if tensor.ndim == 2 else "F32"
@@ -87,7 +88,7 @@ def stored(
     result = {}
     for name, tensor in (random_tensors(config) if tensors is None else tensors).items():
         module, _, field = name.rpartition(".")
-        if architecture in ("llama", "granite", "smollm3"):
+        if architecture in ("llama", "granite", "smollm3", "mistral3"):
             heads = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
             projection = module.rpartition(".")[2]
             tensor = permuted(tensor, config[heads[projection]]) if projection in heads else tensor

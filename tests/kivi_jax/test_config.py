@@ -2,7 +2,7 @@ import dataclasses
 
 import pytest
 
-from kivi_jax.config import ModelConfig, RopeConfig
+from kivi_jax.config import ModelConfig, RopeConfig, RopeKind
 
 LLAMA = ModelConfig(
     vocab_size=512,
@@ -54,6 +54,16 @@ def test_every_way_to_share_kv_heads_is_accepted(num_kv_heads: int) -> None:
 def test_an_odd_head_dim_is_refused() -> None:
     with pytest.raises(ValueError, match=r"head_dim=7 must be even"):
         dataclasses.replace(LLAMA, head_dim=7)
+
+
+@pytest.mark.parametrize("field", ["rope", "window_rope"])
+@pytest.mark.parametrize(("kind", "partial"), [("default", 3 / 8), ("dynamic", 2 / 8), ("linear", 1.25)])
+def test_channels_that_rope_cannot_pair_are_refused(field: str, kind: RopeKind, partial: float) -> None:
+    rope = RopeConfig(kind=kind, partial=partial)
+    with pytest.raises(
+        ValueError, match=rf"partial={partial} rotates {int(8 * partial)} of 8 channels: {kind}"
+    ):
+        dataclasses.replace(LLAMA, head_dim=8, **{field: rope})
 
 
 def test_head_dim_is_free_of_hidden_size() -> None:
