@@ -57,10 +57,7 @@ def replacing(
             workspace.mkdir(mode=0o700)
             partial.mkdir()
         try:
-            if needed > (free := shutil.disk_usage(workspace).free):
-                raise CheckpointError(
-                    f"{destination} needs {needed:,} bytes, and {free:,} are free: make space"
-                )
+            check_space(partial, needed, destination)
             yield partial
             _check_replaceable(destination, manifest, overwrite, sources)  # much may have happened since
             if target.exists():
@@ -69,6 +66,16 @@ def replacing(
         finally:
             _put_back(replaced, target)
             _remove(workspace)
+
+
+def check_space(folder: FilePath, needed: int, destination: FilePath) -> None:
+    """Refuse to begin what does not fit.
+
+    Raises:
+        CheckpointError: the disk of `folder`, which becomes `destination`, has fewer than `needed` bytes.
+    """
+    if needed > (free := shutil.disk_usage(folder).free):
+        raise CheckpointError(f"{destination} needs {needed:,} bytes, and {free:,} are free: make space")
 
 
 def _check_replaceable(

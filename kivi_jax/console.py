@@ -54,6 +54,7 @@ def main(app: Callable[[], Any]) -> None:
         signal.signal(number, stop)
     accept_all_text()
     logging.getLogger("transformers").addFilter(_is_no_advice)
+    logging.getLogger("absl").addFilter(_is_not_raised)
     keep_compiled()
     try:
         run(app)
@@ -109,6 +110,11 @@ def _is_no_advice(record: logging.LogRecord) -> bool:
     return "PyTorch was not found" not in record.getMessage()
 
 
+def _is_not_raised(record: logging.LogRecord) -> bool:
+    """Whether a message is not orbax's traceback of a thread whose error is raised, and said, afterwards."""
+    return not re.search("_SignalingThread|background save thread", record.getMessage())
+
+
 def run(app: Callable[[], Any]) -> None:
     """Run a command line; a user's mistake becomes one line on stderr and exit code 2."""
     try:
@@ -147,6 +153,8 @@ def fail(message: str) -> None:
 def out_of_memory(error: BaseException) -> str | None:
     """What to do where memory has run out, in one line; None if `error` is about something else."""
     text = str(error)
+    if isinstance(error, ValueError):  # files' libraries call a full disk RESOURCE_EXHAUSTED, too
+        return None
     if not isinstance(error, MemoryError) and not re.search("RESOURCE_EXHAUSTED|Out of memory", text):
         return None
     found = re.search(r"(\d+) bytes|([\d.]+ ?[KMGT]iB)", text)

@@ -46,9 +46,10 @@ def save(
     """
     import jax
 
-    from convert.files import replacing, writing
+    from convert.files import check_space, replacing, writing
     from convert.hub import resolve
     from kivi_jax.cache.names import parse_cache
+    from kivi_jax.cache.strategy import cache_bytes
     from kivi_jax.generation.loading import open_model
     from kivi_jax.generation.prefix_files import MANIFEST, write_prefix
     from kivi_jax.generation.text import read_prefix
@@ -64,6 +65,7 @@ def save(
         prompt = as_prompt(tokenizer, text, chat=chat, system=system)
         with reading(f"{len(text):,} characters"):
             prefix = jax.block_until_ready(read_prefix(llama, tokenizer, [prompt], cache=strategy))
+        check_space(partial, cache_bytes(prefix.cache)["total"], destination)
         with errors.status("writing"), writing(destination):
             write_prefix(partial, prefix, llama)
     _print_info(destination, errors)

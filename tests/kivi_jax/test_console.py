@@ -99,6 +99,11 @@ def test_out_of_memory_is_one_line(monkeypatch, capsys, kind):
     assert error.count("\n") == 1
 
 
+def test_a_full_disk_is_not_memory():
+    """Tensorstore calls both RESOURCE_EXHAUSTED."""
+    assert console.out_of_memory(ValueError("x cannot be written: RESOURCE_EXHAUSTED: No space left")) is None
+
+
 def test_a_full_disk_is_named_where_nothing_else_is(capsys):
     def app():
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -307,7 +308,7 @@ def test_a_selector_of_ones_own_has_no_name():
         cache_name(kj.scope(decode=Mine()))
 
 
-def test_a_document_is_saved_described_and_asked(command, tmp_path):
+def test_a_document_is_saved_described_and_asked(command, tmp_path, monkeypatch):
     text, path = tmp_path / "novel.txt", tmp_path / "novel.prefix"
     text.write_text("w3 w1 w4")
     model = write_checkpoint(tmp_path / "model", LLAMA | dict(eos_token_id=None), tokens=61)
@@ -335,3 +336,7 @@ def test_a_document_is_saved_described_and_asked(command, tmp_path):
         assert error.startswith("error: ")
         assert error.count("\n") == 1
         assert message in error
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    code, _, error = command("cache", "save", model, text, tmp_path / "new", "--cache", "full")
+    assert (code, "bytes, and 1,000 are free: make space" in error, error.count("\n")) == (2, True, 1)
+    assert not (tmp_path / "new").exists()
