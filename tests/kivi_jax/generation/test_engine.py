@@ -234,7 +234,7 @@ def test_bias_and_penalties_change_what_is_likeliest(engine):
 
 
 def test_what_prompts_begin_with_is_read_once(engine):
-    running, document = engine(CACHES["kivi2"]), prompt_of(38, seed=5)
+    running, document = engine(CACHES["kivi2"]), prompt_of(38, seed=50)  # no other test reads it
     first, again, other = (
         Request(tokens=(*document[:cut], *ids), max_new_tokens=2, stop_ids=())
         for cut, ids in ((38, ()), (38, (1, 2)), (36, (3,)))
