@@ -11,6 +11,7 @@ from kivi_jax.commands.cache import cache_files
 from kivi_jax.commands.chat import chat
 from kivi_jax.commands.generate import generate
 from kivi_jax.commands.inspect import inspect
+from kivi_jax.commands.serve import batch, serve
 from kivi_jax.demo.command import demo, evaluation
 from kivi_jax.eval.choosing import choosing
 from kivi_jax.eval.command import evaluate
@@ -22,6 +23,8 @@ Try it:  kivi-jax demo
 Plan memory:  kivi-jax inspect llama-8b --context 131072 --memory 80GB
 
 Talk:  kivi-jax chat ./llama-8b-instruct --cache kivi42r
+
+Serve:  kivi-jax serve ./llama-8b-instruct --slots 16
 
 Read once, ask often:  kivi-jax cache save ./llama-8b novel.txt novel.prefix
 
@@ -60,7 +63,7 @@ def options(
 
 
 # In the order of a first hour; groups are listed after commands.
-for command in (demo, generate, chat, inspect, convert):
+for command in (demo, generate, chat, serve, batch, inspect, convert):
     app.command()(command)
 evaluate.add_typer(evaluation)
 evaluate.add_typer(choosing)

@@ -48,7 +48,7 @@ def _read(path: Path) -> tuple[Record, list[Record], int]:
     named = all(isinstance(record, dict) and isinstance(record.get("id"), str) for record in records)
     if not isinstance(settings, dict) or (records and not settings) or not named:
         raise ValueError(f"{path} is damaged ({reason}): move it away")
-    if twice := _repeated(record.get("id") for record in records):
+    if twice := repeated(record.get("id") for record in records):
         raise ValueError(f"{path} holds {twice} more than once, so it would count as several: move it away")
     return settings, records, data.rfind(b"\n") + 1
 
@@ -108,7 +108,7 @@ def finish(
     from convert.files import locked, writing  # slow to import; reports need it not
 
     wanted = [identify(item) for batch in batches for item in batch]
-    if twice := _repeated(wanted):
+    if twice := repeated(wanted):
         raise ValueError(f"two samples have the id {twice}: give each its own, to tell their answers apart")
     with writing(path):
         path = path.resolve()  # whatever links to one file has one lock
@@ -149,20 +149,20 @@ def _finish(
         with path.open("ab") as file:
             file.truncate(end if held else 0)
         if not held:
-            _append(path, first)
+            append(path, first)
     for batch in batches:
         left = [item for item in batch if identify(item) not in done]
         if not left:
             continue
         new = [{"id": identify(item)} | record for item, record in zip(left, compute(left), strict=True)]
         with writing(path):
-            _append(path, b"".join(map(_line, new)))
+            append(path, b"".join(map(_line, new)))
         done |= {record["id"]: record for record in new}
         progress.advance(bar, len(left))
     return [done[name] for name in wanted]
 
 
-def _repeated(names: Iterable[Any]) -> Any | None:
+def repeated(names: Iterable[Any]) -> Any | None:
     """The first name that was there before, if any."""
     seen: set[Any] = set()
     return next((name for name in names if name in seen or seen.add(name)), None)
@@ -186,7 +186,7 @@ def _line(record: Record) -> bytes:
     return json.dumps(record, ensure_ascii=False).encode() + b"\n"
 
 
-def _append(path: Path, lines: bytes) -> None:
+def append(path: Path, lines: bytes) -> None:
     """Append in one piece, and wait until it is on disk."""
     with path.open("ab") as file:
         file.write(lines)

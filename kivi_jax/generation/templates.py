@@ -5,7 +5,7 @@ from typing import Any
 
 from kivi_jax.generation.tokens import Tokenizer, encode_as_is
 
-Message = Mapping[str, str]
+Message = Mapping[str, Any]
 Conversation = Sequence[Message]
 Prompt = str | Conversation
 
@@ -32,8 +32,10 @@ def encode_conversation(tokenizer: Tokenizer, messages: Conversation) -> list[in
     return encode_as_is(tokenizer, write(tokenizer, messages))
 
 
-def write(tokenizer: Tokenizer, messages: Conversation) -> str:
+def write(tokenizer: Tokenizer, messages: Conversation, *, tools: Sequence[Mapping[str, Any]] = ()) -> str:
     """A conversation as the template writes it, up to where the next reply begins.
+
+    `tools` are functions that the model may ask for, as OpenAI's schema describes them.
 
     Raises:
         ValueError: there is no template, it refuses the conversation, or a message is not one.
@@ -44,8 +46,11 @@ def write(tokenizer: Tokenizer, messages: Conversation) -> str:
             "the model's tokenizer has no chat template: pass text, and leave out --chat or --system"
         )
     templated: Any = tokenizer
+    options: dict[str, Any] = {"tools": list(tools)} if tools else {}
     try:
-        return templated.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        return templated.apply_chat_template(
+            list(messages), tokenize=False, add_generation_prompt=True, **options
+        )
     except Exception as error:  # a template is a program, which may raise anything
         raise ValueError(f"the tokenizer's chat template refuses the conversation: {error}") from error
 
@@ -80,9 +85,9 @@ def _check(messages: Conversation) -> None:
     for message in messages:
         if isinstance(message, Mapping) and isinstance(message.get("content"), list):
             raise ValueError("a message's content is one text, not parts of it: join them")
-        if not isinstance(message, Mapping) or not all(
-            isinstance(message.get(name), str) for name in ("role", "content")
-        ):
+        called = isinstance(message, Mapping) and message.get("tool_calls")  # instead of saying something
+        needed = ("role",) if called else ("role", "content")
+        if not isinstance(message, Mapping) or not all(isinstance(message.get(name), str) for name in needed):
             raise ValueError(f"a message is a dict of the strings role and content, got {message!r:.100}")
 
 

@@ -25,6 +25,7 @@ ERRORS = {
     "CheckpointError",
     "TooLong",
     "QueueFull",
+    "Refused",
     "warning",
     "warn_once",
 }

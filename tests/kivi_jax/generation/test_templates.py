@@ -122,6 +122,18 @@ def test_a_template_that_hides_messages_cannot_be_cut():
         tokenizer.chat_template = TEMPLATES["chatml"]
 
 
+def test_whatever_a_template_raises_is_a_refusal(monkeypatch):
+    tokenizer = build("bytes", "chatml")
+    for template in (
+        "{{ 1 + messages[0].content }}",
+        "{{ raise_exception('no') }}",
+        "{{ tools[0].none.none }}",
+    ):
+        monkeypatch.setattr(tokenizer, "chat_template", template)
+        with pytest.raises(ValueError, match="the tokenizer's chat template refuses the conversation: "):
+            write(tokenizer, user_turn("a"), tools=[{"type": "function"}])
+
+
 def test_text_that_begins_with_the_begin_token_gets_no_other():
     tokenizer = build("spaced")
     assert encode(tokenizer, "<s> hello").count(1) == encode(tokenizer, "hello").count(1) == 1
