@@ -9,7 +9,7 @@ from convert.quantized import dequantized
 from convert.quantized.parts import unpack
 from convert.stored import Stored, stored_tensors
 
-BF16 = ml_dtypes.bfloat16
+BF16, FP8 = ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn
 RANDOM = np.random.default_rng(0)
 
 
@@ -233,3 +233,92 @@ def test_refusals(tensors, settings, message):
     parts = held({field: np.zeros((8, 8), np.int32) for field in tensors})
     with pytest.raises(CheckpointError, match=message):
         dequantized(parts, settings)
+
+
+@pytest.fixture
+def library(torch):
+    """compressed-tensors, which reads its own formats and AutoAWQ's: NumPy's arrays in and out."""
+    pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed")
+    from compressed_tensors.compressors import FloatQuantizationCompressor, PackedQuantizationCompressor
+    from compressed_tensors.entrypoints.convert import AutoAWQConverter, FP8BlockDequantizer
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+
+    class Library:
+        packed, floats = PackedQuantizationCompressor, FloatQuantizationCompressor
+        awq, fp8 = AutoAWQConverter, FP8BlockDequantizer
+
+        @staticmethod
+        def scheme(**weights):
+            return QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(**weights))
+
+        @staticmethod
+        def arrays(tensors):
+            views = {torch.bfloat16: (torch.int16, BF16), torch.float8_e4m3fn: (torch.uint8, FP8)}
+            return {
+                name: tensor.view(views[tensor.dtype][0]).numpy().view(views[tensor.dtype][1])
+                if tensor.dtype in views
+                else tensor.numpy()
+                for name, tensor in tensors.items()
+            }
+
+    return Library
+
+
+@pytest.mark.parametrize("bits", [3, 4, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("strategy", ["group", "channel"])
+def test_packed_weights_are_what_compressed_tensors_makes_of_them(torch, library, bits, symmetric, strategy):
+    half, groups = 2 ** (bits - 1), 2 if strategy == "group" else 1
+    size = {"group_size": 32} if strategy == "group" else {}
+    scheme = library.scheme(num_bits=bits, symmetric=symmetric, strategy=strategy, **size)
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        "weight": torch.randn(32, 64, generator=generator).to(torch.bfloat16),
+        "weight_scale": (torch.rand(32, groups, generator=generator) / half).to(torch.bfloat16),
+        "weight_zero_point": torch.randint(-half, half, (32, groups), generator=generator, dtype=torch.int8),
+    }
+    if symmetric:
+        tensors["weight_zero_point"].zero_()
+    stored = library.packed.compress(tensors, scheme)
+    expected = library.packed.decompress(stored, scheme)
+    got = weight(library.arrays(stored), CT | {"format": "pack-quantized"}, BF16)
+    np.testing.assert_array_equal(got, library.arrays(expected)["weight"])
+
+
+def test_awq_weights_are_what_compressed_tensors_makes_of_them(torch, library):
+    codes, zeros = (RANDOM.integers(-(2**31), 2**31, shape, np.int32) for shape in ((64, 4), (2, 4)))
+    tensors = {"qweight": codes, "qzeros": zeros, "scales": RANDOM.random((2, 32)).astype(np.float16)}
+    named = {f"layer.{name}": torch.from_numpy(tensor) for name, tensor in tensors.items()}
+    stored = library.awq(group_size=32).process(named)
+    scheme = library.scheme(num_bits=4, symmetric=False, strategy="group", group_size=32)
+    local = {name.removeprefix("layer."): tensor for name, tensor in stored.items()}
+    expected = library.arrays(library.packed.decompress(local, scheme))["weight"]
+    np.testing.assert_array_equal(weight(tensors, {"quant_method": "awq", "bits": 4}, np.float16), expected)
+
+
+@pytest.mark.parametrize("shape", [(8, 12), (7, 10)])
+def test_fp8_blocks_are_what_compressed_tensors_makes_of_them(torch, library, shape):
+    tensors = {
+        "weight": torch.from_numpy(RANDOM.standard_normal(shape)).to(torch.float8_e4m3fn),
+        "weight_scale_inv": torch.from_numpy(RANDOM.random((2, 3), np.float32)),
+    }
+    convert = library.fp8(weight_block_size=(4, 4))
+    expected = convert.process({f"layer.{name}": tensor for name, tensor in tensors.items()})["layer.weight"]
+    settings = {"quant_method": "fp8", "weight_block_size": [4, 4]}
+    got = weight(library.arrays(tensors), settings, BF16)
+    np.testing.assert_array_equal(got, library.arrays({"": expected})[""])
+
+
+@pytest.mark.parametrize("strategy", ["tensor", "channel"])
+def test_floats_of_8_bits_are_what_compressed_tensors_makes_of_them(torch, library, strategy):
+    scheme = library.scheme(num_bits=8, type="float", symmetric=True, strategy=strategy)
+    tensors = {
+        "weight": torch.from_numpy(RANDOM.standard_normal((8, 12))).to(torch.bfloat16),
+        "weight_scale": torch.from_numpy(RANDOM.random((8, 1) if strategy == "channel" else (1,))).to(
+            torch.bfloat16
+        ),
+    }
+    stored = library.floats.compress(tensors, scheme)
+    expected = library.arrays(library.floats.decompress(stored, scheme))["weight"]
+    got = weight(library.arrays(stored), CT | {"format": "float-quantized"}, BF16)
+    np.testing.assert_array_equal(got, expected)
