@@ -1,6 +1,5 @@
 """Every family computes what transformers computes; real configs say what their models' cards say."""
 
-import itertools
 from dataclasses import replace
 
 import jax
@@ -67,19 +66,12 @@ CACHES = {
     "scope": kj.scope(prompt=kj.SnapKV(budget=12, window=4), decode=kj.Slide(window=8, recent=4)),
     "kivi2+scope": kj.kivi(2, 4, 8, decode=kj.Slide(window=8, recent=4)),
 }
-OTHERS = itertools.cycle([cache for cache in CACHES if cache != "full"])
 CLOSE = {"full": 1e-4, "8 bits": 5e-2}  # to one forward
 
 
-# A family through the full cache, and in turn through one of the others; the whole cross costs four minutes.
-FEW = {(*last, cache) for last, other in zip(LAST, OTHERS, strict=False) for cache in ("full", other)}
-CROSS = [(*last, cache) for last in LAST for cache in CACHES]
-
-
-@pytest.mark.parametrize(
-    ("model_type", "name", "cache"),
-    [pytest.param(*case, marks=getattr(pytest.mark, "slow" if case in FEW else "cross")) for case in CROSS],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize(("model_type", "name"), LAST)
 def test_a_row_is_the_same_alone_and_in_a_batch(tmp_path, model_type, name, cache):
     """Token for token for 40 steps, past the window; layers with one hold it, the others pack and select.
 
