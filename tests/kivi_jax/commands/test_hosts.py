@@ -53,7 +53,7 @@ def test_two_hosts_give_one_process_s_tokens(command, model, tmp_path):
     options = ("generate", model, "--input", questions, "--cache", "kivi2", "--max-new-tokens", 6)
     assert command(*options, "--output", tmp_path / "one.jsonl")[0] == 0
     hosts = start(*options, "--output", tmp_path / "two.jsonl", "--mesh", "data=1,model=8")
-    printed = [host.communicate(timeout=120) for host in hosts]
+    printed = [host.communicate(timeout=300) for host in hosts]
     assert [host.returncode for host in hosts] == [0, 0], printed
     assert printed[1][0] == ""
     assert "4 answers in" in printed[0][1]
@@ -65,7 +65,7 @@ def test_a_host_that_dies_ends_the_other_with_one_line(model):
     assert first.stdout.read(2)  # it has begun
     second.kill()
     second.communicate()
-    _, said = first.communicate(timeout=60)
+    _, said = first.communicate(timeout=200)
     assert (first.returncode, said.splitlines()[-1]) == (2, f"error: {LOST}")
 
 
