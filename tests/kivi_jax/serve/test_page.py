@@ -58,7 +58,7 @@ def test_a_chat_streams_stops_and_shows_errors(engine, serving, browser):
     stats = page.locator("#stats").text_content()
     assert re.fullmatch(r"\d+ tokens · [\d.]+ tokens/s · cache .+, full .+ \(\d\.\d\dx smaller\)", stats)
     assert 0 < float(page.locator("#held").evaluate("it => it.style.width").rstrip("%")) < 100
-    page.get_by_label("Most tokens").fill("80")
+    page.get_by_label("Most tokens").fill("40")
     page.get_by_label("Message").fill("go on")
     page.get_by_role("button", name="Send").click()
     last = page.locator(".assistant").last
