@@ -14,7 +14,7 @@ from kivi_jax.cache.names import strategy_of
 from kivi_jax.cache.prompt_selectors import ExpectedQueries, Prompt
 from kivi_jax.cache.segments import Segment
 from kivi_jax.cache.strategy import CacheStrategy, KVCache, cache_bytes
-from kivi_jax.checks import floating, real, whole
+from kivi_jax.checks import floating, instance, real, whole
 from kivi_jax.config import ModelConfig
 from kivi_jax.mesh import ROWS
 from kivi_jax.model.llama import Llama
@@ -39,6 +39,7 @@ def plan_cache(
         ValueError: a number is out of range, the name is unknown, or the strategy or the mesh does not fit
             the model.
     """
+    _check_config(config)
     batch, context = whole("batch", batch), whole("context", context)
     width = context if prompt_tokens is None else whole("prompt_tokens", prompt_tokens)
     dtype = floating(dtype)
@@ -95,6 +96,7 @@ def largest_batch(
     Raises:
         ValueError: see `plan_cache`.
     """
+    _check_config(config)
     weights = parameters_of_device(config, mesh) * floating(dtype).itemsize
     if math.isnan(real("memory_bytes", memory_bytes)):
         raise ValueError(f"{memory_bytes=} must be a number of bytes")
@@ -128,3 +130,7 @@ def parameter_count(config: ModelConfig) -> int:
 
     first = count(1)
     return first + (config.num_layers - 1) * (count(2) - first)
+
+
+def _check_config(config: ModelConfig) -> None:
+    instance("config", config, ModelConfig, "pass a model's, or one of kivi_jax.plan.shapes.SHAPES")

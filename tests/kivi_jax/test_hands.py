@@ -42,6 +42,8 @@ MISTAKES = {
         "the cache has 1 layers of 2 KV heads of 8 channels, the model 1 layers of 1 KV heads of 8 channels"
     ),
     "kj.kivi(rotate_keys='no')": "rotate_keys is of type str, not bool: pass True or False",
+    "kj.plan_cache('llama-8b', 'kivi2', batch=1, context=8, dtype='float32')": "config is of type str, not "
+    "ModelConfig: pass a model's, or one of kivi_jax.plan.shapes.SHAPES",
     "config(eos_ids=5)": "eos_ids is of type int, not tuple: pass a tuple of token ids",
     "config(eos_ids=('a',))": "eos_ids='a' must be a whole number",
     "config(rope=None)": "rope is of type NoneType, not RopeConfig: pass a RopeConfig",
