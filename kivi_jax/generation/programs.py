@@ -130,6 +130,8 @@ class Programs:
                 jobs.items(), "compiling", console=console, disable=not progress, transient=True
             )
         }
+        first = Request(tokens=(0,), max_new_tokens=1)
+        asked_of(first, (), model.config.vocab_size)  # JAX compiles copies of arrays, too: not at a request
         self._leaves = leaves
         self.reading, self.slots = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (reading, held))
         self.shared_bytes = {width: tree_bytes(jobs["copy_in", width][1][1]) for width in self.widths}
