@@ -14,11 +14,11 @@ from flax import nnx
 import kivi_jax as kj
 from kivi_jax.cache.names import cache_name, parse_cache
 from kivi_jax.cache.strategy import grow
-from kivi_jax.generation import prefix_files
 from kivi_jax.generation.generate import _generate
 from kivi_jax.generation.prefix import extend, fork, prefill, weights_mark
 from kivi_jax.generation.prefix_files import fingerprint
 from kivi_jax.generation.text import append
+from kivi_jax.outputs import seal
 from kivi_jax.plan.memory import plan_cache, zero_cache
 from tests.convert.checkpoints import LLAMA, write_checkpoint
 from tests.models import AsciiTokenizer, config, random_llama
@@ -171,7 +171,7 @@ def rewrite(path, **changes):
     file = path / "prefix.json"
     manifest = json.loads(file.read_text()) | changes
     del manifest["manifest"]
-    file.write_text(json.dumps(manifest | {"manifest": prefix_files._manifest_checksum(manifest)}))
+    file.write_text(json.dumps(manifest | {"manifest": seal(manifest)}))
 
 
 def edit(path, **changes):
