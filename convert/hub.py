@@ -12,7 +12,9 @@ _COPIES = ["consolidated*", "original/*"]  # the same weights in the trainer's o
 
 
 def resolve(source: str | FilePath) -> FilePath:
-    """The local directory or GGUF file of a checkpoint given by path or by hub name (org/name).
+    """The local directory or GGUF file of a checkpoint given by path or by hub name.
+
+    Of a repository `org/name` safetensors are downloaded, of `org/name/FILE.gguf` that file.
 
     A directory with one GGUF file and nothing else to load stands for that file, and the name `demo` for the
     small trained model that ships with this package.
@@ -30,17 +32,22 @@ def resolve(source: str | FilePath) -> FilePath:
         return directory
     if directory.exists():
         raise CheckpointError(f"{source} is a file: pass the checkpoint's directory, or a GGUF file")
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
+    on_hub = re.fullmatch(r"(?P<name>\w[\w.-]*/[\w.-]+)(/(?P<file>[\w./-]+\.gguf))?", str(source))
+    if on_hub is None:
         raise CheckpointError(f"{source} does not exist: pass a directory or a hub name (org/name), or demo")
-    from huggingface_hub import snapshot_download
-
     try:
-        return FilePath(snapshot_download(str(source), allow_patterns=_FILES, ignore_patterns=_COPIES))
+        return FilePath(_download(**on_hub.groupdict()))
     except Exception as error:  # hub, network and proxy errors share no base class
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(
-            f"{source} is neither a directory here nor could it be downloaded: {reason}"
-        ) from error
+        raise CheckpointError(f"{source} is neither here nor could it be downloaded: {reason}") from error
+
+
+def _download(name: str, file: str | None) -> str:
+    from huggingface_hub import hf_hub_download, snapshot_download
+
+    if file is not None:
+        return hf_hub_download(name, file)
+    return snapshot_download(name, allow_patterns=_FILES, ignore_patterns=_COPIES)
 
 
 def _the_gguf_in(directory: FilePath) -> FilePath | None:

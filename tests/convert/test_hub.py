@@ -24,24 +24,32 @@ def test_a_hub_name_is_downloaded_without_pickles(tmp_path, monkeypatch):
     assert not any("bin" in pattern for pattern in asked["allow_patterns"])
 
 
+def test_a_gguf_file_of_a_repository_is_downloaded_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *asked: str(tmp_path.joinpath(*asked)))
+    assert resolve("org/some.model-1B/Q4/model.gguf") == tmp_path / "org/some.model-1B" / "Q4/model.gguf"
+
+
 @pytest.mark.parametrize("error", [OSError("no network\nat all"), RuntimeError("")])
 def test_a_failed_download_is_one_line(monkeypatch, error):
     def download(*_, **__):
         raise error
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    with pytest.raises(CheckpointError, match="org/name is neither a directory here nor") as caught:
+    with pytest.raises(CheckpointError, match="org/name is neither here nor") as caught:
         resolve("org/name")
     assert "\n" not in str(caught.value)
     assert str(caught.value).endswith("no network" if str(error) else "RuntimeError")
 
 
-@pytest.mark.parametrize("source", ["missing", "./missing/dir", "/missing/dir", "a/b/c", "org/na me"])
+@pytest.mark.parametrize(
+    "source", ["missing", "./missing/dir", "/missing/dir", "a/b/c", "org/na me", "./a/b.gguf", "b.gguf"]
+)
 def test_what_cannot_be_a_hub_name_is_never_asked_for(monkeypatch, source):
     def download(*_, **__):
         pytest.fail("asked the hub")
 
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    for function in ("snapshot_download", "hf_hub_download"):
+        monkeypatch.setattr(huggingface_hub, function, download)
     with pytest.raises(CheckpointError, match="does not exist: pass a directory or a hub name"):
         resolve(source)
 
