@@ -21,6 +21,7 @@ from kivi_jax.checks import warn_once
 from kivi_jax.config import ModelConfig
 from kivi_jax.model.llama import Llama
 from kivi_jax.model.sharding import place, split
+from pallas_kernels.pytree import tree_bytes
 
 Progress = Callable[[int, int], None]  # tensors done, tensors in all
 
@@ -153,7 +154,7 @@ def abstract_parameters(config: ModelConfig, dtype: DTypeLike) -> dict[Path, jax
 
 def parameter_bytes(config: ModelConfig, dtype: DTypeLike) -> int:
     """What a model's parameters take."""
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in abstract_parameters(config, dtype).values())
+    return tree_bytes(list(abstract_parameters(config, dtype).values()))
 
 
 def not_finite(model: Llama) -> list[str]:

@@ -30,6 +30,7 @@ from kivi_jax.config import ModelConfig, config_from_dict
 from kivi_jax.model.llama import Llama
 from kivi_jax.model.sharding import as_laid_out, as_stored, split
 from kivi_jax.outputs import seal
+from pallas_kernels.pytree import tree_bytes
 
 FORMAT = 2  # in format 1, queries, keys and values were projections of their own
 MANIFEST = "kivi_jax.json"
@@ -53,7 +54,7 @@ def save(
         CheckpointError: `destination` cannot be written or replaced, see `convert.files.replacing`.
     """
     sources = () if source is None else (source,)
-    needed = sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model)))
+    needed = tree_bytes(nnx.state(model))
     with (
         replacing(
             destination, manifest=MANIFEST, overwrite=overwrite, sources=sources, needed=needed

@@ -18,6 +18,11 @@ def static(**kwargs: Any) -> Any:
     return dataclasses.field(metadata={"static": True}, **kwargs)
 
 
+def tree_bytes(tree: Any) -> int:
+    """Bytes of a tree's arrays, or of shapes of such, of which plans are made."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
 @dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field, static))
 def pytree(cls: type[T]) -> type[T]:
     """Make `cls` a frozen dataclass and register it as a pytree; `static()` fields are its metadata."""

@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 from rich.table import Table
 
+from pallas_kernels.pytree import tree_bytes
 from pallas_kernels.quantize import kernel as quantize_kernel
 from pallas_kernels.quantize.packing import PAGE
 from pallas_kernels.quantize.quantization import GroupAxis
@@ -150,7 +151,7 @@ def record(
     codes = 2 * tuning.pages * PAGE * case.head_dim  # of keys and of values, in a tile
     programs = -(-case.query_groups // tuning.heads)
     each = report.per_code(codes)[0] * programs
-    packed_bytes = sum(map(_nbytes, jax.tree.leaves(arguments[1:3])))
+    packed_bytes = tree_bytes(arguments[1:3])
     all_codes = 2 * case.batch * case.kv_heads * case.slots * case.head_dim
     partials_bytes, other_bytes, other_instructions = _others(plan, operands, arguments[0])
     return {
@@ -247,12 +248,8 @@ def _others(plan: split_kv.Case, operands: Any, query: Any) -> tuple[int, int, i
     numbers = heads * (plan.dim + 2)
     partials_bytes = heads * (2 * plan.dim + 2 * 4) * plan.tuning.splits
     laid_out = operands[2].size + operands[3].size
-    other_bytes = _nbytes(query) + sum(map(_nbytes, operands[2:4])) + partials_bytes + 4 * numbers
+    other_bytes = tree_bytes((query, operands[2:4])) + partials_bytes + 4 * numbers
     return partials_bytes, other_bytes, 3 * laid_out + 2 * numbers * plan.tuning.splits
-
-
-def _nbytes(array: Any) -> int:
-    return array.size * array.dtype.itemsize
 
 
 def table(records: list[dict[str, Any]]) -> Table:

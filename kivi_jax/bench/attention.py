@@ -18,6 +18,7 @@ from rich.table import Table
 
 from pallas_kernels.partials import attend as attend_dense
 from pallas_kernels.partials import normalize
+from pallas_kernels.pytree import tree_bytes
 from pallas_kernels.quantize.quantization import QuantizedTensor
 from pallas_kernels.quantized_attention import quantized_attention
 from pallas_kernels.quantized_attention.api import Implementation
@@ -102,7 +103,7 @@ def run(
             for dtype in ("float32", "bfloat16")
         }
         for name, (f, arguments) in chosen.items():
-            nbytes = sum(leaf.nbytes for leaf in jax.tree.leaves(arguments))
+            nbytes = tree_bytes(arguments)
             memory = f.lower(*arguments).compile().memory_analysis()
             records.append(
                 {

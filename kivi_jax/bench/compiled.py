@@ -24,6 +24,7 @@ from kivi_jax.bench.decode import Workload, greedy_steps, room
 from kivi_jax.cache.strategy import CacheStrategy
 from kivi_jax.config import ModelConfig
 from kivi_jax.model.llama import Llama
+from pallas_kernels.pytree import tree_bytes
 from pallas_kernels.quantize.quantization import GroupAxis, Implementation, quantize
 
 _H100 = """
@@ -130,7 +131,7 @@ def packing(device: Any, *, tokens: int = 32768) -> Iterator[dict[str, Any]]:
                 "implementation": implementation,
                 "kernels": len(found),
                 "bytes": sum(launch.bytes for launch in found),
-                "least_bytes": sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((x, packed))),
+                "least_bytes": tree_bytes((x, packed)),
             }
 
 

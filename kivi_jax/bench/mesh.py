@@ -21,7 +21,7 @@ from kivi_jax.config import ModelConfig
 from kivi_jax.console import format_bytes
 from kivi_jax.mesh import add_parts, make_mesh
 from kivi_jax.model.llama import Llama
-from kivi_jax.model.sharding import fits, order_of, over_mesh, part_of, spec_of, split
+from kivi_jax.model.sharding import fits, over_mesh, part_of, shape_of, spec_of, split
 
 Record = dict[str, Any]
 
@@ -86,10 +86,8 @@ def random_model(config: ModelConfig, dtype: str, mesh: Mesh) -> Llama:
     mesh = split(mesh, config)
     parameters: dict[tuple[str, ...], jax.Array] = {}
     for path, leaf in abstract_parameters(config, dtype).items():
-        shape = list(leaf.shape)
-        if (order := order_of(path, config, mesh)) is not None:
-            shape[order[0]] = order[1].size
-        parameters[path] = _draw(tuple(shape), dtype, NamedSharding(mesh, spec_of(path, config, mesh)))()
+        shape = shape_of(path, leaf.shape, config, mesh)
+        parameters[path] = _draw(shape, dtype, NamedSharding(mesh, spec_of(path, config, mesh)))()
     return build(config, parameters, dtype, mesh)
 
 

@@ -18,7 +18,7 @@ from kivi_jax.cache.segments import Segment, Step
 from kivi_jax.cache.stores import DEFAULT_GROUP, Given, PoolQuantization, ScaleDtype, rotate
 from kivi_jax.checks import instance, warn_once
 from kivi_jax.config import ModelConfig
-from pallas_kernels.pytree import pytree, static
+from pallas_kernels.pytree import pytree, static, tree_bytes
 from pallas_kernels.quantize.packing import words_per_token
 from pallas_kernels.quantize.quantization import check_groups
 
@@ -72,6 +72,10 @@ class CacheStrategy:
     def expects(self) -> bool:
         """See `PromptSelector.expects`."""
         return self.prompt.expects
+
+    def asks_of(self, window: int | None) -> tuple[int, bool]:
+        """`observed` and `expects` of a layer with this window: where there is one, nothing is selected."""
+        return (0, False) if window is not None else (self.observed, self.expects)
 
     @property
     def sinks(self) -> int:
@@ -370,14 +374,10 @@ def cache_bytes(cache: KVCache) -> dict[str, int]:
         "keys": "dense",  # unless packed: then a field inside it says so
         "values": "dense",
     }
-    parts["metadata"] += _nbytes(cache.lengths)
+    parts["metadata"] += tree_bytes(cache.lengths)
     for segment in (segment for layer in cache.layers for segment in layer):
         names = {"store": "pool"} if isinstance(segment, TokenPool) else of_field
         for path, leaf in jax.tree_util.tree_leaves_with_path(segment):
             named = [names[key.name] for key in path if key.name in names]
-            parts[named[-1] if named else "metadata"] += _nbytes(leaf)
+            parts[named[-1] if named else "metadata"] += tree_bytes(leaf)
     return {**parts, "total": sum(parts.values())}
-
-
-def _nbytes(array: Any) -> int:
-    return array.size * array.dtype.itemsize  # shape structs, of which plans are made, have no nbytes

@@ -19,7 +19,7 @@ from kivi_jax.cache.names import strategy_of
 from kivi_jax.cache.strategy import CacheStrategy, full
 from kivi_jax.checks import real, warn_beyond, whole
 from kivi_jax.generation.generate import check_model, end_ids, warn_unless_finite
-from kivi_jax.generation.programs import Programs, shapes, tree_bytes
+from kivi_jax.generation.programs import Programs, shapes
 from kivi_jax.generation.requests import (
     EngineClosed,
     Finished,
@@ -38,6 +38,7 @@ from kivi_jax.generation.tokens import Tokenizer, check_tokenizer, ending_ids
 from kivi_jax.model.chunks import sharable_tokens
 from kivi_jax.model.inputs import check_vocabulary
 from kivi_jax.model.llama import Llama
+from pallas_kernels.pytree import tree_bytes
 
 _log = logging.getLogger(__name__)
 
@@ -297,12 +298,13 @@ class Engine:
             row, self._reading = self._reading, None
             self._finish(row, reason)
         with self._changed:
-            overdue = [row for row in self._waiting if row.overdue]
-            for row in overdue:
+            overdue: list[tuple[Row, Reason]] = [
+                (row, reason) for row in self._waiting if (reason := row.overdue)
+            ]
+            for row, _ in overdue:
                 self._waiting.remove(row)
-        for row in overdue:
-            if reason := row.overdue:
-                self._finish(row, reason)
+        for row, reason in overdue:
+            self._finish(row, reason)
 
     def _begin(self) -> None:
         """Take the request that has waited longest, and what is known of its prompt's beginning."""

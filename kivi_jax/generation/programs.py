@@ -29,6 +29,7 @@ from kivi_jax.generation.slots import (
 )
 from kivi_jax.model.chunks import Reading, Shared, blank_reading, copy_in, copy_out, read_chunk
 from kivi_jax.model.llama import Llama
+from pallas_kernels.pytree import tree_bytes
 
 _SCORED = 16  # tokens of a chunk whose logits exist together
 
@@ -81,31 +82,8 @@ class Programs:
             logits = model.logits(jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0])
             return reading, logits, _score(model, x[0], next_tokens, scored)
 
-        def place(
-            slots: Slots,
-            reading: Reading,
-            logits: Float[Array, "1 V"],
-            asked: Asked,
-            seen: Bool[Array, "1 V"],
-            left: Int[Array, "1"],
-            lengths: Int[Array, "1"],
-            slot: Int[Array, ""],
-            *,
-            width: int,
-        ) -> Slots:
-            new = row_of(
-                model.config,
-                strategy,
-                reading,
-                logits,
-                asked,
-                seen,
-                left,
-                lengths,
-                width=width,
-                context=context,
-            )
-            return insert(slots, new, slot)
+        def place(slots: Slots, slot: Int[Array, ""], *read: Any, width: int) -> Slots:
+            return insert(slots, row_of(model.config, strategy, *read, width=width, context=context), slot)
 
         def run(leaves: Sequence[Array], slots: Slots, *how: Array) -> tuple[Slots, Burst]:
             return burst(jax.tree.unflatten(tree, leaves), slots, *how)
@@ -118,7 +96,7 @@ class Programs:
             args = (leaves, reading, tokens, number, row.left, flag, tokens[0], flag)
             jobs["read", width] = read, args, (1,)
         for width in self.widths:
-            args = (held, reading, row.logits, row.asked, row.seen, row.left, row.left, number)
+            args = (held, number, reading, row.logits, row.asked, row.seen, row.left, row.left)
             jobs["place", width] = functools.partial(place, width=width), args, (0,)
             copy = functools.partial(copy_out, width=width)
             jobs["copy_out", width] = copy, (reading,), ()
@@ -171,7 +149,7 @@ class Programs:
         seen[0, list(prompt)] = True
         left_one, length = np.full(1, left, np.int32), np.full(1, len(prompt), np.int32)
         self.slots = self._compiled["place", self.width_of(len(prompt))](
-            self.slots, self.reading, logits, asked, seen, left_one, length, np.int32(slot)
+            self.slots, np.int32(slot), self.reading, logits, asked, seen, left_one, length
         )
 
     def burst(self, kept: Bool[np.ndarray, "S"], *, most: int, stops: bool) -> Burst:
@@ -215,11 +193,6 @@ def shapes(
         return reading, row
 
     return jax.eval_shape(build, jax.ShapeDtypeStruct((1, 1), jnp.int32))
-
-
-def tree_bytes(tree: Any) -> int:
-    """Bytes of arrays, or of their shapes."""
-    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def _score(model: Llama, x: Float[Array, "T D"], token: Int[Array, "T"], scored: Bool[Array, ""]) -> LogProbs:

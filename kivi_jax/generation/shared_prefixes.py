@@ -4,11 +4,11 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import jax
 import numpy as np
 from jaxtyping import Int
 
 from kivi_jax.model.chunks import Shared
+from pallas_kernels.pytree import tree_bytes
 
 
 class Match(NamedTuple):
@@ -53,16 +53,12 @@ class SharedPrefixes:
         for name in [name for name in self._kept if prompt[: len(name)] == name]:
             self._drop(name)
         self._kept[prompt] = np.asarray(prompt), shared
-        self.bytes += _bytes(shared)
+        self.bytes += tree_bytes(shared)
         while self.bytes > self.most_bytes:
             self._drop(next(iter(self._kept)))
 
     def _drop(self, prompt: tuple[int, ...]) -> None:
-        self.bytes -= _bytes(self._kept.pop(prompt)[1])
-
-
-def _bytes(shared: Shared) -> int:
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(shared))
+        self.bytes -= tree_bytes(self._kept.pop(prompt)[1])
 
 
 def _common(one: Int[np.ndarray, "P"], other: Int[np.ndarray, "Q"]) -> int:

@@ -31,7 +31,9 @@ def blank_reading(config: ModelConfig, strategy: CacheStrategy, *, width: int, d
             jnp.zeros(shape, dtype),
             jnp.zeros(shape, dtype),
             jnp.zeros(shape[:3], jnp.float32),
-            no_queries(1, config.num_heads, config.head_dim) if _asks(config, strategy, index)[1] else None,
+            no_queries(1, config.num_heads, config.head_dim)
+            if strategy.asks_of(config.window_of(index))[1]
+            else None,
         )
         for index in range(config.num_layers)
     )
@@ -55,7 +57,7 @@ def read_chunk(
     config, x = model.config, model.embedded(tokens)
     layers: list[Read] = []
     for index, (layer, read) in enumerate(zip(model.layers, reading, strict=True)):
-        observed, expects = _asks(config, strategy, index)
+        observed, expects = strategy.asks_of(config.window_of(index))
         if observed:
             read = read._replace(weights=jnp.where(begins, 0, read.weights))
         if expects:
@@ -112,11 +114,6 @@ def copy_in(reading: Reading, shared: Shared) -> Reading:
         read._replace(keys=write(read.keys, keys), values=write(read.values, values))
         for read, (keys, values) in zip(reading, shared, strict=True)
     )
-
-
-def _asks(config: ModelConfig, strategy: CacheStrategy, index: int) -> tuple[int, bool]:
-    """What selection asks of a layer's queries: see `PromptSelector.observed` and `expects`."""
-    return (0, False) if config.window_of(index) is not None else (strategy.observed, strategy.expects)
 
 
 def sharable_tokens(config: ModelConfig, strategy: CacheStrategy, length: int) -> int:

@@ -191,16 +191,16 @@ def _prefill(
     capacity: int,
     block_tokens: int,
 ) -> tuple[Float[Array, "B V"], KVCache]:
-    def read(part: Llama, _: None, tokens: Array, lengths: Array) -> tuple[Array, KVCache]:
-        return _read(part, tokens, lengths, strategy, capacity, block_tokens)
-
+    read = functools.partial(_read, strategy=strategy, capacity=capacity, block_tokens=block_tokens)
     return over_mesh(read, model, None, tokens, lengths)
 
 
 def _read(
     model: Llama,
+    _: None,  # no cache yet
     tokens: Int[Array, "B P"],
     lengths: Int[Array, "B"],
+    *,
     strategy: CacheStrategy,
     capacity: int,
     block_tokens: int,
@@ -217,7 +217,7 @@ def _read(
         # A layer starts when the one before is packed: else many layers' keys and values are kept.
         blocks = after(layers[-1:], jnp.int32(tokens.shape[1] // block))
         window, kind = config.window_of(index), config.first_like(index)
-        observed, expects = (strategy.observed, strategy.expects) if window is None else (0, False)
+        observed, expects = strategy.asks_of(window)
         read = functools.partial(_prefill_layer, observed=observed, expects=expects)
         if not observed and not expects and has_flash(x.dtype, config.head_dim):
             read = _prefill_layer_whole

@@ -148,11 +148,17 @@ def order_of(path: Path, config: ModelConfig, mesh: Shape) -> tuple[int, np.ndar
     return None if np.array_equal(entries, np.arange(entries.size)) else (axes.index(kind), entries)
 
 
+def shape_of(path: Path, shape: tuple[int, ...], config: ModelConfig, mesh: Shape) -> tuple[int, ...]:
+    """The whole shape of a parameter on a mesh, with what replicas have, too; `shape` is that on disk."""
+    if (order := order_of(path, config, mesh)) is None:
+        return shape
+    axis, entries = order
+    return (*shape[:axis], entries.size, *shape[axis + 1 :])
+
+
 def place(path: Path, parameter: Shaped[Any, "..."], config: ModelConfig, mesh: Mesh) -> Array:
     """A parameter of the host's, as on disk, on a mesh: each device is given its own part."""
-    order, shape = order_of(path, config, mesh), list(parameter.shape)
-    if order is not None:
-        shape[order[0]] = order[1].size
+    order, shape = order_of(path, config, mesh), shape_of(path, parameter.shape, config, mesh)
 
     def part(index: Any) -> np.ndarray:
         if order is None:
@@ -162,7 +168,7 @@ def place(path: Path, parameter: Shaped[Any, "..."], config: ModelConfig, mesh: 
         return np.take(np.asarray(parameter)[others], entries[index[axis]], axis)
 
     sharding = NamedSharding(mesh, spec_of(path, config, mesh))
-    return jax.make_array_from_callback(tuple(shape), sharding, part)
+    return jax.make_array_from_callback(shape, sharding, part)
 
 
 def spread(model: M, mesh: Mesh) -> M:

@@ -161,10 +161,8 @@ class Service:
         """Also what the caches of these tokens weigh, and what full ones would."""
         usage = usage_of(pending.prompts, rows)
         prompts = [prompt for prompt in pending.prompts for _ in range(pending.request.n)]
-        weights = [
-            await anyio.to_thread.run_sync(self._weigh, len(prompt), len(written.tokens))
-            for prompt, written in zip(prompts, rows, strict=True)
-        ]
+        counts = [(len(prompt), len(written.tokens)) for prompt, written in zip(prompts, rows, strict=True)]
+        weights = await anyio.to_thread.run_sync(lambda: [self._weigh(*count) for count in counts])
         held, whole = (sum(parts) for parts in zip(*weights, strict=True))
         return usage.model_copy(update={"cache_bytes": held, "full_cache_bytes": whole})
 
