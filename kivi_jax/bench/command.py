@@ -255,7 +255,8 @@ def mesh(
     shape: ShapeOption = "llama-8b",
     context: Annotated[int, typer.Option(help="Tokens in each row's cache when timing starts.")] = 8192,
     new_tokens: Annotated[int, typer.Option(help="Steps to time.")] = 16,
-    batch: Annotated[int, typer.Option(help="Rows, on each mesh as many.")] = 1,
+    batch: Annotated[int, typer.Option(min=0, help="Rows; 0: on each mesh as many as fit.")] = 1,
+    memory: Annotated[str, typer.Option(help="What to fill; empty: 90 % of each device.")] = "",
     meshes: Annotated[
         list[str] | None,
         typer.Option("--mesh", help="As in data=2,model=4; may be repeated."),
@@ -286,13 +287,14 @@ def mesh(
             sizes or bench_mesh.meshes_here(config),
             context=context,
             new_tokens=new_tokens,
-            batch=batch,
+            batch=batch or None,
             dtype=dtype,
+            memory=parse_bytes(memory) if memory else None,
         ),
         out and out / "mesh.json",
     )
-    title = f"{shape} {dtype}, {cache}, {context:,} tokens x {batch} rows"
-    print_table(Console(), bench_mesh.table(list(records), title, machine()))
+    title = f"{shape} {dtype}, {cache}, {context:,} tokens a row"
+    print_table(Console(width=110), bench_mesh.table(list(records), title, machine()))
 
 
 @bench.command()
@@ -375,8 +377,8 @@ def gpu(
 
     Example:  kivi-jax bench gpu --out results --stage predictions
     """
+    from kivi_jax.bench import agreement, kernels, packing, predictions, prompts
     from kivi_jax.bench import gpu as stages
-    from kivi_jax.bench import kernels, packing, predictions, prompts
 
     console = Console(width=110)
     for name, found in stages.run(out, stage or list(stages.STAGES), rehearse=rehearse, seconds=seconds):
@@ -392,11 +394,16 @@ def gpu(
             print_table(console, kernels.table(records))
         if name == "packing" and records:
             print_table(console, packing.table(records))
+        if name == "product" and records:
+            print_table(console, agreement.table(records))
+        if name == "peers":
+            console.print(*records)
     if read := [record for name in stages.PROMPTS for record in stages.read(out / f"{name}.json")]:
         print_table(console, prompts.table(read))
     measured = [record for name in ("speed", *stages.STEPS) for record in stages.read(out / f"{name}.json")]
     if compared := predictions.compare(stages.read(out / "predictions.json"), measured):
-        print_table(console, predictions.table(compared))
+        copied = [r["copy_gigabytes_per_s"] for r in stages.read(out / "environment.json")]
+        print_table(console, predictions.table(compared, *copied))
 
 
 def _written(records: Iterable[dict[str, Any]], path: Path | None) -> Iterator[dict[str, Any]]:

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from kivi_jax.bench import decode, kernels, packing, predictions, prompts
+from kivi_jax.bench import agreement, decode, kernels, packing, peers, predictions, prompts
 from kivi_jax.cache.names import parse_cache
 from kivi_jax.config import ModelConfig
 from kivi_jax.plan.shapes import SHAPES
@@ -45,7 +45,10 @@ class Sizes:
     dtype: str
     contexts: tuple[int, int]  # for one row
     batch_context: int  # for the most rows
+    million: int  # tokens of the longest context
     prompts: tuple[tuple[int, int], ...]  # (rows, tokens) that are read
+    product: ModelConfig  # whose logits are compared with a CPU's
+    ragged: tuple[int, ...]  # tokens of its rows
     new_tokens: int
     caches: tuple[str, ...]
     memory: int | None  # for the most rows, in bytes; None: what the device has
@@ -63,12 +66,18 @@ FULL = Sizes(
     dtype="bfloat16",
     contexts=(32768, 131072),
     batch_context=8192,
+    million=2**20,
     prompts=((1, 2048), (8, 2048), (1, 8192), (1, 32768), (1, 131072)),
+    product=dataclasses.replace(
+        SHAPES["125m"], vocab_size=1024, hidden_size=1024, intermediate_size=2048, num_layers=4, num_heads=8,
+        num_kv_heads=2, head_dim=128,
+    ),
+    ragged=(700, 300, 129, 64),
     new_tokens=32,
     caches=CACHES,
     memory=None,
     interpret=False,
-)
+)  # fmt: skip
 
 REHEARSAL = Sizes(
     copied=2**20,
@@ -84,7 +93,13 @@ REHEARSAL = Sizes(
     dtype="float32",
     contexts=(256, 512),
     batch_context=256,
+    million=1024,
     prompts=((2, 64),),
+    product=dataclasses.replace(
+        SHAPES["125m"], vocab_size=256, hidden_size=64, intermediate_size=128, num_layers=1, num_heads=4,
+        num_kv_heads=2, head_dim=64,
+    ),
+    ragged=(40, 9),
     new_tokens=4,
     caches=CACHES,
     memory=8 * 2**20,
@@ -117,22 +132,31 @@ def _correct_mosaic(sizes: Sizes) -> Iterator[Record]:
     yield from kernels.correctness(sizes.correctness, ("pallas_mosaic",), interpret=sizes.interpret)
 
 
-def _steps(sizes: Sizes, context: int, batch: int | None) -> Iterator[Record]:
+def _product(sizes: Sizes) -> Iterator[Record]:
+    yield from agreement.run(
+        sizes.product, (*sizes.caches, "kivi42r"), lengths=sizes.ragged, steps=sizes.new_tokens
+    )
+
+
+def _steps(
+    sizes: Sizes, context: int, batch: int | None, caches: tuple[str, ...] | None = None
+) -> Iterator[Record]:
     found = decode.throughput(
         sizes.model,
-        {name: parse_cache(name) for name in sizes.caches},
+        {name: parse_cache(name) for name in caches or sizes.caches},
         context=context,
         new_tokens=sizes.new_tokens,
         dtype=sizes.dtype,
         batch=batch,
         memory=sizes.memory,
     )
+    weights = predictions.weights_read(sizes.model, sizes.dtype)
     for record in found:
-        us = record["ms"] * 1e3 / record["batch"]
         yield {
             "case": predictions.step_case(context, batch),
             "contender": record["cache"],
-            "us": us,
+            "us": record["ms"] * 1e3 / record["batch"],
+            "gigabytes_per_s": (weights + record["cache_bytes"]) / record["ms"] / 1e6,
             **record,
         }
 
@@ -147,11 +171,14 @@ STAGES: dict[str, Callable[[Sizes], Iterator[Record]]] = {
     "steps-short": lambda sizes: _steps(sizes, sizes.contexts[0], 1),
     "steps-long": lambda sizes: _steps(sizes, sizes.contexts[1], 1),
     "steps-most": lambda sizes: _steps(sizes, sizes.batch_context, None),
+    "million": lambda sizes: _steps(sizes, sizes.million, 1, ("kivi2",)),
+    "product": _product,
     "prompts": lambda sizes: prompts.ours(sizes.model, sizes.prompts, ("full", "kivi2"), sizes.dtype),
     # Not the longest: what transformers keeps of it does not fit beside its weights.
     "prompts-transformers": lambda sizes: prompts.transformers(sizes.model, sizes.prompts[:4], sizes.dtype),
+    "peers": lambda sizes: peers.decoding(sizes.model, sizes.contexts[0], sizes.dtype),
 }
-STEPS = ("steps-short", "steps-long", "steps-most")
+STEPS = ("steps-short", "steps-long", "steps-most", "million")
 PROMPTS = ("prompts", "prompts-transformers")
 
 

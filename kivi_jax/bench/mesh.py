@@ -15,13 +15,14 @@ from jaxtyping import Array, Int
 from rich.table import Table
 
 from convert.hf import abstract_parameters, build
-from kivi_jax.bench.decode import Workload, greedy_steps, room
+from kivi_jax.bench.decode import Workload, device_memory, greedy_steps, room
 from kivi_jax.cache.strategy import CacheStrategy, KVCache
 from kivi_jax.config import ModelConfig
 from kivi_jax.console import format_bytes
 from kivi_jax.mesh import add_parts, make_mesh
 from kivi_jax.model.llama import Llama
 from kivi_jax.model.sharding import fits, over_mesh, part_of, shape_of, spec_of, split
+from kivi_jax.plan.memory import largest_batch
 
 Record = dict[str, Any]
 
@@ -42,43 +43,51 @@ def run(
     *,
     context: int,
     new_tokens: int,
-    batch: int,
+    batch: int | None,
     dtype: str,
+    memory: int | None = None,
 ) -> Iterator[Record]:
-    """Time `batch` rows of `context` tokens on each mesh of (data, model): `new_tokens` steps are a program.
+    """Time rows of `context` tokens on each mesh of (data, model): `new_tokens` steps are a program.
+
+    `batch` None: as many rows on each mesh as fit into `memory` bytes of a device (90 % of what it has).
 
     Yields for each: data, model, batch, ms (a step; the median of programs), tokens_per_s, sums_ms (of a
     step's all-reduces alone, one after the other), weights_bytes and cache_bytes (of one device).
 
     Raises:
-        ValueError: see `make_mesh` and `split`.
+        ValueError: see `make_mesh` and `split`; or the device does not say how much memory it has; or not
+            one row fits.
     """
     capacity = room(context, new_tokens, programs=TIMED + 1)
     for data, size in meshes:
-        model = random_model(config, dtype, make_mesh(data=data, model=size))
-        workload = Workload(config, strategy, context, capacity, batch, dtype)
-        token = jnp.zeros(batch, jnp.int32)
-        state = token, _fill(model, token, workload)
-        weights, held = _bytes_of_device(nnx.state(model)), _bytes_of_device(state[1])
+        mesh, rows = make_mesh(data=data, model=size), batch
+        if rows is None:
+            limit = device_memory() if memory is None else memory
+            rows = largest_batch(
+                config, strategy, context=capacity, dtype=dtype, memory_bytes=limit, mesh=mesh
+            )
+            if rows == 0:
+                raise ValueError(
+                    f"not one row of {capacity:,} tokens fits into {format_bytes(limit)} of each device with "
+                    f"{data=} and model={size}: pass a smaller --context, or a mesh with a larger model"
+                )
+        workload = Workload(config, strategy, context, capacity, rows, dtype)
+        yield {"data": data, "model": size, "batch": rows, **_timed(workload, mesh, new_tokens)}
 
-        def step(state: Any, model: Llama = model) -> Any:
-            return greedy_steps(model, *state, new_tokens)
 
-        def sums(state: Array, model: Llama = model) -> Array:
-            return _sums(model, state, new_tokens)
-
-        ms = _median_ms(step, state) / new_tokens
-        stream = jnp.zeros((batch, config.hidden_size), dtype)
-        yield {
-            "data": data,
-            "model": size,
-            "batch": batch,
-            "ms": ms,
-            "tokens_per_s": batch / ms * 1e3,
-            "sums_ms": _median_ms(sums, stream) / new_tokens if size > 1 else 0.0,
-            "weights_bytes": weights,
-            "cache_bytes": held,
-        }
+def _timed(workload: Workload, mesh: Mesh, new_tokens: int) -> Record:
+    """What `run` says of one mesh; nothing stays on its devices."""
+    config, batch = workload.config, workload.batch
+    model = random_model(config, str(workload.dtype), mesh)
+    token = jnp.zeros(batch, jnp.int32)
+    state = token, _fill(model, token, workload)
+    found = {"weights_bytes": _bytes_of_device(nnx.state(model)), "cache_bytes": _bytes_of_device(state[1])}
+    ms = _median_ms(lambda state: greedy_steps(model, *state, new_tokens), state) / new_tokens
+    sums = 0.0
+    if mesh.shape["model"] > 1:
+        stream = jnp.zeros((batch, config.hidden_size), workload.dtype)
+        sums = _median_ms(lambda stream: _sums(model, stream, new_tokens), stream) / new_tokens
+    return found | {"ms": ms, "tokens_per_s": batch / ms * 1e3, "sums_ms": sums}
 
 
 def random_model(config: ModelConfig, dtype: str, mesh: Mesh) -> Llama:
@@ -134,17 +143,18 @@ def _bytes_of_device(tree: Any) -> int:
 
 
 def table(records: Sequence[Record], title: str, caption: str) -> Table:
-    """A row per mesh, beside the first."""
+    """A line per mesh, beside the first."""
     out = Table("mesh", title=title, caption=caption)
-    for heading in ("ms/step", "tokens/s", "vs first", "all-reduces", "weights", "cache"):
+    for heading in ("rows", "ms/step", "tokens/s", "vs first", "all-reduces, ms", "weights", "cache"):
         out.add_column(heading, justify="right")
     for record in records:
         out.add_row(
             f"data={record['data']},model={record['model']}",
+            str(record["batch"]),
             f"{record['ms']:.2f}",
             f"{record['tokens_per_s']:.0f}",
-            f"{records[0]['ms'] / record['ms']:.2f}x",
-            f"{record['sums_ms'] / record['ms']:.0%}",
+            f"{record['tokens_per_s'] / records[0]['tokens_per_s']:.2f}x",
+            f"{record['sums_ms']:.2f} ({record['sums_ms'] / record['ms']:.0%})",
             format_bytes(record["weights_bytes"]),
             format_bytes(record["cache_bytes"]),
         )

@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import jax.numpy as jnp
 from jax.typing import DTypeLike
 from rich.table import Table
 
@@ -80,9 +81,7 @@ def steps(
 
     `batch` None: as many rows as fit. Keys: case, contender (the cache), batch, bytes, us of a row's token.
     """
-    item = 4 if dtype == "float32" else 2
-    embedding = config.vocab_size * config.hidden_size  # of which a step reads a few rows
-    weights = item * (parameter_count(config) - (0 if config.tie_word_embeddings else embedding))
+    weights = weights_read(config, dtype)
     for name, strategy in strategies.items():
         memory = ceilings.memory
         rows = batch or largest_batch(config, strategy, context=capacity, dtype=dtype, memory_bytes=memory)
@@ -94,13 +93,20 @@ def steps(
         yield {"case": step_case(context, batch), "contender": name, "batch": rows, "bytes": nbytes, "us": us}
 
 
+def weights_read(config: ModelConfig, dtype: DTypeLike) -> int:
+    """Bytes of the parameters that a step reads: of embeddings that are not the head, a few rows."""
+    looked_up = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
+    return (parameter_count(config) - looked_up) * jnp.dtype(dtype).itemsize
+
+
 def step_case(context: int, batch: int | None) -> str:
     """The name of whole decode steps with `batch` rows (None: as many as fit) of `context` tokens."""
     return f"step, {batch or 'most'} x {context}"
 
 
 def compare(predicted: Sequence[Record], measured: Sequence[Record]) -> list[Record]:
-    """Every measurement that has a prediction: case, contender, predicted_us, measured_us and their ratio.
+    """Every measurement that has a prediction: case, contender, predicted_us, measured_us and their ratio,
+    and gigabytes_per_s as measured.
 
     Records belong together whose case and contender are equal; a prediction for "bfloat16" is that of all
     contenders whose names begin so.
@@ -113,18 +119,24 @@ def compare(predicted: Sequence[Record], measured: Sequence[Record]) -> list[Rec
         if us is not None and "us" in record:
             ratio = record["us"] / us
             times = {"predicted_us": us, "measured_us": record["us"], "ratio": ratio}
-            found.append({"case": case, "contender": contender, **times})
+            rate = record.get("gigabytes_per_s")
+            found.append({"case": case, "contender": contender, **times, "gigabytes_per_s": rate})
     return found
 
 
-def table(compared: Sequence[Record]) -> Table:
-    """What `compare` found."""
+def table(compared: Sequence[Record], copy_rate: float | None = None) -> Table:
+    """What `compare` found; `copy_rate` is that of the device's copies, in GB/s."""
     out = Table("case", "contender", title="the least time that was predicted, and what was measured")
-    for heading in ("predicted us", "measured us", "ratio"):
+    for heading in ("predicted us", "measured us", "ratio", "GB/s", "of a copy's"):
         out.add_column(heading, justify="right")
     for record in compared:
-        numbers = (record["predicted_us"], record["measured_us"])
+        times, rate = (record["predicted_us"], record["measured_us"]), record["gigabytes_per_s"]
         out.add_row(
-            record["case"], record["contender"], *(f"{n:.1f}" for n in numbers), f"{record['ratio']:.2f}"
+            record["case"],
+            record["contender"],
+            *(f"{n:.1f}" for n in times),
+            f"{record['ratio']:.2f}",
+            f"{rate:,.0f}" if rate else "",
+            f"{rate / copy_rate:.0%}" if rate and copy_rate else "",
         )
     return out

@@ -6,13 +6,12 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 from rich.table import Table
 
-from kivi_jax.bench.peers import llama_config
+from kivi_jax.bench.peers import random_ids, torch_llama
 from kivi_jax.config import ModelConfig
 from kivi_jax.model.llama import Llama
 
@@ -48,15 +47,9 @@ def transformers(
 
     In a process of its own: nothing here asks JAX for the GPU, which would take its memory.
     """
-    import torch  # pyright: ignore[reportMissingImports]
-    from transformers import AutoModelForCausalLM
-
-    shape = llama_config(config, dtype=jnp.dtype(dtype).name, attn_implementation="sdpa")
-    device: Any = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with device:  # a CPU draws 8B numbers for minutes
-        model = AutoModelForCausalLM.from_config(shape).eval().requires_grad_(False)
+    model = torch_llama(config, dtype)
     for rows, tokens in prompts:
-        ids = next(model.parameters()).new_tensor(_ids(config, rows, tokens)).long()
+        ids = random_ids(model, config, rows, tokens)
 
         def read(ids: Any = ids) -> None:
             model(ids, use_cache=True, logits_to_keep=1).logits[0, 0, 0].item()  # waits for the device
