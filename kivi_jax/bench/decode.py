@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Int
 from rich.console import Console
@@ -112,15 +113,7 @@ def throughput(
     capacity = room(context, new_tokens, programs=PROGRAMS)
 
     def rows(name: str, strategy: CacheStrategy) -> int:
-        if batch is not None:
-            return batch
-        limit = device_memory() if memory is None else memory
-        fitting = largest_batch(config, strategy, context=capacity, dtype=dtype, memory_bytes=limit)
-        if fitting == 0:
-            raise ValueError(
-                f"not one row of {capacity:,} tokens fits into {format_bytes(limit)} with {name}"
-            )
-        return fitting
+        return batch or most_rows(config, strategy, capacity=capacity, dtype=dtype, memory=memory, named=name)
 
     workloads = {
         name: Workload(config, strategy, context, capacity, rows(name, strategy), dtype)
@@ -150,12 +143,30 @@ def throughput(
         del stepper  # and with it the cache, before the next one is made
 
 
-def device_memory() -> int:
-    """Nine tenths of the device's memory, in bytes.
+def most_rows(
+    config: ModelConfig,
+    strategy: CacheStrategy,
+    *,
+    capacity: int,
+    dtype: DTypeLike,
+    memory: int | None,
+    named: str,
+    mesh: Mesh | None = None,
+) -> int:
+    """How many rows fit into `memory` bytes of a device, by default 90 % of what it has.
 
     Raises:
-        ValueError: it does not say how much it has.
+        ValueError: the device does not say how much memory it has; or not one row fits with what is `named`.
     """
+    limit = _memory() if memory is None else memory
+    rows = largest_batch(config, strategy, context=capacity, dtype=dtype, memory_bytes=limit, mesh=mesh)
+    if rows == 0:
+        raise ValueError(f"not one row of {capacity:,} tokens fits into {format_bytes(limit)} with {named}")
+    return rows
+
+
+def _memory() -> int:
+    """Nine tenths of the device's memory, in bytes."""
     stats = jax.devices()[0].memory_stats() or {}
     if "bytes_limit" not in stats:
         raise ValueError("this device does not say how much memory it has: pass --memory, as in 4GiB")

@@ -15,14 +15,13 @@ from jaxtyping import Array, Int
 from rich.table import Table
 
 from convert.hf import abstract_parameters, build
-from kivi_jax.bench.decode import Workload, device_memory, greedy_steps, room
+from kivi_jax.bench.decode import Workload, greedy_steps, most_rows, room
 from kivi_jax.cache.strategy import CacheStrategy, KVCache
 from kivi_jax.config import ModelConfig
 from kivi_jax.console import format_bytes
 from kivi_jax.mesh import add_parts, make_mesh
 from kivi_jax.model.llama import Llama
 from kivi_jax.model.sharding import fits, over_mesh, part_of, shape_of, spec_of, split
-from kivi_jax.plan.memory import largest_batch
 
 Record = dict[str, Any]
 
@@ -60,17 +59,16 @@ def run(
     """
     capacity = room(context, new_tokens, programs=TIMED + 1)
     for data, size in meshes:
-        mesh, rows = make_mesh(data=data, model=size), batch
-        if rows is None:
-            limit = device_memory() if memory is None else memory
-            rows = largest_batch(
-                config, strategy, context=capacity, dtype=dtype, memory_bytes=limit, mesh=mesh
-            )
-            if rows == 0:
-                raise ValueError(
-                    f"not one row of {capacity:,} tokens fits into {format_bytes(limit)} of each device with "
-                    f"{data=} and model={size}: pass a smaller --context, or a mesh with a larger model"
-                )
+        mesh = make_mesh(data=data, model=size)
+        rows = batch or most_rows(
+            config,
+            strategy,
+            capacity=capacity,
+            dtype=dtype,
+            memory=memory,
+            named=f"{data=}, model={size}",
+            mesh=mesh,
+        )
         workload = Workload(config, strategy, context, capacity, rows, dtype)
         yield {"data": data, "model": size, "batch": rows, **_timed(workload, mesh, new_tokens)}
 
