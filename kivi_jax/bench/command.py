@@ -254,7 +254,7 @@ def engine(
 def mesh(
     shape: ShapeOption = "llama-8b",
     context: Annotated[int, typer.Option(help="Tokens in each row's cache when timing starts.")] = 8192,
-    new_tokens: Annotated[int, typer.Option(help="Steps to time.")] = 16,
+    new_tokens: Annotated[int, typer.Option(help="Steps of a program, as in a generation.")] = 64,
     batch: Annotated[int, typer.Option(min=0, help="Rows; 0: on each mesh as many as fit.")] = 1,
     memory: Annotated[str, typer.Option(help="What to fill; empty: 90 % of each device.")] = "",
     meshes: Annotated[

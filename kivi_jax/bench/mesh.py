@@ -77,8 +77,7 @@ def _timed(workload: Workload, mesh: Mesh, new_tokens: int) -> Record:
     """What `run` says of one mesh; nothing stays on its devices."""
     config, batch = workload.config, workload.batch
     model = random_model(config, str(workload.dtype), mesh)
-    token = jnp.zeros(batch, jnp.int32)
-    state = token, _fill(model, token, workload)
+    state = _fill(model, jnp.zeros(batch, jnp.int32), workload)
     found = {"weights_bytes": _bytes_of_device(nnx.state(model)), "cache_bytes": _bytes_of_device(state[1])}
     ms = _median_ms(lambda state: greedy_steps(model, *state, new_tokens), state) / new_tokens
     sums = 0.0
@@ -106,14 +105,14 @@ def _draw(shape: tuple[int, ...], dtype: str, sharding: NamedSharding) -> Callab
 
 
 @functools.partial(jax.jit, static_argnames="workload")
-def _fill(model: Llama, token: Int[Array, "B"], workload: Workload) -> KVCache:
-    """A cache of the workload, each device's part made by it."""
+def _fill(model: Llama, token: Int[Array, "B"], workload: Workload) -> tuple[Int[Array, "B"], KVCache]:
+    """The tokens on the mesh, and a cache of the workload, each device's part made by it."""
 
     def fill(part: Llama, _: None, token: Array) -> tuple[Array, KVCache]:
         config = part_of(part.config, part.mesh)
         return token, dataclasses.replace(workload, config=config, batch=token.shape[0]).fill_cache()
 
-    return over_mesh(fill, model, None, token)[1]
+    return over_mesh(fill, model, None, token)
 
 
 @functools.partial(jax.jit, static_argnames="steps")
