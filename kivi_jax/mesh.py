@@ -47,6 +47,15 @@ def make_mesh(*, data: int = 1, model: int = 1) -> Mesh:
     return jax.make_mesh((data, model), ("data", "model"), (AxisType.Auto,) * 2, devices=devices[:needed])
 
 
+def named_mesh(text: str) -> Mesh:
+    """`make_mesh` of what "data=2,model=4" says.
+
+    Raises:
+        ValueError: see `read_mesh` and `make_mesh`.
+    """
+    return make_mesh(**read_mesh(text).shape)
+
+
 def read_mesh(text: str) -> AbstractMesh:
     """The mesh that "data=2,model=4" means, of no devices.
 

@@ -39,6 +39,7 @@ from kivi_jax.generation.loading import load
 from kivi_jax.generation.sampling import Greedy, Sample, Sampler
 from kivi_jax.generation.text import decode_after
 from kivi_jax.generation.tokens import CONTEXT, pad_prompts
+from kivi_jax.mesh import named_mesh
 
 Request = TypeVar("Request")
 Answer = TypeVar("Answer")
@@ -55,6 +56,7 @@ class KiviJax(TemplateLM):
         max_length: the most tokens of context and continuation; by default the model's positions.
         max_gen_toks: the most new tokens where a task does not say.
         dtype: by default float32 on a CPU and bfloat16 elsewhere.
+        mesh: devices to use, as in "model=4" or "data=2:model=2": commas separate model_args.
         seed: of tasks that sample; every request draws from a key of its own.
         device: JAX chooses; only here because the harness passes it.
         max_batch_size: the same.
@@ -73,6 +75,7 @@ class KiviJax(TemplateLM):
         max_length: int | None = None,
         max_gen_toks: int = 256,
         dtype: str | None = None,
+        mesh: str | None = None,
         seed: int = 0,
         device: str | None = None,
         max_batch_size: int | None = None,
@@ -83,11 +86,12 @@ class KiviJax(TemplateLM):
         if unknown:
             raise ValueError(
                 f"model_args of kivi-jax has no {', '.join(unknown)}: take pretrained, cache, max_length, "
-                "max_gen_toks, dtype or seed; fields of a cache stand in its name, after colons"
+                "max_gen_toks, dtype, mesh or seed; fields of a cache stand in its name, after colons"
             )
         if not str(batch_size).isdigit() or int(batch_size) < 1:
             raise ValueError(f"{batch_size=} must be a positive number; it is not found automatically")
-        self.model, tokenizer = load(pretrained, dtype=dtype)
+        devices = None if mesh is None else named_mesh(mesh.replace(":", ","))
+        self.model, tokenizer = load(pretrained, dtype=dtype, mesh=devices)
         self.tokenizer: Any = tokenizer
         if tokenizer is None:
             raise ValueError(f"{pretrained} has no tokenizer files: copy the tokenizer's files there")

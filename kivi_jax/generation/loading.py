@@ -8,7 +8,7 @@ from jax.typing import DTypeLike
 
 from kivi_jax.console import status
 from kivi_jax.generation.tokens import Tokenizer, ending_ids
-from kivi_jax.mesh import make_mesh, read_mesh
+from kivi_jax.mesh import named_mesh
 from kivi_jax.model.llama import Llama
 from kivi_jax.options import Dtype
 
@@ -54,7 +54,7 @@ def open_model(name: str, dtype: Dtype | None, mesh: str | None = None) -> tuple
     Raises:
         ValueError: it cannot be loaded, or has no tokenizer.
     """
-    devices = None if mesh is None else make_mesh(**read_mesh(mesh).shape)
+    devices = None if mesh is None else named_mesh(mesh)
     with status("loading"):
         return load_with_tokenizer(name, dtype=dtype_name(dtype), mesh=devices)
 

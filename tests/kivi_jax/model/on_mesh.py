@@ -6,6 +6,7 @@ In a process of its own, since the number of devices is fixed when JAX starts.
 """
 
 import functools
+import importlib.util
 import json
 import re
 import sys
@@ -18,11 +19,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from typer.testing import CliRunner
 
 import kivi_jax as kj
 from convert.orbax import save
 from kivi_jax.bench import mesh as bench
 from kivi_jax.cache.strategy import KVCache
+from kivi_jax.commands.app import app
 from kivi_jax.model.llama import _decode
 from kivi_jax.model.sharding import placed_cache, spread
 from tests.convert.checkpoints import LLAMA, family_tensors, write_checkpoint
@@ -182,6 +185,50 @@ def families() -> dict[str, float]:
             model, meshed = kj.load(source)[0], kj.load(source, mesh=kj.make_mesh(model=2))[0]
         found[model_type] = float(np.abs(np.asarray(forward(model, tokens)) - meshed(tokens)).max())
     return found
+
+
+def commands() -> dict[str, Any]:
+    """What the command line and the harness say on two devices, beside what they say on one."""
+    found: dict[str, Any] = {}
+    raw = {**LLAMA, "num_attention_heads": 8, "num_hidden_layers": 1, "vocab_size": 64}
+    with tempfile.TemporaryDirectory() as folder:
+        model = str(write_checkpoint(Path(folder) / "hf", raw, tokens=61))
+        text = Path(folder) / "text.txt"
+        text.write_text(" ".join(f"w{n % 50}" for n in range(400)))
+        for mesh in ((), ("--mesh", "data=1,model=2")):
+            out, cache = Path(folder) / f"out{len(mesh)}", ("--cache", "kivi2:group_size=8:residual_length=8")
+            options = (*cache, *mesh)
+            said = [call("chat", model, "--max-new-tokens", 4, *options, stdin="w3 w5\nw7\n")]
+            call("cache", "save", model, text, out / "prefix", *options)
+            said.append(
+                call("generate", model, "w6", "--prefix", out / "prefix", "--max-new-tokens", 4, *mesh)
+            )
+            asked = ("--model", model, "--data", text, "--length", 32, "--limit", 2, "--out", out)
+            call("eval", "perplexity", *asked, *options)
+            lines = [line for path in out.rglob("*.jsonl") for line in path.read_text().splitlines()]
+            numbers = [number for line in lines for number in json.loads(line).get("nll", ())]
+            found[str(len(mesh))] = said, numbers, scored(model, mesh[-1:])
+    return found
+
+
+def call(*arguments: Any, stdin: str = "") -> str:
+    done = CliRunner().invoke(app, [str(argument) for argument in arguments], input=stdin)
+    if done.exception and not isinstance(done.exception, SystemExit):
+        raise done.exception
+    return done.stdout
+
+
+def scored(model: str, mesh: tuple[str, ...]) -> list[float]:
+    """Log-likelihoods as the harness asks for them; none where it is not installed."""
+    if importlib.util.find_spec("lm_eval") is None:
+        return []
+    from lm_eval.api.instance import Instance
+
+    from kivi_jax.eval.lm_eval import KiviJax
+
+    adapter = KiviJax(model, mesh=mesh[0].replace(",", ":") if mesh else None)
+    asked = Instance(request_type="loglikelihood", doc={}, arguments=("w3 w1", " w5 w9"), idx=0)
+    return [float(score) for score, _ in adapter.loglikelihood([asked], disable_tqdm=True)]
 
 
 def refusals() -> list[str]:

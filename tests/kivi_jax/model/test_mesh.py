@@ -44,7 +44,7 @@ def found():
 
 @pytest.fixture(scope="module")
 def found_slowly():
-    return on_eight_devices("generated", "families", "benched", *MANY)
+    return on_eight_devices("generated", "commands", "families", "benched", *MANY)
 
 
 def check(part, facts):
@@ -106,6 +106,15 @@ def test_every_way_to_continue_a_text_gives_one_device_s(found_slowly):
     assert facts["prefix"] == [facts["prefix"][0]] * 3
     assert facts["chat"] == [facts["chat"][0]] * 2
     assert facts["stream"] == [facts["stream"][0]] * 2
+
+
+@pytest.mark.slow
+def test_commands_say_what_they_say_on_one_device(found_slowly):
+    (said, numbers, scores), (said_on, numbers_on, scores_on) = found_slowly["commands"].values()
+    assert said_on == said
+    assert len(numbers) > 1
+    assert numbers_on == pytest.approx(numbers, abs=1e-4)
+    assert scores_on == pytest.approx(scores, abs=1e-4)
 
 
 @pytest.mark.slow
