@@ -32,7 +32,7 @@ from pallas_kernels.quantize.quantization import (
     set_token,
 )
 from pallas_kernels.quantized_attention import quantized_attention
-from pallas_kernels.residual.ring import NO_TOKEN, Ring, fill, held_tokens, newest_token, slot_of
+from pallas_kernels.residual.ring import NO_TOKEN, Ring, Token, fill, held_tokens, newest_token, slot_of
 
 _KERNELS = "pallas_kernels.residual.kernel"  # imported where there is a GPU for them
 
@@ -189,19 +189,26 @@ class KiviTokens:
         return self.key_ring.shape[2] - self.sinks
 
     @property
+    def ring(self) -> Ring:
+        """The tokens in full precision."""
+        return Ring(self.key_ring, self.value_ring, self.lengths, self.sinks)
+
+    @property
     def end(self) -> Int[Array, "B"]:
         """The next token's number where the first behind the sinks is 0: negative while these fill."""
-        return self.lengths - self.sinks
+        return self.ring.end
 
-    def attend(self, query: Float[Array, "B N H"]) -> AttentionPartial:
-        """See `Segment`."""
+    def attend(self, query: Float[Array, "B N H"], own: Token | None = None) -> AttentionPartial:
+        """See `Segment`; if the query's `own` token is given, over that, too."""
         return quantized_attention(
             query,
             self.keys,
             self.values,
             start=first_visible(self.lengths, self.window) - self.sinks,
-            end=jnp.maximum(self.end - self.residual_length, 0),
-            residual=Ring(self.key_ring, self.value_ring, self.end, self.sinks),
+            end=self.lengths,
+            held_back=self.sinks + self.residual_length,
+            residual=self.ring,
+            own=own,
         )
 
     def append(self, step: Step) -> "KiviTokens":
@@ -209,13 +216,7 @@ class KiviTokens:
         values, key_ring, value_ring = by_kernel_or_xla(
             "take_token",
             _KERNELS,
-            lambda kernels: kernels.take_token(
-                self.values,
-                Ring(self.key_ring, self.value_ring, self.end, self.sinks),
-                step.key,
-                step.value,
-                step.active,
-            ),
+            lambda kernels: kernels.take_token(self.values, self.ring, step.key, step.value, step.active),
             lambda: self._take_token(step),
         )
         lengths = self.lengths + step.active.astype(jnp.int32)
@@ -242,8 +243,7 @@ class KiviTokens:
         due = active & (end > 0) & (end % residual == 0)
 
         def packed_in_place(kernels: Any, segment: "KiviTokens") -> "KiviTokens":
-            ring = Ring(segment.key_ring, segment.value_ring, end, segment.sinks)
-            keys, key_ring = kernels.pack_block(segment.keys, ring, due)
+            keys, key_ring = kernels.pack_block(segment.keys, segment.ring, due)
             return dataclasses.replace(segment, keys=keys, key_ring=key_ring)
 
         return by_kernel_or_xla(

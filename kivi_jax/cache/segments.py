@@ -17,7 +17,6 @@ from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels import partials
 from pallas_kernels.partials import AttentionPartial
 
 S = TypeVar("S", bound="Segment")
@@ -67,15 +66,6 @@ class Segment(Protocol):
     def materialize(self) -> Tokens:
         """The tokens held, dequantized. For tests and inspection."""
         ...
-
-
-def attend_token(
-    query: Float[Array, "B N H"], key: Float[Array, "B K H"], value: Float[Array, "B K H"]
-) -> AttentionPartial:
-    """Attention over one visible token per row: a step's own token, before it joins a segment."""
-    visible = jnp.ones((query.shape[0], 1, 1), bool)
-    scale = query.shape[-1] ** -0.5
-    return partials.attend(query, key[:, :, None], value[:, :, None], visible, scale=scale)
 
 
 def first_visible(lengths: Int[Array, "B"], window: int | None) -> Int[Array, "B"]:

@@ -66,7 +66,7 @@ def take_token(
         functools.partial(_take_token, values.bits, ring.sinks),
         stores,
         token,
-        ring.end,
+        ring.lengths,
         active,
         parts=1,
         warps=1,
@@ -105,10 +105,10 @@ def pack_block(
     )
     parts = (slots - ring.sinks) // group
     key_ring, *packed = _in_place(
-        functools.partial(_pack_block, keys.bits, parts),
+        functools.partial(_pack_block, keys.bits, ring.sinks, parts),
         stores,
         (),
-        ring.end,
+        ring.lengths,
         due,
         parts=parts,
         warps=_warps(group * words),
@@ -163,7 +163,7 @@ def _in_place(
 
 
 def _take_token(
-    bits: int, sinks: int, end_ref: Any, active_ref: Any, key_ref: Any, value_ref: Any, *refs: Any
+    bits: int, sinks: int, lengths_ref: Any, active_ref: Any, key_ref: Any, value_ref: Any, *refs: Any
 ) -> None:
     """One program: the token of one row and head, [sets of planes, planes, groups of a plane, channels].
 
@@ -172,7 +172,7 @@ def _take_token(
     key_ring_ref, value_ring_ref, words_ref, scale_ref, zero_ref = refs[len(refs) // 2 :]
     slots, sets, members = value_ring_ref.shape[:3]
     residual = slots - sinks
-    end, active = end_ref[0], active_ref[0] != 0
+    end, active = lengths_ref[0] - sinks, active_ref[0] != 0
     slot, leaving = jax.lax.rem(end, residual), end - residual
     if sinks:
         slot = jnp.where(end < 0, end + slots, slot)
@@ -202,7 +202,7 @@ def _take_token(
     store(pack_planes(planes, bits), full, words_ref, page, _ALL, _ALL, lane)
 
 
-def _pack_block(bits: int, parts: int, end_ref: Any, due_ref: Any, *refs: Any) -> None:
+def _pack_block(bits: int, sinks: int, parts: int, lengths_ref: Any, due_ref: Any, *refs: Any) -> None:
     """One program: a group of the ring of one row and head, [tokens, planes, channels of a plane]."""
     ring_ref, words_ref, scale_ref, zero_ref = refs[len(refs) // 2 :]
     tokens, planes = words_ref.shape[1], ring_ref.shape[1]
@@ -211,7 +211,7 @@ def _pack_block(bits: int, parts: int, end_ref: Any, due_ref: Any, *refs: Any) -
 
     @pl.when(due_ref[0] != 0)
     def _pack() -> None:
-        at = jax.lax.rem(jax.lax.div(end_ref[0], tokens) - parts + i, words_ref.shape[0])
+        at = jax.lax.rem(jax.lax.div(lengths_ref[0] - sinks, tokens) - parts + i, words_ref.shape[0])
         coded = []
         for j in range(planes):
             (codes,), scale, zero = _quantize_groups([ring_ref[group, j]], 0, bits, scale_ref.dtype)
