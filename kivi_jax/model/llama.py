@@ -38,10 +38,10 @@ from kivi_jax.model.inputs import (
     room_left,
 )
 from kivi_jax.model.layer import Layer, RMSNorm, linear
-from kivi_jax.model.ordering import after
 from kivi_jax.model.read import Read
 from kivi_jax.model.rope import rotation
 from kivi_jax.model.sharding import over_mesh, part_of
+from pallas_kernels.ordering import after
 from pallas_kernels.partials import normalize
 
 
@@ -395,7 +395,5 @@ def _decode_layer(
     query, key, value = strategy.split_heads(*(part[:, 0] for part in layer.project(x, rope)))
     attended = caches.attend(segments, query, key, value)
     x = layer.finish(x, normalize(attended)[:, None])
-    # Appending overwrites what attending reads: without the order, each layer's cache is copied.
-    may_append = after(attended.out, active.astype(jnp.int32)) > 0
-    step = Step(query, key, value, attended.log_sum_exp, may_append)
+    step = Step(query, key, value, attended.log_sum_exp, active, attended.out)
     return x, caches.append(segments, step)

@@ -37,11 +37,13 @@ def take_token(
     value: Float[Array, "B K H"],
     active: Bool[Array, "B"],
     *,
+    after: Array | None = None,
     interpret: bool = False,
 ) -> tuple[QuantizedTensor, Array, Array]:
     """`values` and the ring's keys and values after token `ring.end` of active rows has joined it.
 
-    The value that it displaces from the ring, token `ring.end - R`, is packed into `values`.
+    The value that it displaces from the ring, token `ring.end - R`, is packed into `values`. Nothing is
+    written before the array `after` exists, which was computed from what is overwritten.
 
     Raises:
         NotImplementedError: a group or head size that the kernel has no block for.
@@ -70,6 +72,7 @@ def take_token(
         active,
         parts=1,
         warps=1,
+        after=after,
         name="take_token",
         interpret=interpret,
     )
@@ -85,7 +88,7 @@ def pack_block(
 ) -> tuple[QuantizedTensor, Array]:
     """`keys` with the ring's of the rows that are due, and the ring's keys as `keys` denotes them.
 
-    `ring.end` is a positive multiple of R where a row is due.
+    Where a row is due, its ring has just taken token `ring.end`, the last of a block of R.
 
     Raises:
         NotImplementedError: a group or head size that the kernel has no block for.
@@ -112,6 +115,7 @@ def pack_block(
         due,
         parts=parts,
         warps=_warps(group * words),
+        after=None,
         name="pack_block",
         interpret=interpret,
     )
@@ -135,10 +139,14 @@ def _in_place(
     *,
     parts: int,
     warps: int,
+    after: Array | None,
     name: str,
     interpret: bool,
 ) -> tuple[Array, ...]:
     """The stores [B, K, ...] after `kernel(lengths, write, *token, *stores)` ran in `parts` for each head."""
+
+    def whole(x: Array) -> pl.BlockSpec:
+        return pl.BlockSpec(x.shape, lambda *_: (0,))
 
     def of_row(x: Array) -> pl.BlockSpec:
         return pl.BlockSpec((1,), lambda row, *_: (row,))
@@ -148,18 +156,19 @@ def _in_place(
         return pl.BlockSpec((None, None, *rest), lambda row, head, _: (row, head, *(0 for _ in rest)))
 
     limits = (lengths.astype(jnp.int32), write.astype(jnp.int32))
-    before = len(limits) + len(token)
+    unread = [] if after is None else [after.reshape(-1)]
+    before = len(unread) + len(limits) + len(token)
     return triton_call(
-        kernel,
+        lambda *refs: kernel(*refs[len(unread) :]),
         name=name,
         grid=(*stores[0].shape[:2], parts),
-        in_specs=[*map(of_row, limits), *map(of_head, (*token, *stores))],
+        in_specs=[*map(whole, unread), *map(of_row, limits), *map(of_head, (*token, *stores))],
         out_specs=[of_head(x) for x in stores],
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in stores],
         input_output_aliases={before + i: i for i in range(len(stores))},
         compiler_params=plt.CompilerParams(num_warps=warps, num_stages=1),
         interpret=interpret,
-    )(*limits, *token, *stores)
+    )(*unread, *limits, *token, *stores)
 
 
 def _take_token(
@@ -211,7 +220,7 @@ def _pack_block(bits: int, sinks: int, parts: int, lengths_ref: Any, due_ref: An
 
     @pl.when(due_ref[0] != 0)
     def _pack() -> None:
-        at = jax.lax.rem(jax.lax.div(lengths_ref[0] - sinks, tokens) - parts + i, words_ref.shape[0])
+        at = jax.lax.rem(jax.lax.div(lengths_ref[0] + 1 - sinks, tokens) - parts + i, words_ref.shape[0])
         coded = []
         for j in range(planes):
             (codes,), scale, zero = _quantize_groups([ring_ref[group, j]], 0, bits, scale_ref.dtype)
