@@ -41,6 +41,16 @@ def fold(
     return Running(out, top, running.denom * fade + jnp.sum(weight, axis=1))
 
 
+def fold_one(
+    running: Running, score: Float[Array, "M"], value: Float[Array, "C"], *, interpret: bool
+) -> Running:
+    """One more token, which every row sees."""
+    top = jnp.maximum(running.top, score)
+    weight, fade = exp2(score - top, interpret), exp2(running.top - top, interpret)
+    out = running.out * fade[:, None] + weight[:, None] * value[None, :]
+    return Running(out, top, running.denom * fade + weight)
+
+
 def highest(running: Running) -> Float[Array, "M"]:
     """The maximum, `NO_SCORE` where no token was seen."""
     return jnp.where(running.denom > 0, running.top, NO_SCORE)

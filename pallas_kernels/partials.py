@@ -24,7 +24,10 @@ NO_SCORE = -1e30
 
 @pytree
 class AttentionPartial:
-    """Unnormalized attention of queries [*B] over some tokens, in float32."""
+    """Unnormalized attention of queries [*B] over some tokens, in float32.
+
+    One that nothing is left to merge with may be normalized: `denom` is 1, and `out` in the query's dtype.
+    """
 
     out: Float[Array, "*B H"]
     max: Float[Array, "*B"]
@@ -60,7 +63,7 @@ def merge(*partials: AttentionPartial) -> AttentionPartial:
 def normalize(partial: AttentionPartial) -> Float[Array, "*B H"]:
     """The attention output: `out / denom`, and zeros for a query that saw no token."""
     denom = jnp.where(partial.denom > 0, partial.denom, 1)
-    return partial.out / denom[..., None]
+    return partial.out.astype(jnp.float32) / denom[..., None]
 
 
 def attend(

@@ -19,6 +19,7 @@ from kivi_jax.cache.segments import Step, Tokens, first_visible, round_up, set_s
 from kivi_jax.cache.stores import DEFAULT_GROUP, ScaleDtype, check_scale_dtype
 from kivi_jax.checks import instance, whole
 from pallas_kernels.dispatch import by_kernel_or_xla
+from pallas_kernels.ordering import after
 from pallas_kernels.partials import AttentionPartial
 from pallas_kernels.pytree import pytree, static
 from pallas_kernels.quantize.packing import PAGE
@@ -32,7 +33,7 @@ from pallas_kernels.quantize.quantization import (
     set_token,
 )
 from pallas_kernels.quantized_attention import quantized_attention
-from pallas_kernels.residual.ring import NO_TOKEN, Ring, fill, held_tokens, newest_token, slot_of
+from pallas_kernels.residual.ring import NO_TOKEN, Ring, Token, fill, held_tokens, newest_token, slot_of
 
 _KERNELS = "pallas_kernels.residual.kernel"  # imported where there is a GPU for them
 
@@ -189,39 +190,39 @@ class KiviTokens:
         return self.key_ring.shape[2] - self.sinks
 
     @property
+    def ring(self) -> Ring:
+        """The tokens in full precision."""
+        return Ring(self.key_ring, self.value_ring, self.lengths, self.sinks)
+
+    @property
     def end(self) -> Int[Array, "B"]:
         """The next token's number where the first behind the sinks is 0: negative while these fill."""
-        return self.lengths - self.sinks
+        return self.ring.end
 
-    def attend(self, query: Float[Array, "B N H"]) -> AttentionPartial:
-        """See `Segment`."""
+    def attend(self, query: Float[Array, "B N H"], own: Token | None = None) -> AttentionPartial:
+        """See `Segment`; if the query's `own` token is given, over that, too."""
         return quantized_attention(
             query,
             self.keys,
             self.values,
             start=first_visible(self.lengths, self.window) - self.sinks,
-            end=jnp.maximum(self.end - self.residual_length, 0),
-            residual=Ring(self.key_ring, self.value_ring, self.end, self.sinks),
+            end=self.lengths,
+            held_back=self.sinks + self.residual_length,
+            residual=self.ring,
+            own=own,
         )
 
     def append(self, step: Step) -> "KiviTokens":
-        """See `Segment`: the token joins the rings; the value it displaces is packed."""
+        """See `Segment`: the token joins the rings, the value it displaces is packed; `settle` counts it."""
         values, key_ring, value_ring = by_kernel_or_xla(
             "take_token",
             _KERNELS,
             lambda kernels: kernels.take_token(
-                self.values,
-                Ring(self.key_ring, self.value_ring, self.end, self.sinks),
-                step.key,
-                step.value,
-                step.active,
+                self.values, self.ring, step.key, step.value, step.active, after=step.attended
             ),
-            lambda: self._take_token(step),
+            lambda: self._take_token(step.after_attending()),
         )
-        lengths = self.lengths + step.active.astype(jnp.int32)
-        return dataclasses.replace(
-            self, values=values, key_ring=key_ring, value_ring=value_ring, lengths=lengths
-        )
+        return dataclasses.replace(self, values=values, key_ring=key_ring, value_ring=value_ring)
 
     def _take_token(self, step: Step) -> tuple[QuantizedTensor, Array, Array]:
         """The packed values and the rings after a step."""
@@ -237,21 +238,26 @@ class KiviTokens:
 
     @classmethod
     def settle(cls, segments: Sequence["KiviTokens"], active: Bool[Array, "B"]) -> tuple["KiviTokens", ...]:
-        """Pack the key ring of rows whose block has just become full."""
-        end, residual = segments[0].end, segments[0].residual_length
+        """Pack the key ring of rows whose block has just become full, and count the token.
+
+        Here and not where each layer takes it: then all layers' lengths are one launch on a GPU.
+        """
+        end, residual = segments[0].end + 1, segments[0].residual_length
         due = active & (end > 0) & (end % residual == 0)
 
         def packed_in_place(kernels: Any, segment: "KiviTokens") -> "KiviTokens":
-            ring = Ring(segment.key_ring, segment.value_ring, end, segment.sinks)
-            keys, key_ring = kernels.pack_block(segment.keys, ring, due)
+            keys, key_ring = kernels.pack_block(segment.keys, segment.ring, due)
             return dataclasses.replace(segment, keys=keys, key_ring=key_ring)
 
-        return by_kernel_or_xla(
+        packed = by_kernel_or_xla(
             "pack_block",
             _KERNELS,
             lambda kernels: tuple(packed_in_place(kernels, segment) for segment in segments),
             lambda: cls._pack_blocks(segments, due),
         )
+        # Counted when all is written, which the old lengths say where: else they would be copied.
+        more = after([segment.key_ring for segment in packed], active.astype(jnp.int32))
+        return tuple(dataclasses.replace(segment, lengths=segment.lengths + more) for segment in packed)
 
     @classmethod
     def _pack_blocks(
@@ -279,7 +285,7 @@ class KiviTokens:
         return tuple(segment._take_block(block, due) for segment, block in zip(segments, blocks, strict=True))
 
     def _take_block(self, block: QuantizedTensor, due: Bool[Array, "B"]) -> "KiviTokens":
-        slot = (self.end - self.residual_length) % self.keys.shape[2]
+        slot = (self.end + 1 - self.residual_length) % self.keys.shape[2]
         first = self.key_ring[:, :, self.residual_length :]
         seen = jnp.concatenate([dequantize(block, self.key_ring.dtype), first], axis=2)
         return dataclasses.replace(

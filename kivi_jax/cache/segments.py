@@ -5,7 +5,7 @@ with an `AttentionPartial`. A layer's cache is a tuple of segments; only the las
 
     attend   every segment answers for the tokens it held before the step
     append   the last segment takes the new token (a value that leaves KIVI's residual is packed here)
-    settle   once per step, all layers together: KIVI packs the key blocks that became full
+    settle   once per step, all layers together: KIVI packs the key blocks that became full, and counts
 
 Rows have their own `lengths`; token t of a row is in ring slot t % slots (`pallas_kernels.residual.ring`),
 whatever the batch, so a row's quantization groups and its output do not depend on its neighbours.
@@ -17,7 +17,7 @@ from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels import partials
+from pallas_kernels.ordering import after
 from pallas_kernels.partials import AttentionPartial
 
 S = TypeVar("S", bound="Segment")
@@ -31,6 +31,14 @@ class Step(NamedTuple):
     value: Float[Array, "B K H"]
     log_sum_exp: Float[Array, "B N"]  # of the query's scores over all segments and its own token
     active: Bool[Array, "B"]  # rows that have ended append nothing
+    attended: Float[Array, "B N H"] | None = None  # the query's output, which must exist before any write
+
+    def after_attending(self) -> "Step":
+        """The same, with `active` computed when the query has attended.
+
+        Appending overwrites what attending reads: without the order, XLA copies each layer's cache.
+        """
+        return self._replace(active=after(self.attended, self.active.astype(jnp.int32)) > 0)
 
 
 class Tokens(NamedTuple):
@@ -52,7 +60,7 @@ class Segment(Protocol):
         ...
 
     def append(self: S, step: Step) -> S:
-        """Take the step's token as the newest one."""
+        """Take the step's token as the newest one; `settle` has to follow."""
         ...
 
     @classmethod
@@ -67,15 +75,6 @@ class Segment(Protocol):
     def materialize(self) -> Tokens:
         """The tokens held, dequantized. For tests and inspection."""
         ...
-
-
-def attend_token(
-    query: Float[Array, "B N H"], key: Float[Array, "B K H"], value: Float[Array, "B K H"]
-) -> AttentionPartial:
-    """Attention over one visible token per row: a step's own token, before it joins a segment."""
-    visible = jnp.ones((query.shape[0], 1, 1), bool)
-    scale = query.shape[-1] ** -0.5
-    return partials.attend(query, key[:, :, None], value[:, :, None], visible, scale=scale)
 
 
 def first_visible(lengths: Int[Array, "B"], window: int | None) -> Int[Array, "B"]:

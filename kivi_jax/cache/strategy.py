@@ -15,12 +15,15 @@ from kivi_jax.cache.kivi import KiviQuantization, KiviTokens
 from kivi_jax.cache.pool import TokenPool
 from kivi_jax.cache.prompt_selectors import KeepAll, Prompt, PromptSelector
 from kivi_jax.cache.segments import Segment, Step
-from kivi_jax.cache.stores import DEFAULT_GROUP, Given, PoolQuantization, ScaleDtype, rotate
+from kivi_jax.cache.stores import DEFAULT_GROUP, Given, PoolQuantization, ScaleDtype, hadamard, rotate
 from kivi_jax.checks import instance, warn_once
 from kivi_jax.config import ModelConfig
+from pallas_kernels.dispatch import by_kernel_or_xla
+from pallas_kernels.partials import AttentionPartial, merge
 from pallas_kernels.pytree import pytree, static, tree_bytes
 from pallas_kernels.quantize.packing import words_per_token
 from pallas_kernels.quantize.quantization import check_groups
+from pallas_kernels.residual.ring import Token, attend_token
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +92,28 @@ class CacheStrategy:
     def turn(self, queries_or_keys: Float[Array, "*B H"]) -> Float[Array, "*B H"]:
         """Queries or keys, after RoPE, in the basis in which segments take them."""
         return rotate(queries_or_keys) if self._rotates else queries_or_keys
+
+    def split_heads(
+        self,
+        query: Float[Array, "B N H"],
+        key: Float[Array, "B K H"],
+        value: Float[Array, "B K H"],
+    ) -> tuple[Float[Array, "B N H"], Float[Array, "B K H"], Float[Array, "B K H"]]:
+        """A step's heads as segments take them: the first two turned."""
+        if self.quantization is None:
+            return query, key, value
+
+        def by_xla() -> tuple[Array, Array, Array]:
+            turned = self.turn(jnp.concatenate([query, key], axis=1))
+            return (*jnp.split(turned, [query.shape[1]], axis=1), value)
+
+        matrix = hadamard(query.shape[2]) if self._rotates else None
+        return by_kernel_or_xla(
+            "split_heads",
+            "pallas_kernels.heads",
+            lambda kernels: kernels.split_heads(query, key, value, matrix),
+            by_xla,
+        )
 
     @property
     def _unified(self) -> bool:
@@ -303,9 +328,25 @@ class KVCache:
     capacity: int = static()
 
 
+def attend(
+    segments: tuple[Segment, ...],
+    query: Float[Array, "B N H"],
+    key: Float[Array, "B K H"],
+    value: Float[Array, "B K H"],
+) -> AttentionPartial:
+    """Attention of a step's query over a layer's tokens, and its own; possibly normalized already."""
+    own = Token(key, value)
+    if len(segments) == 1 and isinstance(segments[0], KiviTokens):
+        return segments[0].attend(query, own)
+    held = (segment.attend(query) for segment in segments)
+    return merge(*held, attend_token(query, own, scale=query.shape[-1] ** -0.5))
+
+
 def append(segments: tuple[Segment, ...], step: Step) -> tuple[Segment, ...]:
     """One layer after its last segment has taken a token."""
-    return (*segments[:-1], segments[-1].append(step))
+    last = segments[-1]
+    step = step if isinstance(last, KiviTokens) else step.after_attending()  # KIVI's kernel keeps the order
+    return (*segments[:-1], last.append(step))
 
 
 def settle(

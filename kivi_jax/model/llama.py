@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 from kivi_jax.cache import strategy as caches
 from kivi_jax.cache.names import strategy_of
 from kivi_jax.cache.prompt_selectors import ALL_QUERIES, Prompt
-from kivi_jax.cache.segments import Segment, Step, attend_token
+from kivi_jax.cache.segments import Segment, Step
 from kivi_jax.cache.strategy import CacheStrategy, KVCache
 from kivi_jax.checks import instance, whole
 from kivi_jax.config import ModelConfig
@@ -38,11 +38,11 @@ from kivi_jax.model.inputs import (
     room_left,
 )
 from kivi_jax.model.layer import Layer, RMSNorm, linear
-from kivi_jax.model.ordering import after
 from kivi_jax.model.read import Read
 from kivi_jax.model.rope import rotation
 from kivi_jax.model.sharding import over_mesh, part_of
-from pallas_kernels.partials import merge, normalize
+from pallas_kernels.ordering import after
+from pallas_kernels.partials import normalize
 
 
 class Llama(nnx.Module):
@@ -392,12 +392,8 @@ def _decode_layer(
 ) -> tuple[Array, tuple[Segment, ...]]:
     """The residual stream after a layer that computes as number `index` does, and its cache."""
     rope = rotation(config, index, lengths + 1, lengths[:, None])
-    rotated = layer.project(x, lambda heads: strategy.turn(rope(heads)))
-    query, key, value = (part[:, 0] for part in rotated)
-    held = (segment.attend(query) for segment in segments)
-    attended = merge(*held, attend_token(query, key, value))
+    query, key, value = strategy.split_heads(*(part[:, 0] for part in layer.project(x, rope)))
+    attended = caches.attend(segments, query, key, value)
     x = layer.finish(x, normalize(attended)[:, None])
-    # Appending overwrites what attending reads: without the order, each layer's cache is copied.
-    may_append = after(attended.out, active.astype(jnp.int32)) > 0
-    step = Step(query, key, value, attended.log_sum_exp, may_append)
+    step = Step(query, key, value, attended.log_sum_exp, active, attended.out)
     return x, caches.append(segments, step)

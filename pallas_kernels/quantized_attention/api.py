@@ -14,7 +14,7 @@ from pallas_kernels.device import default_device
 from pallas_kernels.dispatch import load_kernel, log_fallback
 from pallas_kernels.partials import AttentionPartial
 from pallas_kernels.quantize.quantization import QuantizedTensor
-from pallas_kernels.residual.ring import Ring
+from pallas_kernels.residual.ring import Ring, Token
 
 Implementation = Literal["xla", "pallas_triton", "triton", "pallas_mosaic"]
 Attend = Callable[..., AttentionPartial]
@@ -34,13 +34,18 @@ def quantized_attention(
     *,
     start: Int[Array, "B"],
     end: Int[Array, "B"],
+    held_back: int = 0,
     scale: float | None = None,
     residual: Ring | None = None,
+    own: Token | None = None,
     implementation: Implementation | None = None,
 ) -> AttentionPartial:
-    """Attention of one query per row and head over the packed tokens `start <= t < end` of its row.
+    """Attention of one query per row and head over packed tokens, `start <= t < end - held_back` of its row.
 
-    With a `residual` also over its tokens `t >= start`, which should be none of the packed range.
+    With a `residual` also over its tokens `t >= start`, which should be none of the packed range; with an
+    `own` token, which comes after all others, over that, too. A kernel that has seen a query's own token
+    knows all that there is to attend to, and may answer with the normalized partial: `denom` is 1, and `out`
+    in the query's dtype.
 
     `key` and `value` denote [B, K, S, H], keys grouped over tokens and values over channels. Token t is
     in slot t % S: the store is a ring, of which the newest S tokens before `end` are present. The
@@ -62,7 +67,8 @@ def quantized_attention(
 
     def attend(name: Implementation) -> AttentionPartial:
         call = _load(name, device)
-        return call(query, key, value, start=start, end=end, scale=scale, residual=residual)
+        options = {"held_back": held_back, "scale": scale, "residual": residual, "own": own}
+        return call(query, key, value, start=start, end=end, **options)
 
     for name in order[:-1]:
         try:

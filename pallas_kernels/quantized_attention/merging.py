@@ -1,14 +1,17 @@
-"""Combining the splits of `pallas_triton.py`, and attending to the residual meanwhile, in one launch.
+"""Combining the splits of `pallas_triton.py`, and attending to what is not packed, in one launch.
 
 A split's normalized result is a value, and its log-sum-exp the score that this value has: merging is
 attention over one token per split and head, of which a query head sees those of its own. So splits and the
-residual's tokens go through the same online softmax, as products on the matrix unit.
+residual's tokens go through the same online softmax, as products on the matrix unit. The query's own token
+comes last and completes the attention: what is then written is normalized, in the type that a layer goes on
+with.
 
 A program serves all query heads of a KV head, so that the residual is read once. With few rows that would
 leave most of the GPU idle: there, programs first share the channels, and then the heads.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -19,14 +22,23 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import online_softmax
 from pallas_kernels.online_softmax import ROWS, Running
-from pallas_kernels.partials import NO_SCORE
+from pallas_kernels.partials import NO_SCORE, AttentionPartial
 from pallas_kernels.quantized_attention.split_kv import LOG2E, MERGED_CHANNELS, Case, power_of_two
-from pallas_kernels.residual.ring import Ring
+from pallas_kernels.residual.ring import Ring, Token
 from pallas_kernels.triton_call import triton_call
 
 _ENOUGH = 256  # programs, about two for each multiprocessor
 _MOST_KEYS = 128  # of which a program multiplies all channels at a time
 _NUMBERS = 8192  # of a block of values: what the threads of a program hold at a time
+
+
+class _Others(NamedTuple):
+    """What is attended to beside the splits, and by what: arrays, or references to them."""
+
+    query: Any
+    residual: tuple[Any, Any] | None  # keys and values
+    limits: tuple[Any, Any] | None  # of the residual: start and lengths
+    own: tuple[Any, Any] | None  # key and value
 
 
 class _Share(NamedTuple):
@@ -41,35 +53,50 @@ def merge(
     splits: tuple[Array, Array, Array],
     query: Float[Array, "B N H"],
     residual: Ring | None,
+    own: Token | None,
     start: Int[Array, "B"],
-) -> tuple[Array, Array, Array]:
-    """(out, max, denom) of every query head, from those of its splits and from the residual."""
+) -> AttentionPartial:
+    """The partial of every query head, from those of its splits, the residual and the query's own token."""
     programs, parts = splits[0].shape[:2]
-    rest = [x.reshape(programs, parts * case.heads, *x.shape[3:]) for x in splits]
-    if residual is not None:
-        rows = residual.keys.shape[0] * residual.keys.shape[1]
-        rest += [query.reshape(programs, case.heads, case.dim)]
-        rest += [x.reshape(rows, *x.shape[2:]) for x in (residual.keys, residual.values)]
-        rest += [x.astype(jnp.int32)[:, None] for x in (start, residual.end)]
+
+    def by_head(*arrays: Array) -> tuple[Array, ...]:
+        return tuple(x.reshape(-1, *x.shape[2:]) for x in arrays)
+
+    def by_row(*numbers: Array) -> tuple[Array, ...]:
+        return tuple(x.astype(jnp.int32)[:, None] for x in numbers)
+
+    operands = (
+        [x.reshape(programs, parts * case.heads, *x.shape[3:]) for x in splits],
+        _Others(
+            query.reshape(programs, case.heads, case.dim),
+            None if residual is None else by_head(residual.keys, residual.values),
+            None if residual is None else by_row(start, residual.lengths),
+            None if own is None else by_head(*own),
+        ),
+    )
     share = _share(case, programs)
 
     def of_program(array: Any) -> pl.BlockSpec:
         own, every = array.shape[1:], programs // array.shape[0]
         return pl.BlockSpec((None, *own), lambda i, *_: (jax.lax.div(i, every), *(0 for _ in own)))
 
-    outputs = [
-        jax.ShapeDtypeStruct((programs, case.heads, *own), jnp.float32) for own in ((case.dim,), (), ())
-    ]
-    return triton_call(
+    number = jax.ShapeDtypeStruct((programs, case.heads), jnp.float32)
+    dtype = jnp.float32 if own is None else query.dtype
+    outputs = [jax.ShapeDtypeStruct((*number.shape, case.dim), dtype), number, number]
+    outputs = outputs if own is None else outputs[:2]
+    out, top, *denom = triton_call(
         functools.partial(_merge, case, share, 0 if residual is None else residual.sinks),
         name="quantized_attention_merge",
         grid=(programs, -(-case.heads // share.heads), -(-case.dim // share.channels)),
-        in_specs=[of_program(array) for array in rest],
+        in_specs=jax.tree.map(of_program, operands),
         out_specs=[of_program(shape) for shape in outputs],
         out_shape=outputs,
         compiler_params=plt.CompilerParams(num_warps=4, num_stages=2),
         interpret=case.interpret,
-    )(*rest)
+    )(*operands)
+    heads = query.shape[:2]
+    denom = denom[0].reshape(heads) if denom else jnp.ones(heads)
+    return AttentionPartial(out.reshape(query.shape), top.reshape(heads), denom)
 
 
 def _share(case: Case, programs: int) -> _Share:
@@ -86,24 +113,29 @@ def _block(share: _Share, tokens: int) -> int:
 
 
 def _merge(
-    case: Case, share: _Share, sinks: int, out_ref: Any, top_ref: Any, denom_ref: Any, *refs: Any
+    case: Case, share: _Share, sinks: int, splits: Any, others: _Others, out_ref: Any, *number_refs: Any
 ) -> None:
     """One program: some channels of some query heads of one (row, KV head)."""
-    *recent, merged_ref, merged_top_ref, merged_denom_ref = refs
     row = jnp.arange(ROWS, dtype=jnp.int32)
     first = pl.program_id(1) * share.heads
     head = first + row
     channel = pl.program_id(2) * share.channels + jnp.arange(share.channels, dtype=jnp.int32)
     real, inside = (row < share.heads) & (head < case.heads), channel < case.dim
-    running = _fold_splits(case, share, first, head, channel, (out_ref, top_ref, denom_ref))
-    if recent:
-        running = _fold_residual(case, share, sinks, running, head, real, channel, recent)
+    running = _fold_splits(case, share, first, head, channel, splits)
+    query = online_softmax.load_rows(others.query, head, real, max(ROWS, power_of_two(case.dim)))
+    if others.residual is not None:
+        running = _fold_residual(case, share, sinks, running, query, channel, others)
+    if others.own is not None:
+        running = _fold_own(case, running, query, channel, others.own)
+        out = running.out / running.denom[:, None]
+        numbers = ((running.top + online_softmax.log2(running.denom, case.interpret)) / LOG2E,)
+    else:
+        out, top = running.out, online_softmax.highest(running)
+        numbers = (jnp.where(top > NO_SCORE, top / LOG2E, NO_SCORE), running.denom)
     mask = real[:, None] & inside[None, :]
-    plt.store(merged_ref.at[head[:, None], channel[None, :]], running.out, mask=mask)
-    # The same from every program that shares the channels.
-    top = online_softmax.highest(running)
-    plt.store(merged_top_ref.at[head], jnp.where(top > NO_SCORE, top / LOG2E, NO_SCORE), mask=real)
-    plt.store(merged_denom_ref.at[head], running.denom, mask=real)
+    plt.store(out_ref.at[head[:, None], channel[None, :]], out.astype(out_ref.dtype), mask=mask)
+    for ref, x in zip(number_refs, numbers, strict=True):
+        plt.store(ref.at[head], x, mask=real)  # the same from every program that shares the channels
 
 
 def _fold_splits(case: Case, share: _Share, first: Array, head: Array, channel: Array, refs: Any) -> Running:
@@ -135,32 +167,52 @@ def _fold_residual(
     share: _Share,
     sinks: int,
     running: Running,
-    head: Array,
-    real: Array,
+    query: Array,
     channel: Array,
-    refs: Any,
+    others: _Others,
 ) -> Running:
     """The last `sinks` slots hold tokens -sinks to -1, before those of the ring (see `Ring`)."""
-    query_ref, key_ref, value_ref, start_ref, end_ref = refs
-    slots, dims = key_ref.shape[0], max(ROWS, power_of_two(case.dim))
-    block = min(_MOST_KEYS, _block(share, slots))
-    query = online_softmax.load_rows(query_ref, head, real, dims).astype(key_ref.dtype)
-    start, last, ring = start_ref[0], end_ref[0] - 1, slots - sinks
-    newest = jnp.maximum(last, -1)  # in the ring, which is empty while the sinks fill
+    assert others.residual is not None
+    assert others.limits is not None
+    key_ref, value_ref = others.residual
+    ring, columns = key_ref.shape[0] - sinks, query.shape[1]
+    query = query.astype(key_ref.dtype)
+    start, end = (ref[0] for ref in others.limits)
+    end -= sinks
 
-    def visit(i: Array, running: Running) -> Running:
-        slot = i * block + jnp.arange(block, dtype=jnp.int32)
-        present = slot < slots
-        key = online_softmax.load_rows(key_ref, slot, present, dims)
-        mask = present[:, None] & (channel < case.dim)[None, :]
-        nothing = jnp.zeros(mask.shape, value_ref.dtype)
-        value = plt.load(value_ref.at[slot[:, None], channel[None, :]], mask=mask, other=nothing)
-        token = newest - jax.lax.rem(newest - slot + ring, jnp.full_like(slot, ring))
-        token = jnp.where(slot < ring, token, slot - slots)
-        lowest = jnp.where(slot < ring, jnp.maximum(start, 0), start)
-        seen = present & (token >= lowest) & (token <= last)
-        score = online_softmax.dot(query, key, trans_b=True) * (case.scale * LOG2E)
-        score = jnp.where(seen[None, :], score, NO_SCORE)
-        return online_softmax.fold(running, score, value, interpret=case.interpret)
+    def fold(running: Running, first: int, tokens: int, token_in: Callable[[Array], Array]) -> Running:
+        """Slots first .. first + tokens - 1, of which slot s holds the token `token_in(s)`."""
+        block = min(_MOST_KEYS, _block(share, tokens))
 
-    return jax.lax.fori_loop(0, -(-slots // block), visit, running)
+        def visit(i: Array, running: Running) -> Running:
+            slot = first + i * block + jnp.arange(block, dtype=jnp.int32)
+            present = slot < first + tokens
+            key = online_softmax.load_rows(key_ref, slot, present, columns)
+            mask = present[:, None] & (channel < case.dim)[None, :]
+            nothing = jnp.zeros(mask.shape, value_ref.dtype)
+            value = plt.load(value_ref.at[slot[:, None], channel[None, :]], mask=mask, other=nothing)
+            token = token_in(slot)
+            seen = present & (token >= start) & (token < end)
+            score = online_softmax.dot(query, key, trans_b=True) * (case.scale * LOG2E)
+            score = jnp.where(seen[None, :], score, NO_SCORE)
+            return online_softmax.fold(running, score, value, interpret=case.interpret)
+
+        return jax.lax.fori_loop(0, -(-tokens // block), visit, running)
+
+    def newest(slot: Array) -> Array:
+        """No token where it would be one of the first."""
+        last = jnp.maximum(end, 0) - 1
+        token = last - jax.lax.rem(last - slot + ring, jnp.full_like(slot, ring))
+        return jnp.where(token >= 0, token, end)
+
+    running = fold(running, 0, ring, newest)
+    return fold(running, ring, sinks, lambda slot: slot - (ring + sinks)) if sinks else running
+
+
+def _fold_own(case: Case, running: Running, query: Array, channel: Array, refs: tuple[Any, Any]) -> Running:
+    key, value = (
+        plt.load(ref.at[at], mask=at < case.dim, other=jnp.zeros(at.shape, ref.dtype)).astype(jnp.float32)
+        for ref, at in zip(refs, (jnp.arange(query.shape[1], dtype=jnp.int32), channel), strict=True)
+    )
+    score = jnp.sum(query.astype(jnp.float32) * key[None, :], axis=1) * (case.scale * LOG2E)
+    return online_softmax.fold_one(running, score, value, interpret=case.interpret)

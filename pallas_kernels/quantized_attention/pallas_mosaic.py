@@ -38,7 +38,7 @@ from pallas_kernels.quantize.packing import PAGE
 from pallas_kernels.quantize.quantization import QuantizedTensor
 from pallas_kernels.quantized_attention.split_kv import Case, plan
 from pallas_kernels.quantized_attention.tuning import Tuning
-from pallas_kernels.residual.ring import Ring, merge_residual
+from pallas_kernels.residual.ring import Ring, Token, merge_residual
 
 plgpu: Any = mosaic_gpu  # what it offers changes with every release of jax
 
@@ -58,7 +58,9 @@ def attend(
     start: Int[Array, "B"],
     end: Int[Array, "B"],
     scale: float,
+    held_back: int = 0,
     residual: Ring | None = None,
+    own: Token | None = None,
     tuning: Tuning | None = None,
     interpret: bool = False,
 ) -> AttentionPartial:
@@ -74,9 +76,9 @@ def attend(
     if tuning is None:  # `choose` counts programs of one warp
         fewer = dataclasses.replace(case.tuning, splits=max(1, case.tuning.splits // 4))
         case = dataclasses.replace(case, tuning=fewer)
-    operands = _operands(case, query, key, value, start, end)
+    operands = _operands(case, query, key, value, start, jnp.maximum(end - held_back, 0))
     packed = _merge(case, query.shape, *_partials(case, *operands))
-    return merge_residual(packed, query, residual, start=start, scale=scale)
+    return merge_residual(packed, query, residual, own, start=start, scale=scale)
 
 
 def _tile(case: Case, *scales: Any) -> Case:

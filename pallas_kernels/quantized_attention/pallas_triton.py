@@ -45,7 +45,7 @@ from pallas_kernels.quantized_attention.split_kv import (
     power_of_two,
 )
 from pallas_kernels.quantized_attention.tuning import Tuning
-from pallas_kernels.residual.ring import Ring
+from pallas_kernels.residual.ring import Ring, Token
 from pallas_kernels.triton_call import triton_call
 
 _UNIT = 2.0**-24  # the value of float16's smallest subnormal: what a code's lowest bit is worth
@@ -61,26 +61,26 @@ def attend(
     start: Int[Array, "B"],
     end: Int[Array, "B"],
     scale: float,
+    held_back: int = 0,
     residual: Ring | None = None,
+    own: Token | None = None,
     tuning: Tuning | None = None,
     interpret: bool = False,
 ) -> AttentionPartial:
     """See `quantized_attention`. Products are of float16 numbers, sums are float32.
 
-    What merges the splits also attends to the residual: as XLA's, that would be five kernels more.
+    What merges the splits also attends to the residual and the own token: as XLA's, that would be several
+    kernels more. It then answers with the normalized partial.
 
     Raises:
         NotImplementedError: a group or head size that the kernel has no block for.
     """
     case = plan(query, key, value, scale, tuning, interpret)
-    splits = _partials(case, *operands(case, query, key, value, start, end))
-    out, top, denom = merge(case, splits, query, residual, start)
-    return AttentionPartial(
-        out.reshape(query.shape), top.reshape(query.shape[:2]), denom.reshape(query.shape[:2])
-    )
+    splits = _partials(case, held_back, *operands(case, query, key, value, start, end))
+    return merge(case, splits, query, residual, own, start)
 
 
-def _partials(case: Case, *arrays: Array) -> tuple[Array, Array, Array]:
+def _partials(case: Case, held_back: int, *arrays: Array) -> tuple[Array, Array, Array]:
     """(out, max in powers of two, denom) of every (row and head block, split, query head)."""
     programs, splits = arrays[2].shape[0], case.tuning.splits  # one query operand for each
 
@@ -89,7 +89,7 @@ def _partials(case: Case, *arrays: Array) -> tuple[Array, Array, Array]:
 
     outputs = ((case.heads, case.dim), (case.heads,), (case.heads,))
     return triton_call(
-        functools.partial(_attend_split, case),
+        functools.partial(_attend_split, case, held_back),
         name="quantized_attention",
         grid=(programs, splits),
         in_specs=[_of_program(array, programs) for array in arrays],
@@ -109,7 +109,7 @@ def _of_program(array: Array, programs: int) -> pl.BlockSpec:
     return pl.BlockSpec((None, *rest), lambda i, *_: (_div(i, share), *(0 for _ in rest)))
 
 
-def _attend_split(case: Case, *refs: Any) -> None:
+def _attend_split(case: Case, held_back: int, *refs: Any) -> None:
     """One program: the tiles of one split of one (row, KV head)."""
     (start_ref, end_ref, q_ref, q_plain_ref, kw_ref, ks_ref, kz_ref, vw_ref, vs_ref, vz_ref) = refs[:10]
     out_ref, max_ref, denom_ref = refs[10:]
@@ -118,7 +118,7 @@ def _attend_split(case: Case, *refs: Any) -> None:
     parts = case.value_parts
     row16 = jnp.arange(TILE_ROWS, dtype=jnp.int32)
 
-    end = end_ref[0]
+    end = end_ref[0] - held_back  # negative where there are none yet: no tile is visited
     start = jnp.maximum(jnp.maximum(start_ref[0], 0), end - case.slots)
     first_tile = _div(start, tile)
     last_tile = jnp.where(start < end, _div(end + tile - 1, tile), first_tile)

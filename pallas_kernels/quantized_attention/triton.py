@@ -16,7 +16,7 @@ from pallas_kernels.partials import AttentionPartial
 from pallas_kernels.quantize.quantization import QuantizedTensor
 from pallas_kernels.quantized_attention.split_kv import MERGED_CHANNELS, Case, operands, plan, power_of_two
 from pallas_kernels.quantized_attention.tuning import Tuning
-from pallas_kernels.residual.ring import Ring, merge_residual
+from pallas_kernels.residual.ring import Ring, Token, merge_residual
 
 
 def attend(
@@ -27,7 +27,9 @@ def attend(
     start: Int[Array, "B"],
     end: Int[Array, "B"],
     scale: float,
+    held_back: int = 0,
     residual: Ring | None = None,
+    own: Token | None = None,
     tuning: Tuning | None = None,
 ) -> AttentionPartial:
     """See `quantized_attention`. Products are of float16 numbers, sums are float32.
@@ -47,7 +49,7 @@ def attend(
 
     case = plan(query, key, value, scale, tuning, interpret=False)
     check(case)
-    arrays = operands(case, query, key, value, start, end)
+    arrays = operands(case, query, key, value, start, jnp.maximum(end - held_back, 0))
     # Said, because jax-triton would ask the driver, which a machine that only compiles does not have.
     architecture = round(10 * compute_capability(default_device()))
     programs, splits = arrays[2].shape[0], case.tuning.splits
@@ -72,7 +74,7 @@ def attend(
     )
     heads = query.shape[:2]
     packed = AttentionPartial(out.reshape(query.shape), top.reshape(heads), denom.reshape(heads))
-    return merge_residual(packed, query, residual, start=start, scale=scale)
+    return merge_residual(packed, query, residual, own, start=start, scale=scale)
 
 
 def check(case: Case) -> None:

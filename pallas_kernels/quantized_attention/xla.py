@@ -32,7 +32,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 from pallas_kernels.partials import NO_SCORE, AttentionPartial, empty, merge, softmax_weights
 from pallas_kernels.quantize.packing import PAGE
 from pallas_kernels.quantize.quantization import QuantizedTensor
-from pallas_kernels.residual.ring import Ring, merge_residual, newest_token
+from pallas_kernels.residual.ring import Ring, Token, merge_residual, newest_token
 
 
 def attend(
@@ -43,11 +43,14 @@ def attend(
     start: Int[Array, "B"],
     end: Int[Array, "B"],
     scale: float,
+    held_back: int = 0,
     residual: Ring | None = None,
+    own: Token | None = None,
     block_elements: int = 1 << 20,
 ) -> AttentionPartial:
     """See `quantized_attention`; about `block_elements` keys are dequantized at a time."""
     batch, kv_heads, slots, dim = key.shape
+    end -= held_back
     unit = math.lcm(PAGE, key.group_size)
     block = _block_tokens(slots, unit, block_elements // (batch * kv_heads * dim))
     blocks = -(-slots // block)
@@ -69,7 +72,7 @@ def attend(
         return merge(running, part)
 
     packed = jax.lax.fori_loop(0, needed.sum(), body, empty(query.shape))
-    return merge_residual(packed, query, residual, start=start, scale=scale)
+    return merge_residual(packed, query, residual, own, start=start, scale=scale)
 
 
 def _attend_block(

@@ -37,11 +37,13 @@ def take_token(
     value: Float[Array, "B K H"],
     active: Bool[Array, "B"],
     *,
+    after: Array | None = None,
     interpret: bool = False,
 ) -> tuple[QuantizedTensor, Array, Array]:
     """`values` and the ring's keys and values after token `ring.end` of active rows has joined it.
 
-    The value that it displaces from the ring, token `ring.end - R`, is packed into `values`.
+    The value that it displaces from the ring, token `ring.end - R`, is packed into `values`. Nothing is
+    written before the array `after` exists, which was computed from what is overwritten.
 
     Raises:
         NotImplementedError: a group or head size that the kernel has no block for.
@@ -66,10 +68,11 @@ def take_token(
         functools.partial(_take_token, values.bits, ring.sinks),
         stores,
         token,
-        ring.end,
+        ring.lengths,
         active,
         parts=1,
         warps=1,
+        after=after,
         name="take_token",
         interpret=interpret,
     )
@@ -85,7 +88,7 @@ def pack_block(
 ) -> tuple[QuantizedTensor, Array]:
     """`keys` with the ring's of the rows that are due, and the ring's keys as `keys` denotes them.
 
-    `ring.end` is a positive multiple of R where a row is due.
+    Where a row is due, its ring has just taken token `ring.end`, the last of a block of R.
 
     Raises:
         NotImplementedError: a group or head size that the kernel has no block for.
@@ -105,13 +108,14 @@ def pack_block(
     )
     parts = (slots - ring.sinks) // group
     key_ring, *packed = _in_place(
-        functools.partial(_pack_block, keys.bits, parts),
+        functools.partial(_pack_block, keys.bits, ring.sinks, parts),
         stores,
         (),
-        ring.end,
+        ring.lengths,
         due,
         parts=parts,
         warps=_warps(group * words),
+        after=None,
         name="pack_block",
         interpret=interpret,
     )
@@ -135,10 +139,14 @@ def _in_place(
     *,
     parts: int,
     warps: int,
+    after: Array | None,
     name: str,
     interpret: bool,
 ) -> tuple[Array, ...]:
     """The stores [B, K, ...] after `kernel(lengths, write, *token, *stores)` ran in `parts` for each head."""
+
+    def whole(x: Array) -> pl.BlockSpec:
+        return pl.BlockSpec(x.shape, lambda *_: (0,))
 
     def of_row(x: Array) -> pl.BlockSpec:
         return pl.BlockSpec((1,), lambda row, *_: (row,))
@@ -148,22 +156,23 @@ def _in_place(
         return pl.BlockSpec((None, None, *rest), lambda row, head, _: (row, head, *(0 for _ in rest)))
 
     limits = (lengths.astype(jnp.int32), write.astype(jnp.int32))
-    before = len(limits) + len(token)
+    unread = [] if after is None else [after.reshape(-1)]
+    before = len(unread) + len(limits) + len(token)
     return triton_call(
-        kernel,
+        lambda *refs: kernel(*refs[len(unread) :]),
         name=name,
         grid=(*stores[0].shape[:2], parts),
-        in_specs=[*map(of_row, limits), *map(of_head, (*token, *stores))],
+        in_specs=[*map(whole, unread), *map(of_row, limits), *map(of_head, (*token, *stores))],
         out_specs=[of_head(x) for x in stores],
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in stores],
         input_output_aliases={before + i: i for i in range(len(stores))},
         compiler_params=plt.CompilerParams(num_warps=warps, num_stages=1),
         interpret=interpret,
-    )(*limits, *token, *stores)
+    )(*unread, *limits, *token, *stores)
 
 
 def _take_token(
-    bits: int, sinks: int, end_ref: Any, active_ref: Any, key_ref: Any, value_ref: Any, *refs: Any
+    bits: int, sinks: int, lengths_ref: Any, active_ref: Any, key_ref: Any, value_ref: Any, *refs: Any
 ) -> None:
     """One program: the token of one row and head, [sets of planes, planes, groups of a plane, channels].
 
@@ -172,7 +181,7 @@ def _take_token(
     key_ring_ref, value_ring_ref, words_ref, scale_ref, zero_ref = refs[len(refs) // 2 :]
     slots, sets, members = value_ring_ref.shape[:3]
     residual = slots - sinks
-    end, active = end_ref[0], active_ref[0] != 0
+    end, active = lengths_ref[0] - sinks, active_ref[0] != 0
     slot, leaving = jax.lax.rem(end, residual), end - residual
     if sinks:
         slot = jnp.where(end < 0, end + slots, slot)
@@ -202,7 +211,7 @@ def _take_token(
     store(pack_planes(planes, bits), full, words_ref, page, _ALL, _ALL, lane)
 
 
-def _pack_block(bits: int, parts: int, end_ref: Any, due_ref: Any, *refs: Any) -> None:
+def _pack_block(bits: int, sinks: int, parts: int, lengths_ref: Any, due_ref: Any, *refs: Any) -> None:
     """One program: a group of the ring of one row and head, [tokens, planes, channels of a plane]."""
     ring_ref, words_ref, scale_ref, zero_ref = refs[len(refs) // 2 :]
     tokens, planes = words_ref.shape[1], ring_ref.shape[1]
@@ -211,7 +220,7 @@ def _pack_block(bits: int, parts: int, end_ref: Any, due_ref: Any, *refs: Any) -
 
     @pl.when(due_ref[0] != 0)
     def _pack() -> None:
-        at = jax.lax.rem(jax.lax.div(end_ref[0], tokens) - parts + i, words_ref.shape[0])
+        at = jax.lax.rem(jax.lax.div(lengths_ref[0] + 1 - sinks, tokens) - parts + i, words_ref.shape[0])
         coded = []
         for j in range(planes):
             (codes,), scale, zero = _quantize_groups([ring_ref[group, j]], 0, bits, scale_ref.dtype)

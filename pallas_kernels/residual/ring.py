@@ -4,6 +4,8 @@ A buffer that never overflows is a ring that never wraps, so one formula serves 
 window and KIVI's residual.
 """
 
+from typing import NamedTuple
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
@@ -14,9 +16,16 @@ from pallas_kernels.pytree import pytree, static
 NO_TOKEN = jnp.iinfo(jnp.int32).min
 
 
+class Token(NamedTuple):
+    """One token of each row."""
+
+    key: Float[Array, "B K H"]
+    value: Float[Array, "B K H"]
+
+
 @pytree
 class Ring:
-    """The newest S - `sinks` tokens before `end[b]` of each row, in full precision, and its first ones.
+    """The newest S - `sinks` of the first `lengths[b]` tokens of each row, in full precision, and its first.
 
     The last `sinks` slots are no part of the ring: they hold the tokens that come before token 0 and are
     numbered -sinks to -1. So everything that counts tokens, packed ones too, starts behind them.
@@ -24,8 +33,13 @@ class Ring:
 
     keys: Float[Array, "B K S H"]
     values: Float[Array, "B K S H"]
-    end: Int[Array, "B"]
+    lengths: Int[Array, "B"]
     sinks: int = static(default=0)
+
+    @property
+    def end(self) -> Int[Array, "B"]:
+        """The next token's number: negative while the first slots fill."""
+        return self.lengths - self.sinks
 
     def attend(
         self, query: Float[Array, "B N H"], *, start: Int[Array, "B"], scale: float
@@ -33,6 +47,12 @@ class Ring:
         """Attention over those of its tokens that are not before `start`."""
         visible = held_tokens(self.end, self.keys.shape[2], self.sinks) >= start[:, None]
         return partials.attend(query, self.keys, self.values, visible[:, None], scale=scale)
+
+
+def attend_token(query: Float[Array, "B N H"], token: Token, *, scale: float) -> AttentionPartial:
+    """Attention over one token, which every query sees: a step's own, before it has a slot."""
+    visible = jnp.ones((query.shape[0], 1, 1), bool)
+    return partials.attend(query, token.key[:, :, None], token.value[:, :, None], visible, scale=scale)
 
 
 def newest_token(end: Int[Array, "B"], slots: int, slot: Int[Array, "s"] | None = None) -> Int[Array, "B s"]:
@@ -75,11 +95,15 @@ def merge_residual(
     packed: AttentionPartial,
     query: Float[Array, "B N H"],
     residual: Ring | None,
+    own: Token | None,
     *,
     start: Int[Array, "B"],
     scale: float,
 ) -> AttentionPartial:
-    """Attention over packed tokens and the residual, if there is one: for kernels that cannot do both."""
-    if residual is None:
-        return packed
-    return partials.merge(packed, residual.attend(query, start=start, scale=scale))
+    """Attention over packed tokens and what there is of the others: for kernels that cannot do all."""
+    merged = packed
+    if residual is not None:
+        merged = partials.merge(merged, residual.attend(query, start=start, scale=scale))
+    if own is not None:
+        merged = partials.merge(merged, attend_token(query, own, scale=scale))
+    return merged

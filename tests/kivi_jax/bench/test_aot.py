@@ -7,11 +7,13 @@ import jax.numpy as jnp
 import pytest
 
 from kivi_jax.bench import aot, kernels
+from kivi_jax.cache.stores import hadamard
+from pallas_kernels.heads import split_heads
 from pallas_kernels.quantized_attention import pallas_triton
 from pallas_kernels.quantized_attention.cases import COMPILED, GPU, Case
 from pallas_kernels.quantized_attention.tuning import Tuning
 from pallas_kernels.residual import kernel as residual_kernel
-from pallas_kernels.residual.ring import Ring
+from pallas_kernels.residual.ring import Ring, Token
 
 pytest.importorskip("triton", reason="Triton's compiler is not installed: pip install 'kivi-jax[aot]'")
 
@@ -42,9 +44,12 @@ def test_kernels_keep_their_budget(kernel, case, sm):
 @pytest.mark.parametrize("sm", [80, 90])
 @pytest.mark.parametrize(("dim", "rows"), [(64, 1), (128, 1), (256, 1), (128, 64)])
 def test_the_steps_other_kernels_do_not_spill(dim, rows, sm):
-    """Merging with a residual, and writing to the cache; with many rows a program merges all channels."""
+    """Splitting heads, merging with what is not packed, writing to the cache, of KIVI with turned keys.
+
+    With many rows a program merges all channels.
+    """
     case = Case("a step's", rows, 8, 4, dim, 4096, query_dtype="bfloat16")
-    ring = jax.ShapeDtypeStruct((rows, 8, 128, dim), jnp.bfloat16)
+    ring = jax.ShapeDtypeStruct((rows, 8, 132, dim), jnp.bfloat16)
     token, number = (
         jax.ShapeDtypeStruct((rows, 8, dim), jnp.bfloat16),
         jax.ShapeDtypeStruct((rows,), jnp.int32),
@@ -52,14 +57,16 @@ def test_the_steps_other_kernels_do_not_spill(dim, rows, sm):
 
     def step(query, key, value, ring, token, length):
         start, active = jnp.zeros_like(length), length > 0
-        residual = Ring(ring, ring, length)
+        residual = Ring(ring, ring, length, sinks=4)
         attend = functools.partial(pallas_triton.attend, start=start, end=length, scale=dim**-0.5)
-        taken = residual_kernel.take_token(value, residual, token, token, active)
+        query, *own = split_heads(query, token, token, hadamard(dim))
+        taken = residual_kernel.take_token(value, residual, *own, active)
         packed = residual_kernel.pack_block(key, residual, active)
-        return attend(query, key, value, residual=residual), taken, packed
+        attended = attend(query, key, value, held_back=132, residual=residual, own=Token(*own))
+        return attended, taken, packed
 
     query, key, value = jax.eval_shape(lambda: (case.query(), *case.pack(*case.dense()[1:])))
-    names = ("quantized_attention_merge", "take_token", "pack_block")
+    names = ("split_heads", "quantized_attention_merge", "take_token", "pack_block")
     reports = aot.pallas_reports(step, query, key, value, ring, token, number, sm=sm, names=names)
     assert {report.name: report.spill_bytes for report in reports} == dict.fromkeys(names, 0)
 

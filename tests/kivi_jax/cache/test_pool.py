@@ -7,13 +7,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kivi_jax.cache import strategy as caches
 from kivi_jax.cache.decode_selectors import GKV, Adaptive, Discontinuous, Random, Slide, Slots, VaSE
 from kivi_jax.cache.dense import DenseTokens
 from kivi_jax.cache.pool import TokenPool
-from kivi_jax.cache.segments import Step, attend_token
+from kivi_jax.cache.segments import Step
 from kivi_jax.cache.stores import Given, PoolQuantization, hadamard
 from kivi_jax.cache.unified_selectors import H2O, StreamingLLM
-from pallas_kernels.partials import merge, normalize
+from pallas_kernels.partials import normalize
 from tests.oracles.scope import ListPool, Remembered, Reserved, by_weight
 
 HEADS, GROUPS, DIM = 2, 2, 8
@@ -22,7 +23,7 @@ HEADS, GROUPS, DIM = 2, 2, 8
 @jax.jit
 def step(segments, query, key, value, active):
     """One decode step over a layer's segments: what it attends to, and the segments after it."""
-    attended = merge(*(s.attend(query) for s in segments), attend_token(query, key, value))
+    attended = caches.attend(segments, query, key, value)
     grown = segments[-1].append(Step(query, key, value, attended.log_sum_exp, active))
     (settled,) = type(grown).settle([grown], active)
     return normalize(attended), (*segments[:-1], settled)

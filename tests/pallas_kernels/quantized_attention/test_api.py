@@ -14,7 +14,7 @@ from pallas_kernels.partials import merge, normalize
 from pallas_kernels.quantize.quantization import QuantizedTensor, dequantize
 from pallas_kernels.quantized_attention import pallas_mosaic, pallas_triton, quantized_attention, xla
 from pallas_kernels.quantized_attention.cases import CORRECTNESS, Case
-from pallas_kernels.residual.ring import Ring
+from pallas_kernels.residual.ring import Ring, Token
 from tests.draws import dense, normal
 from tests.oracles import attention as oracle
 from tests.oracles import quantization as quantization_oracle
@@ -67,11 +67,11 @@ def read(x: QuantizedTensor) -> np.ndarray:
     )
 
 
-def jitted(implementation, head_dim):
+def jitted(implementation, head_dim, **static):
     if implementation in INTERPRETED:
         attend = INTERPRETED[implementation].attend
-        return jax.jit(functools.partial(attend, scale=head_dim**-0.5, interpret=True))
-    return jax.jit(functools.partial(quantized_attention, implementation=implementation))
+        return jax.jit(functools.partial(attend, scale=head_dim**-0.5, interpret=True, **static))
+    return jax.jit(functools.partial(quantized_attention, implementation=implementation, **static))
 
 
 def run(implementation, query, key, value, start, end, **options):
@@ -127,22 +127,24 @@ def test_equals_the_oracle(implementation, case):
     ],
 )
 @pytest.mark.parametrize(
-    ("slots", "newer", "sinks"),
+    ("slots", "newer", "sinks", "has_own"),
     [
-        (128, 300, 4),
-        pytest.param(128, 300, 0, marks=pytest.mark.slow),
-        pytest.param(32, 0, 0, marks=pytest.mark.slow),
-        pytest.param(96, 5, 0, marks=pytest.mark.slow),
+        (128, 300, 4, True),
+        pytest.param(128, 300, 0, False, marks=pytest.mark.slow),
+        pytest.param(32, 0, 0, True, marks=pytest.mark.slow),
+        pytest.param(96, 5, 0, False, marks=pytest.mark.slow),
+        pytest.param(128, 300, 31, False, marks=pytest.mark.slow),
     ],
 )
-def test_also_attends_to_a_residual(implementation, name, slots, newer, sinks):
+def test_also_attends_to_a_residual_and_the_own_token(implementation, name, slots, newer, sinks, has_own):
     """A ring that is not full, one that ends with the packed tokens, one that has wrapped, one with sinks."""
     (case,) = [c for c in CORRECTNESS if c.name == name]
     query, key, value, start, end = inputs(case)
     shape = (case.batch, case.kv_heads, slots + sinks, case.head_dim)
-    ring = Ring(*normal(slots, 2, *shape), end + newer, sinks)
+    ring = Ring(*normal(slots, 2, *shape), end + newer + sinks, sinks)
     start = start - sinks // 2  # some of the sinks, where nothing else is hidden
-    got = run(implementation, query, key, value, start, end, residual=ring)
+    own = Token(*normal(1, 2, case.batch, case.kv_heads, case.head_dim)) if has_own else None
+    got = run(implementation, query, key, value, start, end, residual=ring, own=own)
 
     packed = oracle.ring_visible(start, end, case.slots)
     recent = oracle.ring_visible(start, ring.end, slots)
@@ -150,13 +152,29 @@ def test_also_attends_to_a_residual(implementation, name, slots, newer, sinks):
         [low <= token < high for token in range(-sinks, 0)] for low, high in zip(start, ring.end, strict=True)
     ]
     recent = [a + b for a, b in zip(recent, first, strict=True)]
-    visible = [[[*a, *b]] * case.kv_heads for a, b in zip(packed, recent, strict=True)]
+    visible = [[[*a, *b, *[True] * has_own]] * case.kv_heads for a, b in zip(packed, recent, strict=True)]
     keys, values = (
-        np.concatenate([read(a), np.asarray(b)], axis=2) for a, b in ((key, ring.keys), (value, ring.values))
+        np.concatenate([read(a), b, *([c[:, :, None]] if has_own else [])], axis=2)
+        for a, b, c in zip((key, value), (ring.keys, ring.values), own or (None, None), strict=True)
     )
-    out, _, denom = oracle.attend(query, keys, values, visible, case.head_dim**-0.5)
-    want = out / np.where(denom > 0, denom, 1)[..., None]
+    out, top, denom = oracle.attend(query, keys, values, visible, case.head_dim**-0.5)
+    seen = denom > 0
+    want = out / np.where(seen, denom, 1)[..., None]
     assert relative_error(normalize(got), want) < IMPLEMENTATIONS[implementation]
+    log_sum_exp = top[seen] + np.log(denom[seen])
+    assert relative_error(np.asarray(got.log_sum_exp)[seen], log_sum_exp) < IMPLEMENTATIONS[implementation]
+
+
+@each_implementation
+def test_the_newest_tokens_are_held_back(implementation):
+    """A row that has fewer tokens than these sees none."""
+    query, key, value, start, end = inputs(CORRECTNESS[0])
+    want = run(implementation, query, key, value, start, jnp.maximum(end - 40, 0))
+    try:
+        got = jitted(implementation, query.shape[-1], held_back=40)(query, key, value, start=start, end=end)
+    except NotImplementedError as reason:
+        pytest.skip(str(reason))
+    np.testing.assert_array_equal(np.asarray(normalize(got)), np.asarray(normalize(want)))
 
 
 @each_implementation
