@@ -4,7 +4,8 @@ A *segment* holds some tokens of every row and answers one question, "attend thi
 with an `AttentionPartial`. A layer's cache is a tuple of segments; only the last one grows. One decode step:
 
     attend   every segment answers for the tokens it held before the step
-    append   the last segment takes the new token (a value that leaves KIVI's residual is packed here)
+    append   the last segment takes the new token (a value that leaves KIVI's residual is packed here; a pool
+             lets another token go)
     settle   once per step, all layers together: KIVI packs the key blocks that became full
 
 Rows have their own `lengths`; token t of a row is in ring slot t % slots (`pallas_kernels.residual.ring`),
@@ -30,7 +31,8 @@ class Step(NamedTuple):
     key: Float[Array, "B K H"]
     value: Float[Array, "B K H"]
     log_sum_exp: Float[Array, "B N"]  # of the query's scores over all segments and its own token
-    active: Bool[Array, "B"]  # rows that have ended append nothing
+    active: Bool[Array, "B"]  # rows that have ended append nothing; known when the layer has attended
+    counted: Bool[Array, "B"]  # the same, known when the step begins: one sum counts for all layers
 
 
 class Tokens(NamedTuple):

@@ -399,5 +399,5 @@ def _decode_layer(
     x = layer.finish(x, normalize(attended)[:, None])
     # Appending overwrites what attending reads: without the order, each layer's cache is copied.
     may_append = after(attended.out, active.astype(jnp.int32)) > 0
-    step = Step(query, key, value, attended.log_sum_exp, may_append)
+    step = Step(query, key, value, attended.log_sum_exp, active=may_append, counted=active)
     return x, caches.append(segments, step)

@@ -23,7 +23,7 @@ HEADS, GROUPS, DIM = 2, 2, 8
 def step(segments, query, key, value, active):
     """One decode step over a layer's segments: what it attends to, and the segments after it."""
     attended = merge(*(s.attend(query) for s in segments), attend_token(query, key, value))
-    grown = segments[-1].append(Step(query, key, value, attended.log_sum_exp, active))
+    grown = segments[-1].append(Step(query, key, value, attended.log_sum_exp, active, active))
     (settled,) = type(grown).settle([grown], active)
     return normalize(attended), (*segments[:-1], settled)
 

@@ -21,7 +21,7 @@ BATCH, KV_HEADS, GROUPS = 3, 2, 2
 
 def step(key, value, active):
     """A step of which only the token matters."""
-    return Step(key, key, value, jnp.asarray(np.zeros(key.shape[:2], np.float32)), active)
+    return Step(key, key, value, jnp.asarray(np.zeros(key.shape[:2], np.float32)), active, active)
 
 
 @jax.jit

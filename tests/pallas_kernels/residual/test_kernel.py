@@ -92,7 +92,7 @@ def test_steps_equal_those_of_xla(case):
     for i in range(residual + 4):
         query, key, value = normal(i + 1, 3, BATCH, KV_HEADS, case["dim"])
         active = jnp.array([True, i % 5 != 2, True])
-        step = Step(query, key, value, jnp.zeros((BATCH, KV_HEADS)), active)
+        step = Step(query, key, value, jnp.zeros((BATCH, KV_HEADS)), active, active)
         ours, xla = step_ours(ours, step), step_xla(xla, step)
         for got, want in zip(jax.tree.leaves(ours), jax.tree.leaves(xla), strict=True):
             np.testing.assert_array_equal(np.asarray(got), np.asarray(want))
@@ -111,6 +111,7 @@ def test_other_head_sizes_are_refused(dim):
         scale_dtype="float16",
     )
     token = tokens.key_ring[:, :, 0]
-    step = Step(token, token, token, token[..., 0], jnp.ones(BATCH, bool))
+    every = jnp.ones(BATCH, bool)
+    step = Step(token, token, token, token[..., 0], every, every)
     with pytest.raises(NotImplementedError, match=f"{dim} channels in groups of 8: no powers of two"):
         with_kernels(tokens, step)
