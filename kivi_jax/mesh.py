@@ -114,6 +114,11 @@ def add_replicas(x: Float[Array, "*B"]) -> Float[Array, "*B"]:
     return jax.lax.psum(x, axes) if axes else x
 
 
+def has_replicas() -> bool:
+    """Whether `add_replicas` adds what several devices say."""
+    return bool(_spread_over((REPLICAS,)))
+
+
 def mean_of_replicas(x: Float[Array, "*B"]) -> Float[Array, "*B"]:
     """The mean over the devices that hold the same KV heads."""
     axes = _spread_over((REPLICAS,))

@@ -3,6 +3,7 @@
 Rows are query heads, at least as many as the matrix unit's 16. Scores are in powers of two, as `exp2` wants.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +14,7 @@ from jaxtyping import Array, Float
 from pallas_kernels.partials import NO_SCORE
 
 ROWS = 16  # of the matrix unit's left operand
+LOG2E = math.log2(math.e)
 # Where a maximum starts: below every score, and above `NO_SCORE`, which therefore weighs 0.
 _BELOW_ALL = -1e25
 

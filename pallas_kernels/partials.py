@@ -79,7 +79,7 @@ def attend(
     Query heads are grouped: head n reads KV head n // (N // K). Scores are `scale * query . key`.
     """
     batch, heads, dim = query.shape
-    score = _scores(query, key, visible, scale)
+    score = scores(query, key, visible, scale=scale)
     top, weight = softmax_weights(score)
     out = jnp.einsum("bkgs,bksh->bkgh", weight.astype(value.dtype), value, preferred_element_type=jnp.float32)
     return AttentionPartial(
@@ -90,28 +90,23 @@ def attend(
 
 
 def attention_weights(
-    query: Float[Array, "B N H"],
-    key: Float[Array, "B K S H"],
-    log_sum_exp: Float[Array, "B N"],
-    visible: Bool[Array, "B #K S"],
-    *,
-    scale: float,
+    score: Float[Array, "B K G S"], log_sum_exp: Float[Array, "B N"]
 ) -> Float[Array, "B K S"]:
-    """Softmax weights of the tokens, summed over the query heads of each KV head; 0 where not visible.
+    """Softmax weights of tokens with these `scores`, summed over the query heads of each KV head.
 
     `log_sum_exp` is that of all that the query attends to, of which these tokens may be a part.
     """
-    batch, kv_heads = key.shape[:2]
-    norm = log_sum_exp.reshape(batch, kv_heads, -1, 1)
-    return jnp.exp(_scores(query, key, visible, scale) - norm).sum(2)
+    return jnp.exp(score - log_sum_exp.reshape(*score.shape[:3], 1)).sum(2)
 
 
-def _scores(
+def scores(
     query: Float[Array, "B N H"],
     key: Float[Array, "B K S H"],
     visible: Bool[Array, "B #K S"],
+    *,
     scale: float,
 ) -> Float[Array, "B K G S"]:
+    """`scale * query . key` by KV head and its query heads, `NO_SCORE` where a token is not visible."""
     batch, heads, dim = query.shape
     kv_heads = key.shape[1]
     # Operands keep the cache's dtype (no converted copy of it); products accumulate in float32.

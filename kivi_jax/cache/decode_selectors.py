@@ -54,15 +54,18 @@ class DecodeSelector(ABC):
         """The most tokens the pool ever holds, which is before a step's dropping."""
         return self.bound + 1
 
+    def limit(self, step: Int[Array, "B"]) -> Int[Array, "B"]:
+        """The most tokens that stay after decode step `step` (from 1)."""
+        return jnp.full_like(step, self.bound)
+
     def target(
         self, step: Int[Array, "B"], held: Int[Array, "B"], waited: Int[Array, "B"]
     ) -> tuple[Int[Array, "B"], Int[Array, "B"]]:
-        """How many of the `held` tokens stay after decode step `step` (from 1), and the new `waited`.
+        """How many of the `held` tokens stay after decode step `step`, and the new `waited`.
 
         `waited` starts at 0 and is the selector's to count with.
         """
-        del step
-        return jnp.minimum(held, self.bound), waited
+        return jnp.minimum(held, self.limit(step)), waited
 
     @property
     def weighs(self) -> bool:
@@ -88,6 +91,12 @@ class DecodeSelector(ABC):
     def score(self, slots: Slots) -> Float[Array, "B K S"]:
         """What ranks a slot: the newest query's softmax weight, summed over the KV head's query heads."""
         return slots.weights
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether only `limit` and the weights say who goes: then a kernel finds it, in the step itself."""
+        own, plain = type(self), DecodeSelector
+        return own.score is plain.score and own.target is plain.target and self.weighs and not self.remembers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -259,15 +268,9 @@ class Adaptive(DecodeSelector):
         """See `DecodeSelector`."""
         return self.window
 
-    def grown(self, step: Int[Array, "B"]) -> Int[Array, "B"]:
-        """The window at decode step `step`."""
+    def limit(self, step: Int[Array, "B"]) -> Int[Array, "B"]:
+        """See `DecodeSelector`: the window at decode step `step`."""
         return jnp.minimum(self.recent + (step - 1) // self.delta, self.window)
-
-    def target(
-        self, step: Int[Array, "B"], held: Int[Array, "B"], waited: Int[Array, "B"]
-    ) -> tuple[Int[Array, "B"], Int[Array, "B"]]:
-        """See `DecodeSelector`."""
-        return jnp.minimum(held, self.grown(step)), waited
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -288,7 +291,7 @@ class Discontinuous(Adaptive):
         self, step: Int[Array, "B"], held: Int[Array, "B"], waited: Int[Array, "B"]
     ) -> tuple[Int[Array, "B"], Int[Array, "B"]]:
         """See `DecodeSelector`."""
-        window = self.grown(step)
+        window = self.limit(step)
         due = held >= window
         cut = due & (waited == self.delta)
         waited = jnp.where(cut, 0, waited + due.astype(waited.dtype))

@@ -42,11 +42,11 @@ class DenseTokens:
 
     def append(self, step: Step) -> "DenseTokens":
         """See `Segment`."""
-        slot = slot_of(self.lengths, self.keys.shape[2])
+        slot, may_write = slot_of(self.lengths, self.keys.shape[2]), step.may_write
         return DenseTokens(
-            set_slot(self.keys, slot, step.key, step.active),
-            set_slot(self.values, slot, step.value, step.active),
-            self.lengths + step.active.astype(jnp.int32),
+            set_slot(self.keys, slot, step.key, may_write),
+            set_slot(self.values, slot, step.value, may_write),
+            self.lengths + may_write.astype(jnp.int32),
             self.window,
         )
 

@@ -220,7 +220,7 @@ class KiviTokens:
             lambda kernels: kernels.take_token(
                 self.values, self.ring, step.key, step.value, step.active, after=step.attended
             ),
-            lambda: self._take_token(step.after_attending()),
+            lambda: self._take_token(step),
         )
         return dataclasses.replace(self, values=values, key_ring=key_ring, value_ring=value_ring)
 
@@ -229,11 +229,12 @@ class KiviTokens:
         slots = self.values.shape[2]
         leaving = self.end - self.residual_length
         row, ring_slot = jnp.arange(leaving.shape[0]), slot_of(self.end, self.key_ring.shape[2], self.sinks)
-        packed_slot = jnp.where(step.active & (leaving >= 0), leaving % slots, slots)  # slots: nowhere
+        may_write = step.may_write
+        packed_slot = jnp.where(may_write & (leaving >= 0), leaving % slots, slots)  # slots: nowhere
         return (
             set_token(self.values, packed_slot, self.value_ring[row, :, ring_slot]),
-            set_slot(self.key_ring, ring_slot, step.key, step.active),
-            set_slot(self.value_ring, ring_slot, step.value, step.active),
+            set_slot(self.key_ring, ring_slot, step.key, may_write),
+            set_slot(self.value_ring, ring_slot, step.value, may_write),
         )
 
     @classmethod

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +11,13 @@ from jaxtyping import Array, Bool, Float, Int
 from kivi_jax.cache.decode_selectors import DecodeSelector, Slots, drop_lowest, drop_one
 from kivi_jax.cache.segments import Step, Tokens
 from kivi_jax.cache.stores import DenseStore, Given, PackedStore, Place, PoolQuantization, TokenStore
-from kivi_jax.mesh import add_replicas
+from kivi_jax.mesh import add_replicas, has_replicas
 from pallas_kernels import partials
+from pallas_kernels.dispatch import by_kernel_or_xla
 from pallas_kernels.partials import AttentionPartial
 from pallas_kernels.pytree import pytree, static
+
+_KERNELS = "pallas_kernels.pool.kernel"  # imported where there is a GPU for them
 
 
 @pytree
@@ -36,7 +40,6 @@ class TokenPool:
     memory: Float[Array, "B K S"] | None
     first: Int[Array, "B"]  # position of the row's first decoded token: the length of its prompt
     lengths: Int[Array, "B"]  # position of the next token
-    held: Int[Array, "B"]  # tokens in the pool
     waited: Int[Array, "B"]  # the selector's counter
     layer: Int[Array, "B"]  # its number, by which draws differ; not static, so that layers are shaped alike
     selector: DecodeSelector = static()
@@ -70,7 +73,6 @@ class TokenPool:
                 newest=newest,
                 rotates=rotates,
             )
-        held = (positions[:, 0] >= 0).sum(1, dtype=lengths.dtype)
         return cls(
             store,
             positions,
@@ -78,54 +80,105 @@ class TokenPool:
             jnp.zeros(positions.shape, jnp.float32) if selector.remembers else None,
             lengths,
             lengths,
-            held,
-            jnp.zeros_like(held),
-            jnp.full_like(held, layer),
+            jnp.zeros_like(lengths),
+            jnp.full_like(lengths, layer),
             selector,
         )
 
+    @property
+    def held(self) -> Int[Array, "B"]:
+        """How many tokens of a row are in the pool: of every head as many."""
+        return (self.positions[:, 0] >= 0).sum(1, dtype=jnp.int32)
+
     def attend(self, query: Float[Array, "B N H"]) -> AttentionPartial:
         """See `Segment`."""
-        keys, values = self.store.read()
-        turned, seen = self._asked(query)
-        return partials.attend(turned, keys, values, seen, scale=query.shape[-1] ** -0.5)
+        return self._attend(query)[0]
 
-    def _asked(self, query: Float[Array, "B N H"]) -> tuple[Float[Array, "B N H"], Bool[Array, "B K S"]]:
-        """The query in the basis of the keys, and the slots that it may see.
+    def _attend(self, query: Float[Array, "B N H"]) -> tuple[AttentionPartial, Float[Array, "B K G S"]]:
+        """Attention and the slots' scores. `append` asks the same again: XLA computes it once."""
+        (keys, values), scale = self.store.read(), query.shape[-1] ** -0.5
 
-        The barrier hides that other segments are asked the same query: XLA:GPU would make one product of
-        both, and copy all of their keys side by side for it, in every step.
-        """
-        query, positions = jax.lax.optimization_barrier((self.store.turn(query), self.positions))
-        return query, positions >= 0
+        def by_xla() -> tuple[AttentionPartial, Array]:
+            # The barrier hides that other segments are asked the same query: XLA:GPU would make one product
+            # of both, and copy all of their keys side by side for it, in every step.
+            turned, positions = jax.lax.optimization_barrier((self.store.turn(query), self.positions))
+            seen = positions >= 0
+            attended = partials.attend(turned, keys, values, seen, scale=scale)
+            return attended, partials.scores(turned, keys, seen, scale=scale)
+
+        if not isinstance(self.store, DenseStore):
+            return by_xla()
+        return by_kernel_or_xla(
+            "attend_slots",
+            _KERNELS,
+            lambda kernels: kernels.attend_slots(query, keys, values, self.positions, scale=scale),
+            by_xla,
+        )
 
     def append(self, step: Step) -> "TokenPool":
-        """See `Segment`: the token takes a slot of every head."""
-        weights, memory, place = self._weights(step), self.memory, self._place(step.active)
+        """See `Segment`: the token takes a slot of every head.
+
+        Selectors that let one token go at a time need a minimum, and have it here; for others see `settle`.
+        """
+        counted = dataclasses.replace(self, lengths=self.lengths + step.active.astype(jnp.int32))
+
+        def by_xla() -> "TokenPool":
+            joined = counted._join(step, self.lengths)
+            if self.selector.cuts_many:
+                return joined
+            drop, waited = joined._due(step.active)
+            kept = drop_one(joined.ranking(), joined.positions, drop > 0)
+            return dataclasses.replace(joined, positions=kept, waited=waited)
+
+        if not isinstance(self.store, DenseStore) or not self.selector.is_plain or has_replicas():
+            return by_xla()
+        return by_kernel_or_xla(
+            "take_slot", _KERNELS, lambda kernels: counted._take_slot(kernels, step, self.lengths), by_xla
+        )
+
+    def _take_slot(self, kernels: Any, step: Step, position: Int[Array, "B"]) -> "TokenPool":
+        """The pool after the token at `position` has joined, and another has left if these were too many."""
+        assert isinstance(self.store, DenseStore)
+        keys, values, positions, weights = kernels.take_slot(
+            self._attend(step.query)[1],
+            step.log_sum_exp,
+            self.store.keys,
+            self.store.values,
+            self.positions,
+            step.key,
+            step.value,
+            position,
+            step.active,  # where there are scores, what is overwritten has been read
+            self.selector.limit(self.lengths - self.first),
+            recent=self.selector.recent,
+        )
+        return dataclasses.replace(self, store=DenseStore(keys, values), positions=positions, weights=weights)
+
+    def _join(self, step: Step, position: Int[Array, "B"]) -> "TokenPool":
+        """The pool after the token at `position` has taken a slot of every head."""
+        may_write = step.may_write
+        weights, memory, place = self._weights(step), self.memory, self._place(may_write, position)
         if memory is not None:
             known = jnp.where(self.positions >= 0, memory, 0)
-            known = jnp.where(step.active[:, None, None], self.selector.remember(known, weights), known)
+            known = jnp.where(may_write[:, None, None], self.selector.remember(known, weights), known)
             memory = place.put(known, self.selector.first_memory(step.value))
         if place.moved is not None and self.selector.weighs:
             weights = place.put(weights, jnp.zeros(place.slot.shape, jnp.float32))
-        count = step.active.astype(jnp.int32)
         return dataclasses.replace(
             self,
             store=self.store.put(place, step.key, step.value),
-            positions=place.put(self.positions, jnp.broadcast_to(self.lengths[:, None], place.slot.shape)),
+            positions=place.put(self.positions, jnp.broadcast_to(position[:, None], place.slot.shape)),
             weights=weights,
             memory=memory,
-            lengths=self.lengths + count,
-            held=self.held + count,
         )
 
-    def _place(self, active: Bool[Array, "B"]) -> Place:
+    def _place(self, active: Bool[Array, "B"], position: Int[Array, "B"]) -> Place:
         """Where a token of active rows goes: to a free slot, or into a ring, whose oldest then needs one."""
         (batch, kv_heads, slots), newest = self.positions.shape, self.store.newest
         free = jnp.argmin(self.positions[..., : slots - newest], axis=-1)
         if not newest:
             return Place(jnp.where(active[:, None], free, slots))
-        slot = jnp.where(active, slots - newest + self.lengths % newest, slots)
+        slot = jnp.where(active, slots - newest + position % newest, slots)
         place = Place(jnp.broadcast_to(slot[:, None], (batch, kv_heads)))
         leaves = active[:, None] & (place.get(self.positions) >= 0)
         return place._replace(moved=jnp.where(leaves, free, slots))
@@ -133,22 +186,24 @@ class TokenPool:
     def _weights(self, step: Step) -> Float[Array, "B K S"]:
         if not self.selector.weighs:
             return self.weights
-        keys, _ = self.store.read()
-        query, seen = self._asked(step.query)
-        scale = step.query.shape[-1] ** -0.5
-        return add_replicas(partials.attention_weights(query, keys, step.log_sum_exp, seen, scale=scale))
+        scores = self._attend(step.query)[1]
+        return add_replicas(partials.attention_weights(scores, step.log_sum_exp))
+
+    def _due(self, active: Bool[Array, "B"]) -> tuple[Int[Array, "B"], Int[Array, "B"]]:
+        """How many tokens of active rows, which have just appended, go now; and the new `waited`."""
+        stay, waited = self.selector.target(self.lengths - self.first, self.held, self.waited)
+        return jnp.where(active, self.held - stay, 0), jnp.where(active, waited, self.waited)
 
     @classmethod
     def settle(cls, segments: Sequence["TokenPool"], active: Bool[Array, "B"]) -> tuple["TokenPool", ...]:
-        """Free the slots of the tokens that the selector lets go.
+        """Free the slots of the tokens that the selector lets go, if it may be many at a time.
 
-        Selectors that let one go at a time need a minimum; the others sort, in the steps when they cut, under
-        one conditional for all layers (on a GPU each would cost a synchronization).
+        That takes sorting, in the steps when something goes, under one conditional for all layers (on a GPU
+        each would cost a synchronization).
         """
-        pool = segments[0]
-        stay, waited = pool.selector.target(pool.lengths - pool.first, pool.held, pool.waited)
-        drop = jnp.where(active, pool.held - stay, 0)
-        waited = jnp.where(active, waited, pool.waited)
+        if not segments[0].selector.cuts_many:
+            return tuple(segments)
+        drop, waited = segments[0]._due(active)
 
         def cut() -> tuple[Array, ...]:
             return tuple(drop_lowest(p.ranking(), p.positions, drop) for p in segments)
@@ -156,12 +211,9 @@ class TokenPool:
         def leave() -> tuple[Array, ...]:
             return tuple(p.positions for p in segments)
 
-        if pool.selector.cuts_many:
-            positions = jax.lax.cond((drop > 0).any(), cut, leave)
-        else:
-            positions = tuple(drop_one(p.ranking(), p.positions, drop > 0) for p in segments)
+        positions = jax.lax.cond((drop > 0).any(), cut, leave)
         return tuple(
-            dataclasses.replace(p, positions=kept, held=p.held - drop, waited=waited)
+            dataclasses.replace(p, positions=kept, waited=waited)
             for p, kept in zip(segments, positions, strict=True)
         )
 

@@ -4,7 +4,8 @@ A *segment* holds some tokens of every row and answers one question, "attend thi
 with an `AttentionPartial`. A layer's cache is a tuple of segments; only the last one grows. One decode step:
 
     attend   every segment answers for the tokens it held before the step
-    append   the last segment takes the new token (a value that leaves KIVI's residual is packed here)
+    append   the last segment takes the new token (a value that leaves KIVI's residual is packed here; a pool
+             lets another token go)
     settle   once per step, all layers together: KIVI packs the key blocks that became full, and counts
 
 Rows have their own `lengths`; token t of a row is in ring slot t % slots (`pallas_kernels.residual.ring`),
@@ -33,12 +34,13 @@ class Step(NamedTuple):
     active: Bool[Array, "B"]  # rows that have ended append nothing
     attended: Float[Array, "B N H"] | None = None  # the query's output, which must exist before any write
 
-    def after_attending(self) -> "Step":
-        """The same, with `active` computed when the query has attended.
+    @property
+    def may_write(self) -> Bool[Array, "B"]:
+        """`active`, known when the query has attended.
 
         Appending overwrites what attending reads: without the order, XLA copies each layer's cache.
         """
-        return self._replace(active=after(self.attended, self.active.astype(jnp.int32)) > 0)
+        return after(self.attended, self.active.astype(jnp.int32)) > 0
 
 
 class Tokens(NamedTuple):

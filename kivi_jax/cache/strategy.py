@@ -344,9 +344,7 @@ def attend(
 
 def append(segments: tuple[Segment, ...], step: Step) -> tuple[Segment, ...]:
     """One layer after its last segment has taken a token."""
-    last = segments[-1]
-    step = step if isinstance(last, KiviTokens) else step.after_attending()  # KIVI's kernel keeps the order
-    return (*segments[:-1], last.append(step))
+    return (*segments[:-1], segments[-1].append(step))
 
 
 def settle(

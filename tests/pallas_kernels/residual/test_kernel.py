@@ -111,6 +111,7 @@ def test_other_head_sizes_are_refused(dim):
         scale_dtype="float16",
     )
     token = tokens.key_ring[:, :, 0]
-    step = Step(token, token, token, token[..., 0], jnp.ones(BATCH, bool))
+    every = jnp.ones(BATCH, bool)
+    step = Step(token, token, token, token[..., 0], every)
     with pytest.raises(NotImplementedError, match=f"{dim} channels in groups of 8: no powers of two"):
         with_kernels(tokens, step)
