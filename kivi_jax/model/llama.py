@@ -140,7 +140,7 @@ class Llama(nnx.Module):
     def without_layers(self) -> "Llama":
         """The same embeddings and head alone, for programs that need no more: each argument costs time."""
         ends = copy.copy(self)
-        ends.layers = nnx.List[Layer]([])
+        vars(ends)["layers"] = None  # an assignment is refused in a trace, even to a copy
         return ends
 
     def embedded(self, tokens: Int[Array, "*B"]) -> Float[Array, "*B D"]:
