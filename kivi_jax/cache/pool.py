@@ -53,7 +53,7 @@ class TokenPool:
         selector: DecodeSelector,
         packing: PoolQuantization | None = None,
         rotates: bool = True,
-        layer: int = 0,
+        layer: Int[Array, ""] | int = 0,
     ) -> "TokenPool":
         """A pool after prompts of the given lengths, with some of their tokens, of each head as many.
 

@@ -74,6 +74,14 @@ class PromptSelector(ABC):
         """Whether `rank` looks at `Prompt.queries`."""
         return False
 
+    @property
+    def differs_by_layer(self) -> bool:
+        """Whether layers may keep different numbers of tokens: a selector has its own way to say how many."""
+        own = type(self)
+        return any(
+            getattr(own, name) is not getattr(PromptSelector, name) for name in ("most", "kept", "select")
+        )
+
     def keeps_all(self, width: int) -> bool:
         """Whether every prompt of up to `width` tokens is kept whole, so that nothing need be selected."""
         return width <= self.budget
@@ -111,6 +119,11 @@ class KeepAll(PromptSelector):
     def newest(self) -> int:
         """See `PromptSelector`."""
         return 0
+
+    @property
+    def differs_by_layer(self) -> bool:
+        """See `PromptSelector`."""
+        return False
 
     def keeps_all(self, width: int) -> bool:
         """See `PromptSelector`."""

@@ -166,16 +166,32 @@ class CacheStrategy:
                 kivi.key_group_size, head_dim, bits=bits, group_size=kivi.key_group_size, group_axis="token"
             )
 
+    def first_held_like(self, config: ModelConfig, layer: int) -> int:
+        """The first layer that holds as much of a prompt as number `layer` does."""
+        window = config.window_of(layer)
+        if window is None and self.prompt.differs_by_layer:
+            return layer
+        return next(i for i in range(layer + 1) if config.window_of(i) == window)
+
     def hold_prompt(
-        self, prompt: Prompt, *, capacity: int, window: int | None, layer: int, layers: int
+        self,
+        prompt: Prompt,
+        *,
+        capacity: int,
+        window: int | None,
+        layer: int,
+        layers: int,
+        number: Int[Array, ""] | None = None,
     ) -> tuple[Segment, ...]:
         """The segments of layer number `layer` of `layers` after a prompt, for rows of up to `capacity`.
 
-        A layer with a window holds the newest tokens that fit into it; nothing is selected there.
+        A layer with a window holds the newest tokens that fit into it; nothing is selected there. Layers that
+        hold alike may be held by one program: it knows their `number`, by which draws differ, when it runs.
 
         Raises:
             ValueError: a unified selector's pool is smaller than what the prompt selector keeps.
         """
+        number = jnp.int32(layer) if number is None else number
         width = prompt.keys.shape[2]
         most = width
         keys, values, kept, positions = prompt.keys, prompt.values, prompt.lengths, None
@@ -195,9 +211,9 @@ class CacheStrategy:
                 )
             if positions is None:
                 positions = jnp.broadcast_to(jnp.arange(width), keys.shape[:3])
-            return (self._pool(self.decode, keys, values, positions, kept, prompt.lengths, layer),)
+            return (self._pool(self.decode, keys, values, positions, kept, prompt.lengths, number),)
         none = jnp.zeros((*keys.shape[:2], 0), jnp.int32), jnp.zeros_like(kept)
-        pool = self._pool(self.decode, keys[:, :, :0], values[:, :, :0], *none, prompt.lengths, layer)
+        pool = self._pool(self.decode, keys[:, :, :0], values[:, :, :0], *none, prompt.lengths, number)
         return self._hold(keys, values, kept, capacity=most, window=None), pool
 
     def _pool(
@@ -208,7 +224,7 @@ class CacheStrategy:
         positions: Int[Array, "B K M"],
         kept: Int[Array, "B"],
         lengths: Int[Array, "B"],
-        layer: int,
+        layer: Int[Array, ""],
     ) -> TokenPool:
         """A pool that starts with the first `kept[b]` of the given tokens of each row."""
         real = jnp.arange(keys.shape[2])[None, None] < kept[:, None, None]

@@ -1,4 +1,4 @@
-"""`generate`: prompts in, tokens out, under one jit. Read `text.py` next for strings."""
+"""`generate`: prompts in, tokens out, in a loop under one jit. Read `text.py` next for strings."""
 
 import functools
 import logging
@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 
 from kivi_jax.cache.names import strategy_of
@@ -85,9 +86,9 @@ def generate(
 ) -> Generation:
     """Continue every prompt by up to `max_new_tokens` tokens.
 
-    Prefill and the whole decoding loop are one compiled program per shapes, strategy and sampler; the
-    host is not asked in between (but for `ends`), and the loop ends when every row has. A row's tokens are
-    the same alone as in any batch.
+    Prompts are read as `Llama.prefill` does, and the whole decoding loop is one compiled program per shapes,
+    strategy and sampler; the host is not asked in between (but for `ends`), and the loop ends when every row
+    has. A row's tokens are the same alone as in any batch.
 
     Args:
         model: the model.
@@ -122,21 +123,28 @@ def generate(
         raise ValueError(f"{ends=} is no function: pass one of tokens and lengths; texts that end are stop=")
     warn_if_long(model, lengths, prefix, max_new_tokens)
     sampler = check_sampler(sampler)
-    program = _Program(strategy, max_new_tokens, sampler, log_probs, block_tokens)
     keys, eos = row_keys(key, tokens.shape[0]), _as_array(end_ids(model, eos_ids))
-    if ends is None:
-        out = _generate(model, tokens, lengths, keys, eos, prefix, program)
-    else:
-        loop = _start(model, tokens, lengths, keys, eos, prefix, program)
-        for until in range(BURST, max_new_tokens + BURST, BURST):
-            loop = _advance(model, loop, jnp.int32(min(until, max_new_tokens)), program)
+    start = read(
+        model,
+        tokens,
+        lengths,
+        cache=strategy,
+        prefix=prefix,
+        room=max_new_tokens,
+        block_tokens=block_tokens,
+    )
+    program = _Program(max_new_tokens, sampler, log_probs)
+    loop = _begin(start.logits, start.seen, keys, eos, program, model.mesh)._replace(cache=start.cache)
+    burst = max_new_tokens if ends is None else BURST
+    for until in range(burst, max_new_tokens + burst, burst):
+        loop = _advance(model, loop, jnp.int32(min(until, max_new_tokens)), program)
+        if ends is not None:
             ended = ends(np.asarray(loop.tokens), np.asarray(loop.lengths))
             loop = loop._replace(active=loop.active & ~jnp.asarray(ended))
             if not loop.active.any():
                 break
-        out = loop.result()
-    warn_unless_finite(out.finite)
-    return out
+    warn_unless_finite(loop.finite)
+    return Generation(loop.tokens, loop.lengths, loop.cache, loop.finite, loop.log_probs)
 
 
 def check_model(model: Llama) -> None:
@@ -316,13 +324,11 @@ def _is_end(token: Int[Array, "B"], eos: Int[Array, "E"]) -> Bool[Array, "B"]:
 
 
 class _Program(NamedTuple):
-    """What a compiled loop depends on besides shapes."""
+    """What the compiled loop depends on besides shapes."""
 
-    strategy: CacheStrategy | None
     max_new_tokens: int
     sampler: Sampler
     log_probs: bool
-    block_tokens: int
 
 
 class _Loop(NamedTuple):
@@ -335,60 +341,45 @@ class _Loop(NamedTuple):
     tokens: Int[Array, "B M"]
     log_probs: Float[Array, "B M"] | None
     lengths: Int[Array, "B"]
-    cache: KVCache
     state: Draw
     finite: Bool[Array, "B"]
+    cache: Any = None  # a `KVCache`; not passed through `_begin`, which would copy it
 
-    def result(self) -> Generation:
-        """What is known of the rows by now."""
-        return Generation(self.tokens, self.lengths, self.cache, self.finite, self.log_probs)
-
-    def on_every_device(self, model: Llama) -> "_Loop":
+    def on_every_device(self, mesh: Mesh | None) -> "_Loop":
         """The loop with all but the cache where every host can read it."""
-        others = on_every_device(self._replace(cache=None), model.mesh)  # pyright: ignore
-        return others._replace(cache=self.cache)
+        return on_every_device(self._replace(cache=None), mesh)._replace(cache=self.cache)
 
 
+@functools.partial(jax.jit, static_argnames=("program", "mesh"))
 def _begin(
-    model: Llama,
-    prompt: Int[Array, "B P"],
-    lengths: Int[Array, "B"],
+    logits: Float[Array, "B V"],
+    seen: Bool[Array, "B V"],
     keys: Key[Array, "B"] | None,
     eos: Int[Array, "E"],
-    prefix: Prefix | None,
     program: _Program,
+    mesh: Mesh | None,
 ) -> _Loop:
-    """The prompts read, and each row's first token drawn."""
+    """Each row's first token drawn, after prompts of so many logits."""
     most, sampler = program.max_new_tokens, program.sampler
-    start = read(
-        model,
-        prompt,
-        lengths,
-        cache=program.strategy,
-        prefix=prefix,
-        room=most,
-        block_tokens=program.block_tokens,
-    )
-    token, state = draw(sampler, start.logits, start_drawing(sampler, keys, start.seen), 0)
-    rows = prompt.shape[0]
+    token, state = draw(sampler, logits, start_drawing(sampler, keys, seen), 0)
+    rows = token.shape[0]
     log_probs = jnp.zeros((rows, most)) if program.log_probs else None
-    padding = _padding(eos)
     first = _Loop(
         eos=eos,
         emitted=jnp.int32(1),
         token=token,
         active=~_is_end(token, eos),
-        tokens=jnp.full((rows, most), padding, jnp.int32).at[:, 0].set(token),
-        log_probs=None if log_probs is None else log_probs.at[:, 0].set(log_prob(start.logits, token)),
+        tokens=jnp.full((rows, most), _padding(eos), jnp.int32).at[:, 0].set(token),
+        log_probs=None if log_probs is None else log_probs.at[:, 0].set(log_prob(logits, token)),
         lengths=jnp.ones(rows, jnp.int32),
-        cache=start.cache,
         state=state,
-        finite=is_finite(start.logits, token),
+        finite=is_finite(logits, token),
     )
-    return first.on_every_device(model)
+    return first.on_every_device(mesh)
 
 
-def _run(model: Llama, first: _Loop, until: Int[Array, ""] | int, program: _Program) -> _Loop:
+@functools.partial(jax.jit, static_argnames=("program",), donate_argnames=("first",))
+def _advance(model: Llama, first: _Loop, until: Int[Array, ""], program: _Program) -> _Loop:
     """The loop after `until` tokens in all, or when every row has ended."""
 
     def unfinished(loop: _Loop) -> Bool[Array, ""]:
@@ -417,28 +408,10 @@ def _run(model: Llama, first: _Loop, until: Int[Array, ""] | int, program: _Prog
             finite=finite,
         )
 
-    return jax.lax.while_loop(unfinished, step, first).on_every_device(model)
+    return jax.lax.while_loop(unfinished, step, first).on_every_device(model.mesh)
 
 
 def log_prob(logits: Float[Array, "B V"], token: Int[Array, "B"]) -> Float[Array, "B"]:
     """Each row's log-probability of its token."""
     logits = logits.astype(jnp.float32)
     return jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0] - jax.nn.logsumexp(logits, axis=1)
-
-
-@functools.partial(jax.jit, static_argnames=("program",))
-def _generate(
-    model: Llama,
-    prompt: Int[Array, "B P"],
-    lengths: Int[Array, "B"],
-    keys: Key[Array, "B"] | None,
-    eos: Int[Array, "E"],
-    prefix: Prefix | None,
-    program: _Program,
-) -> Generation:
-    loop = _begin(model, prompt, lengths, keys, eos, prefix, program)
-    return _run(model, loop, program.max_new_tokens, program).result()
-
-
-_start = jax.jit(_begin, static_argnames=("program",))
-_advance = jax.jit(_run, static_argnames=("program",), donate_argnames=("first",))

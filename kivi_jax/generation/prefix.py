@@ -69,8 +69,7 @@ def prefill(
         ValueError: see `Llama.prefill`.
     """
     logits, held = model.prefill(tokens, lengths, cache=cache, capacity=capacity, block_tokens=block_tokens)
-    seen = _seen(tokens, lengths, model.config.vocab_size)
-    tail = _tail(jnp.full((tokens.shape[0], CONTEXT), -1), tokens, lengths)
+    seen, tail = _noted(tokens, lengths, model.config.vocab_size)
     return placed(Prefix(held, logits, seen, tail), model.mesh)
 
 
@@ -147,6 +146,15 @@ def weights_mark(model: Llama) -> UInt32[Array, ""]:
         odd = 2 * jnp.arange(bits.size, dtype=jnp.uint32) + 1
         mark = mark * jnp.uint32(_PRIME) + (bits * odd).sum(dtype=jnp.uint32)
     return mark
+
+
+@functools.partial(jax.jit, static_argnames=("vocab",))
+def _noted(
+    tokens: Int[Array, "B P"], lengths: Int[Array, "B"], vocab: int
+) -> tuple[Bool[Array, "B V"], Int[Array, "B C"]]:
+    """Which tokens prompts have, and their last ones."""
+    tail = jnp.full((tokens.shape[0], CONTEXT), -1)
+    return _seen(tokens, lengths, vocab), _tail(tail, tokens, lengths)
 
 
 def _seen(tokens: Int[Array, "B P"], lengths: Int[Array, "B"], vocab: int) -> Bool[Array, "B V"]:

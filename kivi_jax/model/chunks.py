@@ -16,8 +16,9 @@ from kivi_jax.cache.segments import Segment
 from kivi_jax.cache.strategy import CacheStrategy, KVCache
 from kivi_jax.config import ModelConfig
 from kivi_jax.model.expected_queries import no_queries
-from kivi_jax.model.llama import Llama, read_block
+from kivi_jax.model.llama import Llama
 from kivi_jax.model.read import Read
+from kivi_jax.model.reading import read_block
 
 Reading = tuple[Read, ...]  # of one prompt: a layer each
 Shared = tuple[tuple[Array, Array], ...]  # keys and values of a reading's first tokens

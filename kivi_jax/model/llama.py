@@ -8,10 +8,12 @@ pytree that goes in and comes out: nothing here is mutated, so plain `jax.jit` i
     model.decode(token, cache)         one token per row against the cache
 """
 
+import copy
 import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
@@ -19,14 +21,13 @@ from jaxtyping import Array, Bool, Float, Int
 
 from kivi_jax.cache import strategy as caches
 from kivi_jax.cache.names import strategy_of
-from kivi_jax.cache.prompt_selectors import ALL_QUERIES, Prompt
+from kivi_jax.cache.prompt_selectors import Prompt
 from kivi_jax.cache.segments import Segment, Step
 from kivi_jax.cache.strategy import CacheStrategy, KVCache
 from kivi_jax.checks import instance, whole
 from kivi_jax.config import ModelConfig
-from kivi_jax.mesh import add_parts, add_replicas, first_row_of, join_parts
-from kivi_jax.model.attention import add_weights, causal_attention, flash_attention, has_flash
-from kivi_jax.model.expected_queries import add_queries, no_queries
+from kivi_jax.mesh import add_parts, first_row_of, join_parts
+from kivi_jax.model.attention import has_flash
 from kivi_jax.model.inputs import (
     PerRow,
     Prompts,
@@ -38,7 +39,7 @@ from kivi_jax.model.inputs import (
     room_left,
 )
 from kivi_jax.model.layer import Layer, RMSNorm, linear
-from kivi_jax.model.read import Read
+from kivi_jax.model.reading import read_by_blocks, read_whole
 from kivi_jax.model.rope import rotation
 from kivi_jax.model.sharding import over_mesh, part_of
 from pallas_kernels.ordering import after
@@ -108,7 +109,8 @@ class Llama(nnx.Module):
             raise ValueError(f"{block_tokens=} must be positive")
         strategy = strategy_of(cache)
         strategy.check(self.config)
-        return _prefill(self, tokens, lengths, strategy, capacity, block_tokens)
+        read = _read if self.mesh is None else _read_on_mesh
+        return read(self, None, tokens, lengths, strategy, capacity, block_tokens)
 
     def decode(
         self, token: PerRow, cache: KVCache, active: Bool[Array, "B"] | None = None
@@ -134,6 +136,12 @@ class Llama(nnx.Module):
             active = jnp.ones(token.shape, bool)
         logits, grown = _decode(self, token, cache, active)
         return logits, note_room(grown, None if room is None else room - 1)
+
+    def without_layers(self) -> "Llama":
+        """The same embeddings and head alone, for programs that need no more: each argument costs time."""
+        ends = copy.copy(self)
+        vars(ends)["layers"] = None  # an assignment is refused in a trace, even to a copy
+        return ends
 
     def embedded(self, tokens: Int[Array, "*B"]) -> Float[Array, "*B D"]:
         """The residual stream before the first layer."""
@@ -182,9 +190,42 @@ def _forward_on_mesh(model: Llama, tokens: Int[Array, "B T"]) -> Float[Array, "B
     return over_mesh(lambda part, _, tokens: (_forward(part, tokens), None), model, None, tokens)[0]
 
 
-@functools.partial(jax.jit, static_argnames=("strategy", "capacity", "block_tokens"))
-def _prefill(
+def _read(
     model: Llama,
+    _: None,  # no cache yet
+    tokens: Int[Array, "B P"],
+    lengths: Int[Array, "B"],
+    strategy: CacheStrategy,
+    capacity: int,
+    block_tokens: int,
+) -> tuple[Float[Array, "B V"], KVCache]:
+    """The programs of a prompt, one after the other: XLA would take seconds for all layers as one."""
+    config = part_of(model.config, model.mesh)
+    block = min(block_tokens, tokens.shape[1])
+    ends = model.without_layers()
+    x, blocks = _embed_prompt(ends, tokens, lengths, block)
+    layers: list[tuple[Segment, ...]] = []
+    for index, layer in enumerate(model.layers):
+        window, kind = config.window_of(index), config.first_like(index)
+        observed, expects = strategy.asks_of(window)
+        read = functools.partial(read_by_blocks, observed=observed, expects=expects)
+        if not observed and not expects and has_flash(x.dtype, config.head_dim):
+            read = read_whole
+        x, prompt = read(layer, kind, x, lengths, blocks, config, block)
+        alike = strategy.first_held_like(config, index)
+        held, blocks = _hold(
+            prompt, blocks, np.int32(index), strategy, capacity, window, alike, config.num_layers
+        )
+        layers.append(held)
+        del prompt  # else it is there until the next layer's is
+    logits, lengths = _last_logits(ends, x, lengths)
+    return logits, KVCache(tuple(layers), lengths, strategy, capacity)
+
+
+@functools.partial(jax.jit, static_argnames=("strategy", "capacity", "block_tokens"))
+def _read_on_mesh(
+    model: Llama,
+    _: None,
     tokens: Int[Array, "B P"],
     lengths: Int[Array, "B"],
     strategy: CacheStrategy,
@@ -195,152 +236,45 @@ def _prefill(
     return over_mesh(read, model, None, tokens, lengths)
 
 
-def _read(
-    model: Llama,
-    _: None,  # no cache yet
-    tokens: Int[Array, "B P"],
-    lengths: Int[Array, "B"],
-    *,
-    strategy: CacheStrategy,
-    capacity: int,
-    block_tokens: int,
-) -> tuple[Float[Array, "B V"], KVCache]:
-    config = part_of(model.config, model.mesh)
-    block = min(block_tokens, tokens.shape[1])
+@functools.partial(jax.jit, static_argnames=("block",))
+def _embed_prompt(
+    ends: Llama, tokens: Int[Array, "B P"], lengths: Int[Array, "B"], block: int
+) -> tuple[Float[Array, "B padded D"], Int[Array, ""]]:
+    """The residual stream before the first layer, padded to whole blocks, and how many these are."""
     # Padding may be anything, also what has no embedding: not a number times no weight is not nothing.
     tokens = jnp.where(jnp.arange(tokens.shape[1])[None] < lengths[:, None], tokens, 0)
     tokens = jnp.pad(tokens, ((0, 0), (0, -tokens.shape[1] % block)))
-    x = model.embedded(tokens)
-    layers: list[tuple[Segment, ...]] = []
-    hold = functools.partial(strategy.hold_prompt, capacity=capacity, layers=config.num_layers)
-    for index, layer in enumerate(model.layers):
-        # A layer starts when the one before is packed: else many layers' keys and values are kept.
-        blocks = after(layers[-1:], jnp.int32(tokens.shape[1] // block))
-        window, kind = config.window_of(index), config.first_like(index)
-        observed, expects = strategy.asks_of(window)
-        read = functools.partial(_prefill_layer, observed=observed, expects=expects)
-        if not observed and not expects and has_flash(x.dtype, config.head_dim):
-            read = _prefill_layer_whole
-        x, prompt = read(layer, kind, x, lengths, blocks, config, block)
-        layers.append(hold(prompt, window=window, layer=index))
+    return ends.embedded(tokens), jnp.int32(tokens.shape[1] // block)
+
+
+@jax.jit
+def _last_logits(
+    ends: Llama, x: Float[Array, "B P D"], lengths: Int[Array, "B"]
+) -> tuple[Float[Array, "B V"], Int[Array, "B"]]:
+    """The logits of each row's last token; and the lengths, in memory that decoding may consume."""
     last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)
-    return model.logits(last[:, 0]), KVCache(tuple(layers), lengths, strategy, capacity)
+    return ends.logits(last[:, 0]), lengths
 
 
-# As for decoding, below: layers that differ in their parameters alone are traced once.
-@functools.partial(jax.jit, static_argnames=("index", "config", "observed"))
-def read_block(
-    layer: Layer,
-    index: int,
-    x: Float[Array, "B T D"],
-    read: Read,
-    first: Int[Array, ""],
-    lengths: Int[Array, "B"],
-    config: ModelConfig,
-    *,
-    observed: int,
-) -> tuple[Array, Read]:
-    """The residual stream of tokens `first` .. first + T - 1 after a layer like number `index`.
+@functools.partial(jax.jit, static_argnames=("strategy", "capacity", "window", "alike", "layers"))
+def _hold(
+    prompt: Prompt,
+    blocks: Int[Array, ""],
+    number: Int[Array, ""],
+    strategy: CacheStrategy,
+    capacity: int,
+    window: int | None,
+    alike: int,
+    layers: int,
+) -> tuple[tuple[Segment, ...], Int[Array, ""]]:
+    """The segments of layer `number`, which is held as number `alike` is; and `blocks`, known after them.
 
-    They attend only to themselves and what has been `read` before, which they join. Of the last `observed`
-    queries of a row of `lengths` tokens in all (0: none, `ALL_QUERIES`) the weights are summed.
+    A layer starts when the one before is packed: else, in one program, many layers' keys and values are kept.
     """
-    position = first + jnp.arange(x.shape[1])[None]
-    query, key, value = layer.project(x, rotation(config, index, lengths, position))
-    keys, values, weights, sums = read
-    if sums is not None:  # the same product again: XLA computes it once
-        sums = add_queries(sums, layer.project(x, lambda x: x)[0], position < lengths[:, None])
-    keys, values = (
-        jax.lax.dynamic_update_slice_in_dim(held, new.swapaxes(1, 2), first, axis=2)
-        for held, new in ((keys, key), (values, value))
+    held = strategy.hold_prompt(
+        prompt, capacity=capacity, window=window, layer=alike, layers=layers, number=number
     )
-    attended, log_sum_exp = causal_attention(query, keys, values, first=first, window=config.window_of(index))
-    if observed:
-        oldest = jnp.zeros_like(lengths) if observed == ALL_QUERIES else lengths - observed
-        seen = (position >= oldest[:, None]) & (position < lengths[:, None])
-        weights = add_weights(weights, query, keys, log_sum_exp, seen, first=first)
-    return layer.finish(x, attended), Read(keys, values, weights, sums)
-
-
-@functools.partial(jax.jit, static_argnames=("index", "config", "block", "observed", "expects"))
-def _prefill_layer(
-    layer: Layer,
-    index: int,
-    x: Float[Array, "B P D"],
-    lengths: Int[Array, "B"],
-    blocks: Int[Array, ""],
-    config: ModelConfig,
-    block: int,
-    *,
-    observed: int,
-    expects: bool,
-) -> tuple[Array, Prompt]:
-    """The residual stream after a layer like number `index`, and what it holds of the prompt, block by block.
-
-    A block attends only to itself and what is before it, so one pass over the blocks computes keys and
-    values, attends and replaces the stream in place. See `read_block` for `observed`; if a selector `expects`
-    them, the queries before RoPE are summed, too.
-    """
-    batch, padded = x.shape[:2]
-    # Zeros, but computed from `blocks`: the compiler makes constants of all layers at the start.
-    blank = jnp.where(blocks >= 0, 0, 1).astype(x.dtype)
-    store = jnp.full((batch, config.num_kv_heads, padded, config.head_dim), blank)
-    weights = jnp.full(store.shape[:3], blank.astype(jnp.float32))
-    sums = no_queries(batch, config.num_heads, config.head_dim) if expects else None
-
-    def advance(i: Array, state: tuple[Array, Read]) -> tuple[Array, Read]:
-        x, read = state
-        here = jax.lax.dynamic_slice_in_dim(x, i * block, block, axis=1)
-        here, read = read_block(layer, index, here, read, i * block, lengths, config, observed=observed)
-        return jax.lax.dynamic_update_slice_in_dim(x, here, i * block, axis=1), read
-
-    x, read = jax.lax.fori_loop(0, blocks, advance, (x, Read(store, store, weights, sums)))
-    if observed:
-        read = read._replace(weights=add_replicas(read.weights))
-    return x, read.prompt(config, index, lengths)
-
-
-@functools.partial(jax.jit, static_argnames=("index", "config", "block"))
-def _prefill_layer_whole(
-    layer: Layer,
-    index: int,
-    x: Float[Array, "B P D"],
-    lengths: Int[Array, "B"],
-    blocks: Int[Array, ""],
-    config: ModelConfig,
-    block: int,
-) -> tuple[Array, Prompt]:
-    """As `_prefill_layer` without observed queries, where flash attention reads a whole prompt at once.
-
-    Projections and the MLP are still done block by block. The queries of all tokens, and what they attended
-    to, are as large as the residual stream each.
-    """
-    batch, padded = x.shape[:2]
-    blank = jnp.where(blocks >= 0, 0, 1).astype(x.dtype)
-    held = jnp.full((batch, config.num_kv_heads, padded, config.head_dim), blank)
-    asked = jnp.full((batch, padded, config.num_heads, config.head_dim), blank)
-
-    def project(i: Array, state: tuple[Array, Array, Array]) -> tuple[Array, ...]:
-        first = i * block
-        rotate = rotation(config, index, lengths, first + jnp.arange(block)[None])
-        here = jax.lax.dynamic_slice_in_dim(x, first, block, axis=1)
-        query, key, value = layer.project(here, rotate)
-        new = (query, key.swapaxes(1, 2), value.swapaxes(1, 2))
-        return tuple(
-            jax.lax.dynamic_update_slice_in_dim(all_blocks, one, first, axis)
-            for all_blocks, one, axis in zip(state, new, (1, 2, 2), strict=True)
-        )
-
-    query, keys, values = jax.lax.fori_loop(0, blocks, project, (asked, held, held))
-    attended = flash_attention(query, keys, values, window=config.window_of(index))
-
-    def finish(i: Array, x: Array) -> Array:
-        here, seen = (jax.lax.dynamic_slice_in_dim(a, i * block, block, axis=1) for a in (x, attended))
-        return jax.lax.dynamic_update_slice_in_dim(x, layer.finish(here, seen), i * block, axis=1)
-
-    x = jax.lax.fori_loop(0, blocks, finish, x)
-    weights = jnp.zeros(keys.shape[:3])
-    return x, Prompt(keys, values, weights, lengths)
+    return held, after(held, blocks)
 
 
 @functools.partial(jax.jit, donate_argnames=("cache",))

@@ -79,6 +79,8 @@ def take_token(
     return _holding(values, *packed), keys.reshape(ring.keys.shape), held.reshape(ring.values.shape)
 
 
+# A step calls it for every layer: traced and lowered once, not 32 times.
+@functools.partial(jax.jit, static_argnames=("interpret",))
 def pack_block(
     keys: QuantizedTensor,
     ring: Ring,

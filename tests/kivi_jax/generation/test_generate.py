@@ -11,7 +11,7 @@ from flax import nnx
 import kivi_jax as kj
 from kivi_jax import Llama
 from kivi_jax.cache.pool import TokenPool
-from kivi_jax.generation.generate import _generate, end_ids, row_keys
+from kivi_jax.generation.generate import _advance, end_ids, row_keys
 from kivi_jax.generation.prefix import prefill, weights_mark
 from tests.models import config, random_llama, stories
 
@@ -185,10 +185,10 @@ def test_repetition_penalty_counts_prompt_and_new_tokens(penalty):
 
 
 def test_one_compilation_for_other_prompts_lengths_and_keys():
-    _generate.clear_cache()
+    _advance.clear_cache()
     for seed, lengths in ((0, [12, 1, 5]), (1, [3, 3, 3])):
         generate(prompts(seed), lengths, sampler=SAMPLER, key=jax.random.key(seed))
-    assert _generate._cache_size() == 1
+    assert _advance._cache_size() == 1
 
 
 def test_generate_can_be_traced():

@@ -14,7 +14,7 @@ from flax import nnx
 import kivi_jax as kj
 from kivi_jax.cache.names import cache_name, parse_cache
 from kivi_jax.cache.strategy import grow
-from kivi_jax.generation.generate import _generate
+from kivi_jax.generation.generate import _advance
 from kivi_jax.generation.prefix import extend, fork, prefill, weights_mark
 from kivi_jax.generation.prefix_files import fingerprint
 from kivi_jax.generation.text import append
@@ -111,9 +111,9 @@ def test_one_prefix_answers_many_questions(document):
     for text, answer in list(zip(ASKED, together, strict=True))[1:]:
         assert kj.complete(model, tokenizer, [text], **options) == [answer]
         assert "".join(kj.stream(model, tokenizer, text, **options)) == answer
-    compiled = _generate._cache_size()
+    compiled = _advance._cache_size()
     kj.complete(model, tokenizer, ["another"], **options)
-    assert _generate._cache_size() == compiled
+    assert _advance._cache_size() == compiled
 
 
 def test_a_prefix_and_a_question_are_one_prompt_to_a_full_cache():

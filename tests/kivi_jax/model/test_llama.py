@@ -1,5 +1,6 @@
 """The model: against the recorded original KIVI, against transformers, and against itself in pieces."""
 
+import functools
 from dataclasses import replace
 
 import jax
@@ -11,7 +12,8 @@ from flax import nnx
 import kivi_jax as kj
 from kivi_jax.config import RopeConfig
 from kivi_jax.model.layer import query_key_value_columns
-from kivi_jax.model.llama import _decode, _prefill
+from kivi_jax.model.llama import _decode, _hold
+from kivi_jax.model.reading import read_by_blocks
 from tests.models import config, random_llama, stories
 
 STRATEGIES = {
@@ -303,16 +305,17 @@ def test_pool_bytes_do_not_grow_with_the_output():
 
 
 def test_no_recompilation_while_decoding():
-    """One program for prefill and one for every step, whatever the lengths."""
-    model = random_llama(config(num_layers=1))
+    """One program for every layer of a prompt and one for every step, whatever the lengths."""
+    model = random_llama(config(num_layers=3))
     ids = tokens(2, 16, seed=4)
-    _prefill.clear_cache()
-    _decode.clear_cache()
+    programs = (read_by_blocks, _hold, _decode)
+    for program in programs:
+        program.clear_cache()
     for lengths in ([16, 3], [1, 9]):
         logits, cache = model.prefill(ids, jnp.asarray(lengths), cache=kj.kivi(2, 8, 8), capacity=48)
         for _ in range(20):
             logits, cache = model.decode(jnp.argmax(logits, -1).astype(jnp.int32), cache)
-    assert (_prefill._cache_size(), _decode._cache_size()) == (1, 1)
+    assert [program._cache_size() for program in programs] == [1, 1, 1]
 
 
 @pytest.mark.parametrize("name", ["full", "kivi2", pytest.param("kivi4", marks=pytest.mark.slow)])
@@ -338,7 +341,8 @@ def test_prefill_keeps_one_layer_in_full_precision():
     temporary = []
     for layers in (2, 6):
         model = random_llama(config(num_layers=layers))
-        lowered = _prefill.lower(model, tokens(1, 4096), jnp.asarray([4096]), strategy, 4096, 64)
+        read = functools.partial(model.prefill, cache=strategy, capacity=4096, block_tokens=64)
+        lowered = jax.jit(read).lower(tokens(1, 4096), jnp.asarray([4096]))
         temporary.append(lowered.compile().memory_analysis().temp_size_in_bytes)
     one_layer = 2 * 2 * 4096 * 8 * 4  # keys and values, 2 KV heads, float32
     assert temporary[1] - temporary[0] < one_layer
