@@ -1,7 +1,7 @@
 """Packed tensors and attention over them. Knows no model and no cache policy.
 
 Start with `quantize/packing.py` (the bit layout), then `quantize/quantization.py`, `partials.py`,
-`quantized_attention/`, and `residual/`, whose kernels write to a cache.
+`quantized_attention/`, and `residual/` and `pool/`, whose kernels write to a cache.
 """
 
 from pallas_kernels.partials import AttentionPartial, merge, normalize

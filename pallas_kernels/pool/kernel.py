@@ -191,14 +191,21 @@ def _attend_slots(
 def _take_slot(
     recent: int, interpret: bool, length_ref: Any, active_ref: Any, limit_ref: Any, *refs: Any
 ) -> None:
-    """One program: all slots of one (row, KV head)."""
+    """One program: all slots of one (row, KV head).
+
+    Everything is read before anything is decided, so that memory's latency is waited for once.
+    """
     score_ref, norm_ref, new_key_ref, new_value_ref, _, _, position_ref = refs[:7]
     key_ref, value_ref, kept_ref, weight_ref = refs[7:]
     (heads, slots), dim = score_ref.shape, key_ref.shape[1]
-    length, active = length_ref[0], active_ref[0] != 0
     slot, channel = (jnp.arange(pl.next_power_of_2(n), dtype=jnp.int32) for n in (slots, dim))
     present, inside = slot < slots, channel < dim
+    length, active, limit = length_ref[0], active_ref[0] != 0, limit_ref[0]
     position = plt.load(position_ref.at[slot], mask=present, other=jnp.full_like(slot, _LATEST))
+    key, value = (
+        plt.load(ref.at[channel], mask=inside, other=jnp.zeros(channel.shape, ref.dtype))
+        for ref in (new_key_ref, new_value_ref)
+    )
     weight = jnp.zeros(slot.shape, jnp.float32)
     for i in range(heads):
         score = plt.load(score_ref.at[i, slot], mask=present, other=jnp.full_like(weight, NO_SCORE))
@@ -206,16 +213,16 @@ def _take_slot(
     plt.store(weight_ref.at[slot], weight, mask=present)
 
     free = jnp.min(jnp.where(position < 0, slot, _LATEST))
-    for held_ref, new_ref in ((key_ref, new_key_ref), (value_ref, new_value_ref)):
-        new = plt.load(new_ref.at[channel], mask=inside, other=jnp.zeros(channel.shape, new_ref.dtype))
-        plt.store(held_ref.at[jnp.full_like(channel, free), channel], new, mask=inside & active)
-    position = jnp.where((slot == free) & active, length, position)
+    at, joins = (jnp.full_like(channel, free), channel), active & (free < slots)
+    plt.store(key_ref.at[at], key, mask=inside & joins)
+    plt.store(value_ref.at[at], value, mask=inside & joins)
+    position = jnp.where((slot == free) & joins, length, position)
 
     held = jnp.sum((present & (position >= 0)).astype(jnp.int32))
     may_go = (position >= 0) & (position <= length - recent)  # where slots are only padding, later than all
     lightest = jnp.min(jnp.where(may_go, weight, jnp.inf))
     oldest = jnp.min(jnp.where(may_go & (weight == lightest), position, _LATEST))
-    goes = active & (held > limit_ref[0]) & (position == oldest)
+    goes = active & (held > limit) & (position == oldest)
     plt.store(kept_ref.at[slot], jnp.where(goes, -1, position), mask=present)
 
 

@@ -9,6 +9,7 @@ import pytest
 from kivi_jax.bench import aot, kernels
 from kivi_jax.cache.stores import hadamard
 from pallas_kernels.heads import split_heads
+from pallas_kernels.pool import kernel as pool_kernel
 from pallas_kernels.quantized_attention import pallas_triton
 from pallas_kernels.quantized_attention.cases import COMPILED, GPU, Case
 from pallas_kernels.quantized_attention.tuning import Tuning
@@ -69,6 +70,43 @@ def test_the_steps_other_kernels_do_not_spill(dim, rows, sm):
     names = ("split_heads", "quantized_attention_merge", "take_token", "pack_block")
     reports = aot.pallas_reports(step, query, key, value, ring, token, number, sm=sm, names=names)
     assert {report.name: report.spill_bytes for report in reports} == dict.fromkeys(names, 0)
+
+
+@pytest.mark.parametrize(
+    ("dim", "slots", "dtype", "sm"),
+    [
+        (128, 513, jnp.bfloat16, 90),
+        pytest.param(256, 513, jnp.bfloat16, 80, marks=pytest.mark.slow),
+        pytest.param(64, 2049, jnp.bfloat16, 90, marks=pytest.mark.slow),
+        pytest.param(128, 513, jnp.float32, 90, marks=pytest.mark.slow),
+    ],
+)
+def test_a_pools_kernels_do_not_spill(dim, slots, dtype, sm):
+    keys, token = (jax.ShapeDtypeStruct((1, 8, *own, dim), dtype) for own in ((slots,), ()))
+    query, positions = (
+        jax.ShapeDtypeStruct((1, 32, dim), dtype),
+        jax.ShapeDtypeStruct(keys.shape[:3], jnp.int32),
+    )
+
+    def step(query, keys, positions, token):
+        attended, scores = pool_kernel.attend_slots(query, keys, keys, positions, scale=dim**-0.5)
+        length = positions[:, 0, 0]
+        return attended, pool_kernel.take_slot(
+            scores,
+            attended.log_sum_exp,
+            keys,
+            keys,
+            positions,
+            token,
+            token,
+            length,
+            length > 0,
+            length,
+            recent=256,
+        )
+
+    reports = aot.pallas_reports(step, query, keys, positions, token, sm=sm)
+    assert {report.name: report.spill_bytes for report in reports} == {"attend_slots": 0, "take_slot": 0}
 
 
 @pytest.mark.parametrize("sm", [80, 90])

@@ -5,6 +5,10 @@ import jax.numpy as jnp
 import pytest
 
 from kivi_jax.bench import compiled
+from kivi_jax.cache.decode_selectors import Slide
+from kivi_jax.cache.pool import TokenPool
+from kivi_jax.cache.segments import Step
+from kivi_jax.cache.stores import Given
 
 # As XLA prints a program for a GPU, shortened.
 PROGRAM = """HloModule jit_f, entry_computation_layout={(f32[4,8]{1,0})->(u8[4]{0}, pred[])}
@@ -61,6 +65,28 @@ def test_the_kernel_is_one_launch_that_reads_once_and_writes_once():
     assert [record["what"] for record in records] == ["keys", "values"]
     for record in records:
         assert (record["kernels"], record["bytes"]) == (1, record["least_bytes"])
+
+
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend:DeprecationWarning")
+def test_a_pools_step_asks_twice_and_attends_once():
+    """Attending and appending both need the scores; no copy of keys or values is made for either."""
+    try:
+        device = compiled.described_gpu()
+    except NotImplementedError as reason:
+        pytest.skip(str(reason))
+
+    def step(pool, query, token, active):
+        attended = pool.attend(query)
+        taken = pool.append(Step(query, token, token, attended.log_sum_exp, active, active))
+        return attended.out, taken
+
+    token = jnp.zeros((2, 8, 128), jnp.bfloat16)
+    given = Given(token[:, :, None][:, :, :0], token[:, :, None][:, :, :0], jnp.zeros((2, 8, 0), jnp.int32))
+    pool = TokenPool.of(given, jnp.zeros(2, jnp.int32), selector=Slide())
+    arguments = (pool, jnp.zeros((2, 32, 128), jnp.bfloat16), token, jnp.ones(2, bool))
+    found = compiled.launches(compiled.compile_for(device, jax.jit(step, donate_argnums=0), *arguments))
+    assert sum(launch.kind == "custom-call" for launch in found) == 2
+    assert not [launch for launch in found if launch.kind == "copy" and launch.bytes > 1024]
 
 
 def test_says_what_to_install(monkeypatch):
