@@ -251,6 +251,57 @@ def engine(
 
 
 @bench.command()
+def serving(
+    shape: ShapeOption = "llama-8b",
+    cache: CachesOption = None,
+    memory: Annotated[str, typer.Option(help="For weights and slots; empty: 90 % of the device.")] = "",
+    prompt: Annotated[int, typer.Option(min=2, help="Tokens of the longest prompt.")] = 4096,
+    shared: Annotated[int, typer.Option(min=0, help="Tokens that all prompts begin with.")] = 0,
+    shortest: Annotated[int, typer.Option(min=1, help="New tokens, at least.")] = 16,
+    longest: Annotated[int, typer.Option(min=1, help="New tokens, at most; log-uniform between.")] = 512,
+    chunk: Annotated[int, typer.Option(min=1, help="Tokens of a prompt that are read at a time.")] = 512,
+    seconds: Annotated[float, typer.Option(min=0.1, help="To count for, with each cache.")] = 20.0,
+    layers: Annotated[int, typer.Option(min=0, help="Of the shape's layers, the first; 0: all.")] = 0,
+    dtype: DtypeOption = "bfloat16",
+) -> None:
+    """Answer more requests than can run at a time: how many a second does each cache's memory hold?
+
+    Example:  kivi-jax bench serving --shape llama-8b --memory 22GiB --shared 3968
+
+    Example:  kivi-jax bench serving --shape 125m --layers 2 --memory 600MiB --prompt 512 --dtype float32
+    """
+    import dataclasses
+
+    from flax import nnx
+
+    from kivi_jax.bench import serving as saturated
+    from kivi_jax.bench.decode import memory_of_device
+    from kivi_jax.model.llama import Llama
+
+    if shared >= prompt:
+        raise ValueError(f"--shared {shared} must be less than the longest prompt, --prompt {prompt}")
+    strategies = {name: parse_cache(name) for name in cache or ["full", "kivi2"]}
+    limit, config = parse_bytes(memory) if memory else memory_of_device(), _shape(shape)
+    config = dataclasses.replace(config, num_layers=layers or config.num_layers)
+    results = saturated.saturate(
+        Llama(config, dtype=dtype, rngs=nnx.Rngs(0)),
+        strategies,
+        memory_bytes=limit,
+        prompt=prompt,
+        shared=shared,
+        shortest=shortest,
+        longest=longest,
+        chunk_tokens=chunk,
+        seconds=seconds,
+    )
+    title = (
+        f"{shape} {dtype}, {config.num_layers} layers, {format_bytes(limit)}: prompts of {shared + 1:,} to "
+        f"{prompt:,} tokens ({shared:,} alike), {shortest} to {longest} new ones"
+    )
+    print_table(Console(), saturated.saturated_table(list(results), title=title, caption=machine()))
+
+
+@bench.command()
 def mesh(
     shape: ShapeOption = "llama-8b",
     context: Annotated[int, typer.Option(help="Tokens in each row's cache when timing starts.")] = 8192,

@@ -114,7 +114,7 @@ def throughput(
     def rows(name: str, strategy: CacheStrategy) -> int:
         if batch is not None:
             return batch
-        limit = _memory() if memory is None else memory
+        limit = memory_of_device() if memory is None else memory
         fitting = largest_batch(config, strategy, context=capacity, dtype=dtype, memory_bytes=limit)
         if fitting == 0:
             raise ValueError(
@@ -150,8 +150,12 @@ def throughput(
         del stepper  # and with it the cache, before the next one is made
 
 
-def _memory() -> int:
-    """Nine tenths of the device's memory, in bytes."""
+def memory_of_device() -> int:
+    """Nine tenths of the device's memory, in bytes.
+
+    Raises:
+        ValueError: the device does not say.
+    """
     stats = jax.devices()[0].memory_stats() or {}
     if "bytes_limit" not in stats:
         raise ValueError("this device does not say how much memory it has: pass --memory, as in 4GiB")

@@ -18,7 +18,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from kivi_jax.cache.strategy import CacheStrategy, KVCache
+from kivi_jax.cache.strategy import CacheStrategy, KVCache, without
 from kivi_jax.config import ModelConfig
 from kivi_jax.generation.generate import Draw, draw, is_finite
 from kivi_jax.generation.requests import MOST_LOG_PROBS, MOST_STOP_IDS, Request
@@ -192,7 +192,7 @@ def burst(
         return step + 1, slots, drawn
 
     _, slots, drawn = jax.lax.while_loop(goes_on, advance, (jnp.int32(0), slots, drawn))
-    return slots, drawn
+    return dataclasses.replace(slots, cache=without(slots.cache, ~slots.active)), drawn
 
 
 def _step(model: Llama, slots: Slots) -> tuple[Int[Array, "S"], Bool[Array, "S"], LogProbs, Slots]:
