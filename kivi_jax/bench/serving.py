@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -70,25 +70,31 @@ def saturate(
             progress=True,
         ) as engine:
             more = itertools.cycle(asked)
-            begun = _ask_until(engine, more, lambda stats: sum(stats.finished.values()) >= stats.slots)
-            begin = time.perf_counter()
-            done = _ask_until(engine, more, lambda _: time.perf_counter() - begin >= seconds)
-            yield Saturated(
-                name,
-                time.perf_counter() - begin,
-                sum(done.finished.values()) - sum(begun.finished.values()),
-                done.new_tokens - begun.new_tokens,
-                done,
-            )
+            begun = _keep_asking(engine, more, requests=engine.slots)
+            done = _keep_asking(engine, more, seconds=seconds)
+        yield Saturated(
+            name,
+            done.uptime_s - begun.uptime_s,
+            _ended(done) - _ended(begun),
+            done.new_tokens - begun.new_tokens,
+            done,
+        )
 
 
-def _ask_until(engine: Engine, more: Iterator[Request], until: Callable[[Stats], bool]) -> Stats:
-    """See to it that requests wait, until it is time; what the engine has done by then."""
-    while not until(stats := engine.stats()):
+def _keep_asking(
+    engine: Engine, more: Iterator[Request], *, requests: int = 0, seconds: float = 0.0
+) -> Stats:
+    """See to it that requests wait, until so many have ended and so long has passed; what there is then."""
+    begin = engine.stats().uptime_s
+    while _ended(stats := engine.stats()) < requests or stats.uptime_s - begin < seconds:
         for _ in range(_WAITING - stats.queued):
             engine.submit(next(more))
         time.sleep(0.01)
     return stats
+
+
+def _ended(stats: Stats) -> int:
+    return sum(stats.finished.values())
 
 
 def saturated_table(results: Sequence[Saturated], *, title: str, caption: str) -> Table:
@@ -134,10 +140,14 @@ def waits(
             drawn = iter(running)
             before = [time.perf_counter() for _ in itertools.islice(drawn, 2 * BURST)]
             arrived = engine.submit(long)
-            during = [time.perf_counter() for _ in itertools.takewhile(lambda _: not arrived.finished, drawn)]
+            during = before[-1:]
+            for _ in drawn:
+                during.append(time.perf_counter())
+                if arrived.finished:
+                    break
             running.cancel()
         alone_s = (before[-1] - before[0]) / (len(before) - 1)  # bursts of tokens come at once
-        yield Waits(name, alone_s, np.diff([before[-1], *during]).tolist(), chunk_s)
+        yield Waits(name, alone_s, np.diff(during).tolist(), chunk_s)
 
 
 def waits_table(results: Sequence[Waits], *, title: str, caption: str) -> Table:

@@ -158,7 +158,10 @@ def insert(slots: Slots, row: Slots, slot: Int[Array, ""]) -> Slots:
 def burst(
     model: Llama, slots: Slots, kept: Bool[Array, "S"], most: Int[Array, ""], stops: Bool[Array, ""]
 ) -> tuple[Slots, Burst]:
-    """Up to `most` steps of the rows that are `kept`; if it `stops`, until one has ended."""
+    """Up to `most` steps of the rows that are `kept`; if it `stops`, until one has ended.
+
+    Afterwards nothing is in the slots of the others, so that attending does not pass through what they had.
+    """
     rows, top = slots.active.shape[0], min(MOST_LOG_PROBS, slots.logits.shape[1])
     slots = dataclasses.replace(slots, active=slots.active & kept)
     begun = slots.active
