@@ -51,7 +51,7 @@ def decode(
 
     strategies = {name: parse_cache(name) for name in cache or ["full", "kivi4", "kivi2"]}
     results = run(
-        _shape(shape),
+        shape_named(shape),
         strategies,
         context=context,
         new_tokens=new_tokens,
@@ -98,7 +98,7 @@ def generation(
         "kivi2+scope",
     ]
     results = run(
-        _shape(shape),
+        shape_named(shape),
         {name: parse_cache(name) for name in names},
         context=prompt,
         new_tokens=new_tokens,
@@ -156,7 +156,7 @@ def prefix(
     columns = ("read s", "load s", "faster", "first read s", "first load s", "save s", "on disk")
     for column in ("cache", *columns):
         table.add_column(column, justify="left" if column == "cache" else "right")
-    for result in run(_shape(shape), strategies, context=context, repeats=repeats, dtype=dtype):
+    for result in run(shape_named(shape), strategies, context=context, repeats=repeats, dtype=dtype):
         table.add_row(
             result.name,
             f"{result.read_s:.2f}",
@@ -191,7 +191,7 @@ def throughput(
     limit = parse_bytes(memory) if memory else None
     records = _written(
         run(
-            _shape(shape),
+            shape_named(shape),
             strategies,
             context=context,
             new_tokens=new_tokens,
@@ -214,40 +214,6 @@ def throughput(
             format_bytes(record["peak_bytes"]) if record["peak_bytes"] else "",
         )
     print_table(Console(), table)
-
-
-@bench.command()
-def engine(
-    model: Annotated[str, typer.Option(help="A directory, a hub name, or demo.")] = "demo",
-    cache: CachesOption = None,
-    slots: Annotated[int, typer.Option(min=1, help="Requests at a time, and rows of a batch.")] = 8,
-    requests: Annotated[int, typer.Option(min=1, help="How many.")] = 64,
-    prompt: Annotated[int, typer.Option(min=1, help="Tokens of the longest prompt.")] = 64,
-    shortest: Annotated[int, typer.Option(min=1, help="New tokens, at least.")] = 16,
-    longest: Annotated[int, typer.Option(min=1, help="New tokens, at most; log-uniform between.")] = 512,
-    rounds: Annotated[int, typer.Option(min=1, help="To take the median of.")] = 3,
-) -> None:
-    """Answer requests of mixed lengths through an engine's slots, and in batches that wait for their longest.
-
-    Example:  kivi-jax bench engine --cache full --cache kivi2
-    """
-    from kivi_jax.bench import engine as serving
-    from kivi_jax.generation.loading import load
-
-    strategies = {name: parse_cache(name) for name in cache or ["full", "kivi2", "scope", "kivi2+scope"]}
-    loaded, _ = load(model)
-    results = serving.run(
-        loaded,
-        strategies,
-        slots=slots,
-        requests=requests,
-        prompt=prompt,
-        shortest=shortest,
-        longest=longest,
-        rounds=rounds,
-    )
-    title = f"{requests} requests of {shortest} to {longest} new tokens, {slots} slots, {model}"
-    print_table(Console(), serving.table(list(results), title=title, caption=machine()))
 
 
 @bench.command()
@@ -277,7 +243,7 @@ def mesh(
     from kivi_jax.bench import mesh as bench_mesh
     from kivi_jax.mesh import read_mesh
 
-    strategy, config = parse_cache(cache), _shape(shape)
+    strategy, config = parse_cache(cache), shape_named(shape)
     config = dataclasses.replace(config, num_layers=layers or config.num_layers)
     sizes = [(m.shape["data"], m.shape["model"]) for m in map(read_mesh, meshes or ())]
     records = _written(
@@ -354,7 +320,7 @@ def compiled(
 
     from kivi_jax.bench import compiled as programs
 
-    device, config = programs.described_gpu(), dataclasses.replace(_shape(shape), num_layers=layers)
+    device, config = programs.described_gpu(), dataclasses.replace(shape_named(shape), num_layers=layers)
     strategies = {name: parse_cache(name) for name in cache or ["full", "kivi2", "scope", "kivi2+scope"]}
     console = Console(width=110)
     packed = list(_written(programs.packing(device), out and out / "packing.json"))
@@ -419,7 +385,12 @@ def _written(records: Iterable[dict[str, Any]], path: Path | None) -> Iterator[d
         yield record
 
 
-def _shape(name: str) -> "ModelConfig":
+def shape_named(name: str) -> "ModelConfig":
+    """One of `SHAPES`.
+
+    Raises:
+        ValueError: it is none of them.
+    """
     if name not in SHAPES:
         raise ValueError(f"unknown shape {name!r}: choose one of {', '.join(SHAPES)}")
     return SHAPES[name]

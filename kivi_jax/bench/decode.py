@@ -158,15 +158,19 @@ def most_rows(
     Raises:
         ValueError: the device does not say how much memory it has; or not one row fits with what is `named`.
     """
-    limit = _memory() if memory is None else memory
+    limit = memory_of_device() if memory is None else memory
     rows = largest_batch(config, strategy, context=capacity, dtype=dtype, memory_bytes=limit, mesh=mesh)
     if rows == 0:
         raise ValueError(f"not one row of {capacity:,} tokens fits into {format_bytes(limit)} with {named}")
     return rows
 
 
-def _memory() -> int:
-    """Nine tenths of the device's memory, in bytes."""
+def memory_of_device() -> int:
+    """Nine tenths of the device's memory, in bytes.
+
+    Raises:
+        ValueError: the device does not say.
+    """
     stats = jax.devices()[0].memory_stats() or {}
     if "bytes_limit" not in stats:
         raise ValueError("this device does not say how much memory it has: pass --memory, as in 4GiB")

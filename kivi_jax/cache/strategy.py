@@ -404,6 +404,11 @@ def shorten(cache: KVCache, length: int) -> KVCache | None:
     return replace(cache, layers=tuple(layers), lengths=jnp.full_like(cache.lengths, length))
 
 
+def without(cache: KVCache, rows: Bool[Array, "B"]) -> KVCache:
+    """The cache with nothing in some rows, which then cost as little as may be: all they count is 0."""
+    return jax.tree.map(lambda x: jnp.where(rows, 0, x) if x.ndim == 1 else x, cache)
+
+
 def repeat_row(cache: KVCache, rows: int) -> KVCache:
     """A cache of one row, `rows` times."""
     return jax.tree.map(lambda x: jnp.tile(x, (rows, *(1,) * (x.ndim - 1))), cache)

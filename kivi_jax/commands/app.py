@@ -7,6 +7,7 @@ import typer
 import kivi_jax
 from convert.command import convert
 from kivi_jax.bench.command import bench
+from kivi_jax.bench.serving_command import engine, serving
 from kivi_jax.commands.cache import cache_files
 from kivi_jax.commands.chat import chat
 from kivi_jax.commands.generate import generate
@@ -67,5 +68,7 @@ for command in (demo, generate, chat, serve, batch, inspect, convert):
     app.command()(command)
 evaluate.add_typer(evaluation)
 evaluate.add_typer(choosing)
+for measured in (engine, serving):
+    bench.command()(measured)
 for name, group in {"cache": cache_files, "eval": evaluate, "bench": bench}.items():
     app.add_typer(group, name=name)

@@ -1,5 +1,6 @@
 """What an engine runs on the device, compiled before the first request. Read `engine.py` next."""
 
+import concurrent.futures
 import functools
 import math
 import time
@@ -101,13 +102,23 @@ class Programs:
             copy = functools.partial(copy_out, width=width)
             jobs["copy_out", width] = copy, (reading,), ()
             jobs["copy_in", width] = copy_in, (reading, jax.eval_shape(copy, reading)), (0,)
-        console = Console(stderr=True)
-        self._compiled = {
-            name: jax.jit(function, donate_argnums=donated).lower(*args).compile()
-            for name, (function, args, donated) in track(
-                jobs.items(), "compiling", console=console, disable=not progress, transient=True
-            )
-        }
+        with concurrent.futures.ThreadPoolExecutor() as pool:  # XLA lets others run while it compiles
+            compiling = {
+                pool.submit(jax.jit(function, donate_argnums=donated).lower(*args).compile): name
+                for name, (function, args, donated) in jobs.items()
+            }
+            done = concurrent.futures.as_completed(compiling)
+            self._compiled = {
+                compiling[future]: future.result()
+                for future in track(
+                    done,
+                    "compiling",
+                    total=len(jobs),
+                    console=Console(stderr=True),
+                    disable=not progress,
+                    transient=True,
+                )
+            }
         first = Request(tokens=(0,), max_new_tokens=1)
         asked_of(first, (), model.config.vocab_size)  # JAX compiles copies of arrays, too: not at a request
         self._leaves = leaves

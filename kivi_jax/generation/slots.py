@@ -18,7 +18,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from kivi_jax.cache.strategy import CacheStrategy, KVCache
+from kivi_jax.cache.strategy import CacheStrategy, KVCache, without
 from kivi_jax.config import ModelConfig
 from kivi_jax.generation.generate import Draw, draw, is_finite
 from kivi_jax.generation.requests import MOST_LOG_PROBS, MOST_STOP_IDS, Request
@@ -158,7 +158,10 @@ def insert(slots: Slots, row: Slots, slot: Int[Array, ""]) -> Slots:
 def burst(
     model: Llama, slots: Slots, kept: Bool[Array, "S"], most: Int[Array, ""], stops: Bool[Array, ""]
 ) -> tuple[Slots, Burst]:
-    """Up to `most` steps of the rows that are `kept`; if it `stops`, until one has ended."""
+    """Up to `most` steps of the rows that are `kept`; if it `stops`, until one has ended.
+
+    Afterwards nothing is in the slots of the others, so that attending does not pass through what they had.
+    """
     rows, top = slots.active.shape[0], min(MOST_LOG_PROBS, slots.logits.shape[1])
     slots = dataclasses.replace(slots, active=slots.active & kept)
     begun = slots.active
@@ -192,7 +195,7 @@ def burst(
         return step + 1, slots, drawn
 
     _, slots, drawn = jax.lax.while_loop(goes_on, advance, (jnp.int32(0), slots, drawn))
-    return slots, drawn
+    return dataclasses.replace(slots, cache=without(slots.cache, ~slots.active)), drawn
 
 
 def _step(model: Llama, slots: Slots) -> tuple[Int[Array, "S"], Bool[Array, "S"], LogProbs, Slots]:
