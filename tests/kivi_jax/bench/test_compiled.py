@@ -1,10 +1,14 @@
 """Reading XLA's programs."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import pytest
 
 from kivi_jax.bench import compiled
+from kivi_jax.cache.names import parse_cache
+from kivi_jax.plan.shapes import SHAPES
 
 # As XLA prints a program for a GPU, shortened.
 PROGRAM = """HloModule jit_f, entry_computation_layout={(f32[4,8]{1,0})->(u8[4]{0}, pred[])}
@@ -61,6 +65,24 @@ def test_the_kernel_is_one_launch_that_reads_once_and_writes_once():
     assert [record["what"] for record in records] == ["keys", "values"]
     for record in records:
         assert (record["kernels"], record["bytes"]) == (1, record["least_bytes"])
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend:DeprecationWarning")  # said at lowering
+def test_turned_keys_and_first_tokens_launch_nothing_more():
+    """Nor does a layer launch more than the 20 kernels that docs/results-gpu.md names."""
+    try:
+        device = compiled.described_gpu()
+    except NotImplementedError as reason:
+        pytest.skip(str(reason))
+    strategies = {name: parse_cache(name) for name in ("kivi2", "kivi2r")}
+    counts = {}
+    for layers in (1, 2):
+        config = dataclasses.replace(SHAPES["llama-8b"], num_layers=layers)
+        for record in compiled.steps(device, config, strategies, context=1024):
+            counts[record["cache"], layers] = record["kernels"]
+    assert counts["kivi2r", 2] == counts["kivi2", 2]
+    assert counts["kivi2", 2] - counts["kivi2", 1] <= 20
 
 
 def test_says_what_to_install(monkeypatch):
