@@ -105,7 +105,7 @@ class CacheStrategy:
 
         def by_xla() -> tuple[Array, Array, Array]:
             turned = self.turn(jnp.concatenate([query, key], axis=1))
-            return (*jnp.split(turned, [query.shape[1]], axis=1), value)
+            return turned[:, : query.shape[1]], turned[:, query.shape[1] :], value
 
         matrix = hadamard(query.shape[2]) if self._rotates else None
         return by_kernel_or_xla(

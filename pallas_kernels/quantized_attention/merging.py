@@ -59,18 +59,18 @@ def merge(
     """The partial of every query head, from those of its splits, the residual and the query's own token."""
     programs, parts = splits[0].shape[:2]
 
-    def by_head(*arrays: Array) -> tuple[Array, ...]:
-        return tuple(x.reshape(-1, *x.shape[2:]) for x in arrays)
+    def by_head(keys: Array, values: Array) -> tuple[Array, Array]:
+        return keys.reshape(-1, *keys.shape[2:]), values.reshape(-1, *values.shape[2:])
 
-    def by_row(*numbers: Array) -> tuple[Array, ...]:
-        return tuple(x.astype(jnp.int32)[:, None] for x in numbers)
+    def by_row(number: Array) -> Array:
+        return number.astype(jnp.int32)[:, None]
 
     operands = (
         [x.reshape(programs, parts * case.heads, *x.shape[3:]) for x in splits],
         _Others(
             query.reshape(programs, case.heads, case.dim),
             None if residual is None else by_head(residual.keys, residual.values),
-            None if residual is None else by_row(start, residual.lengths),
+            None if residual is None else (by_row(start), by_row(residual.lengths)),
             None if own is None else by_head(*own),
         ),
     )

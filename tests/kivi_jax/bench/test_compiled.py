@@ -1,14 +1,18 @@
 """Reading XLA's programs."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import pytest
 
 from kivi_jax.bench import compiled
 from kivi_jax.cache.decode_selectors import Slide
+from kivi_jax.cache.names import parse_cache
 from kivi_jax.cache.pool import TokenPool
 from kivi_jax.cache.segments import Step
 from kivi_jax.cache.stores import Given
+from kivi_jax.plan.shapes import SHAPES
 
 # As XLA prints a program for a GPU, shortened.
 PROGRAM = """HloModule jit_f, entry_computation_layout={(f32[4,8]{1,0})->(u8[4]{0}, pred[])}
@@ -77,7 +81,7 @@ def test_a_pools_step_asks_twice_and_attends_once():
 
     def step(pool, query, token, active):
         attended = pool.attend(query)
-        taken = pool.append(Step(query, token, token, attended.log_sum_exp, active, active))
+        taken = pool.append(Step(query, token, token, attended.log_sum_exp, active))
         return attended.out, taken
 
     token = jnp.zeros((2, 8, 128), jnp.bfloat16)
@@ -93,3 +97,21 @@ def test_says_what_to_install(monkeypatch):
     monkeypatch.setattr(compiled.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(NotImplementedError, match=r"kivi-jax\[cuda\]"):
         compiled.described_gpu()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend:DeprecationWarning")  # said at lowering
+def test_turned_keys_and_first_tokens_launch_nothing_more():
+    """Nor does a layer launch more than the 20 kernels that docs/results-gpu.md names."""
+    try:
+        device = compiled.described_gpu()
+    except NotImplementedError as reason:
+        pytest.skip(str(reason))
+    strategies = {name: parse_cache(name) for name in ("kivi2", "kivi2r")}
+    counts = {}
+    for layers in (1, 2):
+        config = dataclasses.replace(SHAPES["llama-8b"], num_layers=layers)
+        for record in compiled.steps(device, config, strategies, context=1024):
+            counts[record["cache"], layers] = record["kernels"]
+    assert counts["kivi2r", 2] == counts["kivi2", 2]
+    assert counts["kivi2", 2] - counts["kivi2", 1] <= 20
