@@ -191,7 +191,7 @@ class CacheStrategy:
         Raises:
             ValueError: a unified selector's pool is smaller than what the prompt selector keeps.
         """
-        number = jnp.int32(layer) if number is None else number
+        drawn_as = jnp.int32(layer) if number is None else number
         width = prompt.keys.shape[2]
         most = width
         keys, values, kept, positions = prompt.keys, prompt.values, prompt.lengths, None
@@ -211,9 +211,9 @@ class CacheStrategy:
                 )
             if positions is None:
                 positions = jnp.broadcast_to(jnp.arange(width), keys.shape[:3])
-            return (self._pool(self.decode, keys, values, positions, kept, prompt.lengths, number),)
+            return (self._pool(self.decode, keys, values, positions, kept, prompt.lengths, drawn_as),)
         none = jnp.zeros((*keys.shape[:2], 0), jnp.int32), jnp.zeros_like(kept)
-        pool = self._pool(self.decode, keys[:, :, :0], values[:, :, :0], *none, prompt.lengths, number)
+        pool = self._pool(self.decode, keys[:, :, :0], values[:, :, :0], *none, prompt.lengths, drawn_as)
         return self._hold(keys, values, kept, capacity=most, window=None), pool
 
     def _pool(
