@@ -364,19 +364,18 @@ def append(segments: tuple[Segment, ...], step: Step) -> tuple[Segment, ...]:
 
 
 def settle(
-    layers: Sequence[tuple[Segment, ...]], active: Bool[Array, "B"]
+    layers: Sequence[tuple[Segment, ...]], active: Bool[Array, "B"], alike: Sequence[int]
 ) -> tuple[tuple[Segment, ...], ...]:
     """All layers after what a step made due is done in the segments that grow.
 
-    What is due in one layer is due in all that hold their tokens alike; layers with a window may not.
+    What is due in one layer is due in all that hold as many tokens: those of which `alike` says the same
+    (see `first_held_like`).
     """
     settled = list(layers)
-    alike: dict[Any, list[int]] = {}
-    for index, segments in enumerate(layers):
-        kind = type(segments[-1]), getattr(segments[-1], "window", None)
-        alike.setdefault(kind, []).append(index)
-    for (segment_type, _), indices in alike.items():
-        growing = segment_type.settle([layers[index][-1] for index in indices], active)
+    for kind in dict.fromkeys(alike):
+        indices = [index for index, held_like in enumerate(alike) if held_like == kind]
+        segments = [layers[index][-1] for index in indices]
+        growing = type(segments[0]).settle(segments, active)
         for index, last in zip(indices, growing, strict=True):
             settled[index] = (*layers[index][:-1], last)
     return tuple(settled)

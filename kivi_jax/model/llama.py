@@ -290,13 +290,14 @@ def _step(
 ) -> tuple[Float[Array, "B V"], KVCache]:
     config = part_of(model.config, model.mesh)
     x = model.embedded(token)[:, None]
+    alike = [cache.strategy.first_held_like(config, index) for index in range(config.num_layers)]
     layers: list[tuple[Segment, ...]] = []
     for index, (layer, segments) in enumerate(zip(model.layers, cache.layers, strict=True)):
         kind = config.first_like(index)
         x, grown = _decode_layer(layer, x, segments, cache.lengths, active, config, cache.strategy, kind)
         layers.append(grown)
     return model.logits(x[:, 0]), KVCache(
-        caches.settle(layers, active),
+        caches.settle(layers, active, alike),
         cache.lengths + active.astype(jnp.int32),
         cache.strategy,
         cache.capacity,
