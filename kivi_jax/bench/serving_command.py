@@ -64,9 +64,7 @@ def serving(
 ) -> None:
     """Answer more requests than can run at a time: how many a second does each cache's memory hold?
 
-    Example:  kivi-jax bench serving --shape llama-8b --memory 22GiB --shared 3968
-
-    Example:  kivi-jax bench serving --shape 125m --layers 2 --memory 600MiB --prompt 512 --dtype float32
+    Example:  kivi-jax bench serving --memory 22GiB --shared 3968
     """
     import dataclasses
 

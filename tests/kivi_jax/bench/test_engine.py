@@ -51,7 +51,7 @@ def test_a_row_waits_while_a_prompt_is_read():
     model = models.random_llama(models.config())
     [result] = serving.waits(model, {"full": full()}, prompt=96, chunk_tokens=32)
     assert len(result.reading_s) >= 3  # a token for each chunk
-    assert min(result.alone_s, result.chunk_s) > 0
+    assert result.alone_s > 0
     console = Console(record=True, width=200)
     console.print(serving.waits_table([result], title="here", caption="now"))
     assert "full" in console.export_text()
