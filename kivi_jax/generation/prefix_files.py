@@ -33,7 +33,7 @@ from kivi_jax.outputs import seal
 from kivi_jax.plan.memory import zero_cache
 from pallas_kernels.device import default_device
 
-FORMAT = 2
+FORMAT = 3
 MANIFEST = "prefix.json"
 
 

@@ -190,9 +190,9 @@ def flip_a_byte(path):
 
 DAMAGE = {
     "no manifest": (lambda path: (path / "prefix.json").unlink(), "is not a saved prefix"),
-    "half a manifest": (lambda path: (path / "prefix.json").write_text('{"format": 2'), "is damaged"),
+    "half a manifest": (lambda path: (path / "prefix.json").write_text('{"format": 3'), "is damaged"),
     "no field": (
-        lambda path: (path / "prefix.json").write_text('{"format": 2, "cache": "full"}'),
+        lambda path: (path / "prefix.json").write_text('{"format": 3, "cache": "full"}'),
         "is damaged",
     ),
     "no object": (lambda path: (path / "prefix.json").write_text("[]"), "is damaged"),

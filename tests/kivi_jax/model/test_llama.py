@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 import kivi_jax as kj
+from kivi_jax.cache.strategy import CacheStrategy
 from kivi_jax.config import RopeConfig
 from kivi_jax.model.layer import query_key_value_columns
 from kivi_jax.model.llama import _decode, _hold
@@ -238,6 +239,22 @@ def test_a_row_is_the_same_alone_and_in_any_batch(name, windows):
         if row < 6 or name in ("full", "kivi2"):
             alone = generate(slice(row, row + 1), 17 if row < 6 else 33)
             np.testing.assert_array_equal(together[row], alone[0])
+
+
+def test_layers_that_hold_fewer_tokens_pack_when_their_own_blocks_are_full():
+    """8 bits, which lose little, beside full precision: PyramidKV's layers hold 24, 18 and 12 tokens."""
+    model, selector, ids = (
+        random_llama(config(num_layers=3)),
+        kj.PyramidKV(budget=14, window=4),
+        tokens(20, 2),
+    )
+
+    def logits(cache):
+        start = model.prefill(tokens(2, 40), np.array([40, 33]), cache=cache, capacity=64)
+        return decode_all(model, *start, ids)[0]
+
+    packed = logits(kj.kivi(8, 8, 8, prompt=selector))
+    np.testing.assert_allclose(packed, logits(CacheStrategy(prompt=selector)), atol=0.05)
 
 
 def test_turned_keys_and_sinks_alone_change_nothing():
