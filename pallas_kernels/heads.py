@@ -48,7 +48,7 @@ def split_heads(
         in_specs=[of_row(heads.shape), [pl.BlockSpec((dim, dim), lambda *_: (0, 0)) for _ in signs]],
         out_specs=[of_row(part.shape) for part in parts],
         out_shape=[jax.ShapeDtypeStruct(part.shape, part.dtype) for part in parts],
-        compiler_params=plt.CompilerParams(num_warps=4, num_stages=1),
+        compiler_params=plt.CompilerParams(num_warps=8 if dim > 128 else 4, num_stages=1),  # that none spills
         interpret=interpret,
     )(heads, signs)
 

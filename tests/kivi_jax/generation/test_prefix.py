@@ -197,8 +197,8 @@ DAMAGE = {
     ),
     "no object": (lambda path: (path / "prefix.json").write_text("[]"), "is damaged"),
     "another format": (
-        lambda path: rewrite(path, format=3),
-        "has format 3, this version of kivi-jax reads 2",
+        lambda path: rewrite(path, format=2),
+        "has format 2, this version of kivi-jax reads 3",
     ),
     "no arrays": (lambda path: shutil.rmtree(path / "arrays"), "is damaged"),
     "a flipped byte": (flip_a_byte, "is damaged"),
