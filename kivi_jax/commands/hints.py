@@ -32,8 +32,8 @@ def as_prompt(
 def reading(what: str) -> Progress:
     """While a `with` block lasts: what is read, and for how long already, where stderr is a terminal.
 
-    Not which share of it: a prompt is one compiled program, whose blocks and layers tell the host nothing;
-    and JAX has all parts of a chat's message before the first of them is computed.
+    Not which share of it: JAX has the programs of all layers, and all parts of a chat's message, before the
+    first of them is computed.
     """
     console = Console(stderr=True)
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())

@@ -331,7 +331,7 @@ class Engine:
         self._counts["prompt_tokens"] += read
         if row.read < len(prompt):
             return
-        row.logits, row.read_at = logits, time.monotonic()
+        row.logits, row.read_at = jax.block_until_ready(logits), time.monotonic()
         most = sharable_tokens(self.model.config, self.strategy, len(prompt))
         kept, size = prompt[:most], programs.shared_bytes[programs.width_of(max(most, 1))]
         if most >= programs.chunks[0] and self._shared.wants(kept, size):
@@ -349,12 +349,12 @@ class Engine:
         self._rows[slot], self._reading, row.logits = row, None, None
 
     def _burst(self, *, alone: bool) -> None:
-        """Let all rows draw tokens: one each, if there is a prompt to read for a free slot.
+        """Let all rows draw tokens: one each, after a chunk, or if a prompt is to be read for a free slot.
 
         Where it is `alone`, and does not wait for a chunk that is being read, it says how long a step takes.
         """
         waits = bool(self._waiting or self._reading)
-        hurries = waits and len(self._rows) < self.slots
+        hurries = not alone or (waits and len(self._rows) < self.slots)
         most = 1 if hurries else min(BURST, max(1, int(_BURST_S / self._step_s)))
         kept = np.isin(np.arange(self.slots), list(self._rows))
         begin = time.perf_counter()
