@@ -161,7 +161,7 @@ def states(strategy: kj.CacheStrategy) -> Iterator[list[str | None]]:
             key, value = tokens[:, :, :, PROMPT + step]
             ask = jnp.asarray(draw.normal(size=(1, 1, DIM)), jnp.float32)
             grown = append(segments, Step(ask, key, value, jnp.zeros((1, 1), jnp.float32), active, active))
-            (segments,) = settle([grown], active)
+            (segments,) = settle([grown], active, [0])
 
 
 def draw_steps() -> Canvas:

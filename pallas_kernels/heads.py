@@ -19,6 +19,8 @@ from pallas_kernels import online_softmax
 from pallas_kernels.online_softmax import ROWS
 from pallas_kernels.triton_call import triton_call
 
+_BYTES = 32768  # of the matrix that a product takes at a time: the smallest shared memory is 99 KiB
+
 
 def split_heads(
     query: Float[Array, "B N H"],
@@ -38,6 +40,8 @@ def split_heads(
     signs = [] if matrix is None else [jnp.asarray(np.sign(matrix), heads.dtype)]
     magnitude = 1.0 if matrix is None else float(np.abs(matrix).max())
 
+    wide = dim * heads.dtype.itemsize > 256  # bytes of a head, of which four warps would spill
+
     def of_row(shape: tuple[int, ...]) -> pl.BlockSpec:
         return pl.BlockSpec((None, *shape[1:]), lambda row, _: (row, 0, 0))
 
@@ -48,7 +52,7 @@ def split_heads(
         in_specs=[of_row(heads.shape), [pl.BlockSpec((dim, dim), lambda *_: (0, 0)) for _ in signs]],
         out_specs=[of_row(part.shape) for part in parts],
         out_shape=[jax.ShapeDtypeStruct(part.shape, part.dtype) for part in parts],
-        compiler_params=plt.CompilerParams(num_warps=8 if dim > 128 else 4, num_stages=1),  # that none spills
+        compiler_params=plt.CompilerParams(num_warps=8 if wide else 4, num_stages=1),
         interpret=interpret,
     )(heads, signs)
 
@@ -61,9 +65,15 @@ def _split_heads(turned: int, magnitude: float, heads_ref: Any, signs_refs: list
     channel = jnp.arange(columns, dtype=jnp.int32)
     x = online_softmax.load_rows(heads_ref, head, head < count, columns)
     for signs_ref in signs_refs:
-        signs = online_softmax.load_rows(signs_ref, channel, channel < dim, columns)
-        product = (online_softmax.dot(x, signs) * magnitude).astype(x.dtype)
-        x = jnp.where((head < turned)[:, None], product, x)
+        product = jnp.zeros(x.shape, jnp.float32)
+        block = max(ROWS, min(columns, _BYTES // (columns * x.dtype.itemsize)))
+        for first in range(0, columns, block):
+            at = first + jnp.arange(block, dtype=jnp.int32)
+            mask = (head < count)[:, None] & (at < dim)[None, :]
+            nothing = jnp.zeros(mask.shape, x.dtype)
+            part = plt.load(heads_ref.at[head[:, None], at[None, :]], mask=mask, other=nothing)
+            product += online_softmax.dot(part, online_softmax.load_rows(signs_ref, at, at < dim, columns))
+        x = jnp.where((head < turned)[:, None], (product * magnitude).astype(x.dtype), x)
     first = 0
     for ref in refs:
         at = head - first

@@ -1,4 +1,4 @@
-"""The online softmax inside a Triton kernel: what merging splits and attending to a pool share.
+"""The online softmax inside a Triton kernel: what kernels of query heads share.
 
 Rows are query heads, at least as many as the matrix unit's 16. Scores are in powers of two, as `exp2` wants.
 """

@@ -243,6 +243,8 @@ def mesh(
     from kivi_jax.bench import mesh as bench_mesh
     from kivi_jax.mesh import read_mesh
 
+    if memory and batch:
+        raise ValueError(f"--memory is what rows fill, and {batch=} says how many: pass --batch 0 with it")
     strategy, config = parse_cache(cache), shape_named(shape)
     config = dataclasses.replace(config, num_layers=layers or config.num_layers)
     sizes = [(m.shape["data"], m.shape["model"]) for m in map(read_mesh, meshes or ())]

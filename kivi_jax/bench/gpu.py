@@ -111,10 +111,12 @@ def predicted(sizes: Sizes) -> Iterator[Record]:
     """Limits of all that `speed` and the steps measure. Needs no GPU, but Triton's compiler for kernels."""
     implementations = [name for name in sizes.implementations if name in kernels.IMPLEMENTATIONS]
     yield from predictions.kernels(sizes.speed, implementations)
-    for context, batch in ((sizes.contexts[0], 1), (sizes.contexts[1], 1), (sizes.batch_context, None)):
+    short, long = sizes.contexts
+    steps = [(short, 1, sizes.caches), (long, 1, sizes.caches), (sizes.batch_context, None, sizes.caches)]
+    for context, batch, caches in (*steps, (sizes.million, 1, ("kivi2",))):
         yield from predictions.steps(
             sizes.model,
-            {name: parse_cache(name) for name in sizes.caches},
+            {name: parse_cache(name) for name in caches},
             context=context,
             capacity=decode.room(context, sizes.new_tokens, programs=decode.PROGRAMS),
             batch=batch,

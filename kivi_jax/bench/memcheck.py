@@ -1,4 +1,4 @@
-"""Every kernel for GPUs, on arrays of a few pages, for NVIDIA's memory checker.
+"""The Triton kernels, on arrays of a few pages, for NVIDIA's memory checker.
 
     XLA_FLAGS=--xla_gpu_enable_command_buffer= XLA_PYTHON_CLIENT_ALLOCATOR=platform \\
         compute-sanitizer --error-exitcode 9 python -m kivi_jax.bench.memcheck

@@ -80,6 +80,6 @@ def decoding(config: ModelConfig, context: int, dtype: DTypeLike) -> Iterator[Re
                 seconds(tokens, options)
             times = [seconds(_MANY, options) - seconds(_FEW, options) for _ in range(2)]
         except (ImportError, RuntimeError, ValueError) as reason:
-            yield {"contender": name, "reason": str(reason).splitlines()[0]}
+            yield {"contender": name, "reason": (str(reason) or type(reason).__name__).splitlines()[0]}
         else:
             yield {"contender": name, "ms": 1e3 * min(times) / (_MANY - _FEW)}

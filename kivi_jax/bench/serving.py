@@ -59,7 +59,9 @@ def saturate(
     own = draw_requests(vocab, requests=1024, prompt=prompt - shared, shortest=shortest, longest=longest)
     asked = [dataclasses.replace(request, tokens=(*document, *request.tokens)) for request in own]
     read, _ = shapes(model, full(), context=prompt, chunk_tokens=chunk_tokens)
-    for name, strategy in strategies.items():
+
+    def measured(name: str, strategy: CacheStrategy) -> Saturated:
+        """Of one cache; its engine is gone afterwards, and with it what the next one has the memory for."""
         with Engine(
             model,
             cache=strategy,
@@ -71,14 +73,11 @@ def saturate(
         ) as engine:
             more = itertools.cycle(asked)
             begun = _keep_asking(engine, more, requests=engine.slots)
-            done = _keep_asking(engine, more, seconds=seconds)
-        yield Saturated(
-            name,
-            done.uptime_s - begun.uptime_s,
-            _ended(done) - _ended(begun),
-            done.new_tokens - begun.new_tokens,
-            done,
-        )
+            done = _keep_asking(engine, more, requests=_ended(begun) + 1, seconds=seconds)
+        took, requests = done.uptime_s - begun.uptime_s, _ended(done) - _ended(begun)
+        return Saturated(name, took, requests, done.new_tokens - begun.new_tokens, done)
+
+    yield from itertools.starmap(measured, strategies.items())
 
 
 def _keep_asking(
@@ -143,7 +142,10 @@ def waits(
             drawn = iter(running)
             before = [time.perf_counter() for _ in itertools.islice(drawn, 2 * BURST)]
             arrived = engine.submit(long)
-            during = before[-1:]
+            while not engine.stats().reading and not arrived.finished:  # the burst before it, which is alone
+                time.sleep(1e-3)
+            next(drawn)
+            during = [time.perf_counter()]
             for _ in drawn:
                 during.append(time.perf_counter())
                 if arrived.finished:

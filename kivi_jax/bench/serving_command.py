@@ -52,7 +52,9 @@ def engine(
 def serving(
     shape: ShapeOption = "llama-8b",
     cache: CachesOption = None,
-    memory: Annotated[str, typer.Option(help="For weights and slots; empty: 90 % of the device.")] = "",
+    memory: Annotated[
+        str, typer.Option(help="For weights, prefixes and slots; empty: 90 % of the device.")
+    ] = "",
     prompt: Annotated[int, typer.Option(min=2, help="Tokens of the longest prompt.")] = 4096,
     shared: Annotated[int, typer.Option(min=0, help="Tokens that all prompts begin with.")] = 0,
     shortest: Annotated[int, typer.Option(min=1, help="New tokens, at least.")] = 16,

@@ -172,6 +172,12 @@ class CacheStrategy:
             return layer
         return next(i for i in range(layer + 1) if config.window_of(i) == window)
 
+    def first_growing_like(self, config: ModelConfig, layer: int) -> int:
+        """The first layer that has as many tokens as number `layer` in the segment that grows."""
+        if isinstance(self.decode, DecodeSelector) and not self.decode.unified:  # a pool begins empty
+            return next(i for i in range(layer + 1) if config.window_of(i) == config.window_of(layer))
+        return self.first_held_like(config, layer)
+
     def hold_prompt(
         self,
         prompt: Prompt,
@@ -368,7 +374,7 @@ def settle(
     """All layers after what a step made due is done in the segments that grow.
 
     What is due in one layer is due in all that hold as many tokens: those of which `alike` says the same
-    (see `first_held_like`).
+    (see `first_growing_like`).
     """
     settled = list(layers)
     for kind in dict.fromkeys(alike):
@@ -403,7 +409,7 @@ def shorten(cache: KVCache, length: int) -> KVCache | None:
 
 
 def without(cache: KVCache, rows: Bool[Array, "B"]) -> KVCache:
-    """The cache with nothing in some rows, which then cost as little as may be: all they count is 0."""
+    """The cache with rows that count no tokens: attending to dense or packed ones then passes over none."""
     return jax.tree.map(lambda x: jnp.where(rows, 0, x) if x.ndim == 1 else x, cache)
 
 

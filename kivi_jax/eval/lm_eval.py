@@ -90,7 +90,7 @@ class KiviJax(TemplateLM):
             )
         if not str(batch_size).isdigit() or int(batch_size) < 1:
             raise ValueError(f"{batch_size=} must be a positive number; it is not found automatically")
-        devices = None if mesh is None else named_mesh(mesh.replace(":", ","))
+        devices = None if mesh is None else named_mesh(str(mesh).replace(":", ","))
         self.model, tokenizer = load(pretrained, dtype=dtype, mesh=devices)
         self.tokenizer: Any = tokenizer
         if tokenizer is None:

@@ -136,7 +136,7 @@ def generate(
     program = _Program(max_new_tokens, sampler, log_probs)
     loop = _begin(start.logits, start.seen, keys, eos, program, model.mesh)._replace(cache=start.cache)
     burst = max_new_tokens if ends is None else BURST
-    for until in range(burst, max_new_tokens + burst, burst):
+    for until in range(burst, max_new_tokens + burst, burst) if max_new_tokens > 1 else ():
         loop = _advance(model, loop, jnp.int32(min(until, max_new_tokens)), program)
         if ends is not None:
             ended = ends(np.asarray(loop.tokens), np.asarray(loop.lengths))

@@ -102,7 +102,8 @@ class Programs:
             copy = functools.partial(copy_out, width=width)
             jobs["copy_out", width] = copy, (reading,), ()
             jobs["copy_in", width] = copy_in, (reading, jax.eval_shape(copy, reading)), (0,)
-        with concurrent.futures.ThreadPoolExecutor() as pool:  # XLA lets others run while it compiles
+        pool = concurrent.futures.ThreadPoolExecutor()  # XLA lets others run while it compiles
+        try:
             compiling = {
                 pool.submit(jax.jit(function, donate_argnums=donated).lower(*args).compile): name
                 for name, (function, args, donated) in jobs.items()
@@ -119,6 +120,8 @@ class Programs:
                     transient=True,
                 )
             }
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)  # who interrupts waits for none of them
         first = Request(tokens=(0,), max_new_tokens=1)
         asked_of(first, (), model.config.vocab_size)  # JAX compiles copies of arrays, too: not at a request
         self._leaves = leaves

@@ -4,7 +4,8 @@
     burst    some decode steps of all rows, until one ends or there have been enough
 
 A row's tokens are those it has alone: rows have their own lengths, keys and numbers, and nothing of one goes
-into another. So a slot needs no cleaning: a row that ends is inactive, and the next one overwrites it.
+into another. So a slot needs no cleaning: a row that ends is inactive, and the next one overwrites it. The
+next burst makes it count no tokens, only because those cost time.
 The names are JetStream's, whose engines this one resembles.
 """
 
@@ -160,11 +161,11 @@ def burst(
 ) -> tuple[Slots, Burst]:
     """Up to `most` steps of the rows that are `kept`; if it `stops`, until one has ended.
 
-    Afterwards nothing is in the slots of the others, so that attending does not pass through what they had.
+    The slots of the others are empty from the start, so that attending does not pass through what they had.
     """
     rows, top = slots.active.shape[0], min(MOST_LOG_PROBS, slots.logits.shape[1])
-    slots = dataclasses.replace(slots, active=slots.active & kept)
-    begun = slots.active
+    begun = slots.active & kept
+    slots = dataclasses.replace(slots, active=begun, cache=without(slots.cache, ~begun))
     drawn = Burst(
         tokens=jnp.zeros((rows, BURST), jnp.int32),
         counts=jnp.zeros(rows, jnp.int32),
@@ -195,7 +196,7 @@ def burst(
         return step + 1, slots, drawn
 
     _, slots, drawn = jax.lax.while_loop(goes_on, advance, (jnp.int32(0), slots, drawn))
-    return dataclasses.replace(slots, cache=without(slots.cache, ~slots.active)), drawn
+    return slots, drawn
 
 
 def _step(model: Llama, slots: Slots) -> tuple[Int[Array, "S"], Bool[Array, "S"], LogProbs, Slots]:

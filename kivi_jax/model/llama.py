@@ -290,7 +290,7 @@ def _step(
 ) -> tuple[Float[Array, "B V"], KVCache]:
     config = part_of(model.config, model.mesh)
     x = model.embedded(token)[:, None]
-    alike = [cache.strategy.first_held_like(config, index) for index in range(config.num_layers)]
+    alike = [cache.strategy.first_growing_like(config, index) for index in range(config.num_layers)]
     layers: list[tuple[Segment, ...]] = []
     for index, (layer, segments) in enumerate(zip(model.layers, cache.layers, strict=True)):
         kind = config.first_like(index)

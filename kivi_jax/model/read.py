@@ -1,4 +1,4 @@
-"""What reading a prompt has gathered in one layer, block by block. Read `llama.py` next."""
+"""What reading a prompt has gathered in one layer, block by block. Read `reading.py` next."""
 
 import functools
 from typing import NamedTuple

@@ -25,7 +25,9 @@ from pallas_kernels.partials import NO_SCORE, AttentionPartial
 from pallas_kernels.triton_call import triton_call
 
 _BYTES = 16384  # of a block of keys, and of one of values: what the threads of a program hold at a time
+_MOST_SCORES = 128  # of a query head at a time
 _MOST_SHARES = 8  # of a head's slots: each is one more partial to merge
+_MOST_SLOTS = 16384  # of `take_slot`, a program's
 _LATEST = jnp.iinfo(jnp.int32).max
 
 
@@ -48,7 +50,7 @@ class _Shape(NamedTuple):
     def block(self) -> int:
         """Slots that are attended to at a time."""
         held = _BYTES // (self.item_bytes * self.channels)
-        return max(ROWS, min(held, pl.next_power_of_2(self.slots)))
+        return max(ROWS, min(held, _MOST_SCORES, pl.next_power_of_2(self.slots)))
 
     @property
     def share(self) -> int:
@@ -123,8 +125,13 @@ def take_slot(
     Its position is `lengths`. If a head then holds more than `limit`, the slot of the token that weighs least
     becomes free: none of the newest `recent`, and of equals the older. Weights are those of the query that
     these are the `scores` of, over all that it attended to; summed over a KV head's query heads.
+
+    Raises:
+        NotImplementedError: more slots than a program can hold.
     """
     batch, kv_heads, heads, slots = scores.shape
+    if slots > _MOST_SLOTS:
+        raise NotImplementedError(f"{slots} slots for a KV head: more than {_MOST_SLOTS}")
     of_row = [x.astype(jnp.int32) for x in (lengths, active, limit)]
     of_head = [
         scores,
@@ -227,5 +234,5 @@ def _take_slot(
 
 
 def _warps(slots: int) -> int:
-    """Of a program that has so many slots, of which a thread holds eight."""
+    """Of a program that has so many slots, of which a thread holds eight, or more if these are too many."""
     return min(8, max(1, pl.next_power_of_2(slots) // 256))

@@ -3,7 +3,7 @@
 A group of numbers is stored as codes with one scale and one zero, and denotes `code * scale + zero`;
 `groups.py` states how they are computed.
 
-On an NVIDIA GPU `quantize` is a kernel, `quantize_kernel.py`: one launch that reads once and writes once. XLA
+On an NVIDIA GPU `quantize` is a kernel, `kernel.py`: one launch that reads once and writes once. XLA
 makes four kernels of it, which move two to three times the bytes (`kivi-jax bench compiled`). What a decode
 step writes there is `residual_kernel.py`'s; elsewhere `set_token` and `set_block` update the donated stores.
 

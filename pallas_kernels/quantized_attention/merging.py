@@ -21,9 +21,9 @@ from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import online_softmax
-from pallas_kernels.online_softmax import ROWS, Running
+from pallas_kernels.online_softmax import LOG2E, ROWS, Running
 from pallas_kernels.partials import NO_SCORE, AttentionPartial
-from pallas_kernels.quantized_attention.split_kv import LOG2E, MERGED_CHANNELS, Case, power_of_two
+from pallas_kernels.quantized_attention.split_kv import MERGED_CHANNELS, Case, power_of_two
 from pallas_kernels.residual.ring import Ring, Token
 from pallas_kernels.triton_call import triton_call
 

@@ -30,13 +30,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.online_softmax import assembly, exp2
+from pallas_kernels.online_softmax import LOG2E, assembly, exp2
 from pallas_kernels.partials import AttentionPartial
 from pallas_kernels.quantize.packing import PAGE
 from pallas_kernels.quantize.quantization import QuantizedTensor
 from pallas_kernels.quantized_attention.merging import merge
 from pallas_kernels.quantized_attention.split_kv import (
-    LOG2E,
     TILE_ROWS,
     Case,
     Store,
@@ -70,7 +69,7 @@ def attend(
     """See `quantized_attention`. Products are of float16 numbers, sums are float32.
 
     What merges the splits also attends to the residual and the own token: as XLA's, that would be several
-    kernels more. It then answers with the normalized partial.
+    kernels more. With an own token the partial is normalized.
 
     Raises:
         NotImplementedError: a group or head size that the kernel has no block for.

@@ -12,7 +12,6 @@ from pallas_kernels.quantized_attention.tuning import Tuning, choose
 
 TILE_ROWS = 16  # rows of the matrix unit's left operand
 MERGED_CHANNELS = 32  # channels that a program combines
-LOG2E = math.log2(math.e)
 MIN_DEPTH = 32  # and its smallest inner size for operands loaded as bytes
 
 

@@ -50,7 +50,7 @@ def attend(
 ) -> AttentionPartial:
     """See `quantized_attention`; about `block_elements` keys are dequantized at a time."""
     batch, kv_heads, slots, dim = key.shape
-    end -= held_back
+    end = end - held_back
     unit = math.lcm(PAGE, key.group_size)
     block = _block_tokens(slots, unit, block_elements // (batch * kv_heads * dim))
     blocks = -(-slots // block)

@@ -4,7 +4,7 @@ XLA's are twenty small kernels a layer, and a step of one row takes as long as i
 docs/results-gpu.md). `take_token` puts the step's token into the rings and packs the value it displaces;
 `pack_block` packs the rings' keys in the steps when they are a full block, and else ends at once.
 
-Programs work on planes of channels, as `quantize_kernel.py` does. What they overwrite, each thread has read
+Programs work on planes of channels, as `quantize/kernel.py` does. What they overwrite, each thread has read
 itself: blocks are read and written in one layout, and have no fewer numbers than threads, or one warp's.
 """
 

@@ -58,8 +58,12 @@ def test_a_signal_that_goes_nowhere_comes_again():
 def test_a_signal_unwinds_and_ends(number):
     """What a `with` block owes is done; then the process is gone, without a traceback."""
     environment = os.environ | {console.COMPILED: "off"}
+    not_ignored = f"import signal; signal.signal({int(number)}, signal.SIG_DFL)\n"  # as nohup has it
     with subprocess.Popen(
-        [sys.executable, "-c", WAITING], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
+        [sys.executable, "-c", not_ignored + WAITING],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=environment,
     ) as process:
         assert process.stdout.readline() == b"computing\n"
         process.send_signal(number)

@@ -70,6 +70,16 @@ def test_the_steps_other_kernels_do_not_spill(dim, rows, sm):
     names = ("split_heads", "quantized_attention_merge", "take_token", "pack_block")
     reports = aot.pallas_reports(step, query, key, value, ring, token, number, sm=sm, names=names)
     assert {report.name: report.spill_bytes for report in reports} == dict.fromkeys(names, 0)
+    assert all(report.shared_bytes <= 99 * 1024 for report in reports)  # what the smallest devices have
+
+
+@pytest.mark.parametrize("dim", [128, pytest.param(256, marks=pytest.mark.slow)])
+def test_heads_in_float32_are_turned_in_what_devices_have(dim):
+    heads = jax.ShapeDtypeStruct((1, 8, dim), jnp.float32)
+    (report,) = aot.pallas_reports(
+        lambda x: split_heads(x, x, x, hadamard(dim)), heads, sm=80, names=("split_heads",)
+    )
+    assert report.shared_bytes <= 99 * 1024
 
 
 @pytest.mark.parametrize(

@@ -340,6 +340,7 @@ def test_late_and_cancelled_requests_end_wherever_they_are(engine):
 def test_nothing_is_in_a_slot_whose_row_has_ended(engine):
     running = engine(CACHES["kivi2+scope"])
     running.complete(Request(tokens=prompt_of(20, seed), max_new_tokens=seed, stop_ids=()) for seed in (2, 7))
+    running._programs.burst(np.zeros(running.slots, bool), most=1, stops=False)
     counts = [leaf for leaf in jax.tree.leaves(running._programs.slots.cache) if leaf.ndim == 1]
     assert len(counts) > MODEL.config.num_layers
     assert not any(count.any() for count in counts)

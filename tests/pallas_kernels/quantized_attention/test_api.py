@@ -160,7 +160,8 @@ def test_also_attends_to_a_residual_and_the_own_token(implementation, name, slot
     out, top, denom = oracle.attend(query, keys, values, visible, case.head_dim**-0.5)
     seen = denom > 0
     want = out / np.where(seen, denom, 1)[..., None]
-    assert relative_error(normalize(got), want) < IMPLEMENTATIONS[implementation]
+    rounding = float(jnp.finfo(case.query_dtype).eps) / 2 if has_own else 0.0  # of an output that is final
+    assert relative_error(normalize(got), want) < max(rounding, IMPLEMENTATIONS[implementation])
     log_sum_exp = top[seen] + np.log(denom[seen])
     assert relative_error(np.asarray(got.log_sum_exp)[seen], log_sum_exp) < IMPLEMENTATIONS[implementation]
 
