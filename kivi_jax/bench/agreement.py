@@ -30,24 +30,23 @@ def run(
     """
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, (len(lengths), max(lengths)), np.int32)
     cpu = jax.devices("cpu")[0]
-    with jax.default_matmul_precision("highest"):
+    with jax.default_device(cpu):
+        model = Llama(config, dtype="float32", rngs=nnx.Rngs(0))
+    others = {jax.devices()[0].device_kind: jax.device_put(model, jax.devices()[0])}
+    for data, size in _meshes(config):
+        others[f"data={data},model={size}"] = spread(model, make_mesh(data=data, model=size))
+    for cache in caches:
         with jax.default_device(cpu):
-            model = Llama(config, dtype="float32", rngs=nnx.Rngs(0))
-        others = {jax.devices()[0].device_kind: jax.device_put(model, jax.devices()[0])}
-        for data, size in _meshes(config):
-            others[f"data={data},model={size}"] = spread(model, make_mesh(data=data, model=size))
-        for cache in caches:
-            with jax.default_device(cpu):
-                expected = _logits(model, cache, tokens, lengths, steps)
-            for on, other in others.items():
-                logits = _logits(other, cache, tokens, lengths, steps, expected)
-                yield {
-                    "cache": cache,
-                    "on": on,
-                    "error": float(np.abs(logits - expected).max()),
-                    "largest": float(np.abs(expected).max()),
-                    "tokens_equal": float((logits.argmax(-1) == expected.argmax(-1)).mean()),
-                }
+            expected = _logits(model, cache, tokens, lengths, steps)
+        for on, other in others.items():
+            logits = _logits(other, cache, tokens, lengths, steps, expected)
+            yield {
+                "cache": cache,
+                "on": on,
+                "error": float(np.abs(logits - expected).max()),
+                "largest": float(np.abs(expected).max()),
+                "tokens_equal": float((logits.argmax(-1) == expected.argmax(-1)).mean()),
+            }
 
 
 def _meshes(config: ModelConfig) -> list[tuple[int, int]]:
@@ -57,6 +56,7 @@ def _meshes(config: ModelConfig) -> list[tuple[int, int]]:
     return sorted({shape for shape in shapes if 1 < shape[0] * shape[1] <= count})
 
 
+@jax.default_matmul_precision("highest")
 def _logits(
     model: Llama,
     cache: str,

@@ -1,5 +1,6 @@
 """Requests of mixed lengths: through an engine's slots, and in batches that wait for their longest row."""
 
+import itertools
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
@@ -59,7 +60,9 @@ def run(
         model.config.vocab_size, requests=requests, prompt=prompt, shortest=shortest, longest=longest
     )
     total = sum(request.max_new_tokens for request in asked)
-    for name, strategy in strategies.items():
+
+    def measured(name: str, strategy: CacheStrategy) -> Result:
+        """Of one cache; its engine is gone afterwards, and with it what the next one has the memory for."""
         batches = list(_batches(model, strategy, asked, slots))  # compiles
         chunk = min(256, prompt)
         with Engine(
@@ -76,7 +79,9 @@ def run(
             alone = [tokens for batch in batches for tokens in batch]
             same = sum(tuple(one) == two.tokens for one, two in zip(alone, done, strict=True))
             batches_s, engine_s = np.median(seconds, axis=0).tolist()
-            yield Result(name, total, batches_s, engine_s, engine.stats(), same, requests)
+            return Result(name, total, batches_s, engine_s, engine.stats(), same, requests)
+
+    yield from itertools.starmap(measured, strategies.items())
 
 
 def _batches(

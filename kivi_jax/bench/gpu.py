@@ -10,6 +10,7 @@ take seconds, interpreted kernels, and XLA where the GPU's compilers would be ne
 """
 
 import dataclasses
+import functools
 import json
 import os
 import subprocess
@@ -107,13 +108,22 @@ REHEARSAL = Sizes(
 )  # fmt: skip
 
 
+# Tokens of a row, rows (None: as many as fit) and caches of whole steps, by stage.
+StepCase = Callable[[Sizes], tuple[int, int | None, tuple[str, ...]]]
+STEPS: dict[str, StepCase] = {
+    "steps-short": lambda sizes: (sizes.contexts[0], 1, sizes.caches),
+    "steps-long": lambda sizes: (sizes.contexts[1], 1, sizes.caches),
+    "steps-most": lambda sizes: (sizes.batch_context, None, sizes.caches),
+    "million": lambda sizes: (sizes.million, 1, ("kivi2",)),
+}
+
+
 def predicted(sizes: Sizes) -> Iterator[Record]:
     """Limits of all that `speed` and the steps measure. Needs no GPU, but Triton's compiler for kernels."""
     implementations = [name for name in sizes.implementations if name in kernels.IMPLEMENTATIONS]
     yield from predictions.kernels(sizes.speed, implementations)
-    short, long = sizes.contexts
-    steps = [(short, 1, sizes.caches), (long, 1, sizes.caches), (sizes.batch_context, None, sizes.caches)]
-    for context, batch, caches in (*steps, (sizes.million, 1, ("kivi2",))):
+    for case in STEPS.values():
+        context, batch, caches = case(sizes)
         yield from predictions.steps(
             sizes.model,
             {name: parse_cache(name) for name in caches},
@@ -140,12 +150,11 @@ def _product(sizes: Sizes) -> Iterator[Record]:
     )
 
 
-def _steps(
-    sizes: Sizes, context: int, batch: int | None, caches: tuple[str, ...] | None = None
-) -> Iterator[Record]:
+def _steps(case: StepCase, sizes: Sizes) -> Iterator[Record]:
+    context, batch, caches = case(sizes)
     found = decode.throughput(
         sizes.model,
-        {name: parse_cache(name) for name in caches or sizes.caches},
+        {name: parse_cache(name) for name in caches},
         context=context,
         new_tokens=sizes.new_tokens,
         dtype=sizes.dtype,
@@ -170,17 +179,13 @@ STAGES: dict[str, Callable[[Sizes], Iterator[Record]]] = {
     "correctness-mosaic": _correct_mosaic,
     "speed": lambda sizes: kernels.speed(sizes.speed, sizes.implementations),
     "packing": lambda sizes: packing.run(sizes.packed, interpret=sizes.interpret),
-    "steps-short": lambda sizes: _steps(sizes, sizes.contexts[0], 1),
-    "steps-long": lambda sizes: _steps(sizes, sizes.contexts[1], 1),
-    "steps-most": lambda sizes: _steps(sizes, sizes.batch_context, None),
-    "million": lambda sizes: _steps(sizes, sizes.million, 1, ("kivi2",)),
+    **{name: functools.partial(_steps, case) for name, case in STEPS.items()},
     "product": _product,
     "prompts": lambda sizes: prompts.ours(sizes.model, sizes.prompts, ("full", "kivi2"), sizes.dtype),
     # Not the longest: what transformers keeps of it does not fit beside its weights.
     "prompts-transformers": lambda sizes: prompts.transformers(sizes.model, sizes.prompts[:4], sizes.dtype),
     "peers": lambda sizes: peers.decoding(sizes.model, sizes.contexts[0], sizes.dtype),
 }
-STEPS = ("steps-short", "steps-long", "steps-most", "million")
 PROMPTS = ("prompts", "prompts-transformers")
 
 

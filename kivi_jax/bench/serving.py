@@ -133,7 +133,8 @@ def waits(
         for length in (prompt, prompt - chunk_tokens)
     )
     row = Request(tokens=tokens[:1], max_new_tokens=prompt - 1, stop_ids=())
-    for name, strategy in strategies.items():
+
+    def measured(name: str, strategy: CacheStrategy) -> Waits:
         with Engine(
             model, cache=strategy, slots=2, context=prompt + 1, prefix_bytes=0, chunk_tokens=chunk_tokens
         ) as engine:
@@ -152,7 +153,9 @@ def waits(
                     break
             running.cancel()
         alone_s = (before[-1] - before[0]) / (len(before) - 1)  # bursts of tokens come at once
-        yield Waits(name, alone_s, np.diff(during).tolist(), chunk_s)
+        return Waits(name, alone_s, np.diff(during).tolist(), chunk_s)
+
+    yield from itertools.starmap(measured, strategies.items())
 
 
 def _fastest(engine: Engine, request: Request) -> float:
