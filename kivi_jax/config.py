@@ -186,6 +186,10 @@ class ModelConfig:
         kind = self.window_of(layer), self.rope_of(layer)
         return next(i for i in range(layer + 1) if (self.window_of(i), self.rope_of(i)) == kind)
 
+    def first_windowed_like(self, layer: int) -> int:
+        """The first layer with the window that number `layer` has, or with none."""
+        return next(i for i in range(layer + 1) if self.window_of(i) == self.window_of(layer))
+
 
 def config_from_dict(fields: Mapping[str, Any]) -> ModelConfig:
     """The config whose `dataclasses.asdict`, also after a journey through JSON, is `fields`.

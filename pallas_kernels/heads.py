@@ -39,7 +39,6 @@ def split_heads(
     turned = query.shape[1] + key.shape[1]
     signs = [] if matrix is None else [jnp.asarray(np.sign(matrix), heads.dtype)]
     magnitude = 1.0 if matrix is None else float(np.abs(matrix).max())
-
     wide = dim * heads.dtype.itemsize > 256  # bytes of a head, of which four warps would spill
 
     def of_row(shape: tuple[int, ...]) -> pl.BlockSpec:
@@ -60,19 +59,17 @@ def split_heads(
 def _split_heads(turned: int, magnitude: float, heads_ref: Any, signs_refs: list[Any], *refs: Any) -> None:
     """One program: some heads of one row."""
     count, dim = heads_ref.shape
-    columns = max(ROWS, 1 << (dim - 1).bit_length())
+    columns = max(ROWS, pl.next_power_of_2(dim))
     head = pl.program_id(1) * ROWS + jnp.arange(ROWS, dtype=jnp.int32)
     channel = jnp.arange(columns, dtype=jnp.int32)
-    x = online_softmax.load_rows(heads_ref, head, head < count, columns)
+    x = online_softmax.load_rows(heads_ref, head, head < count, channel)
     for signs_ref in signs_refs:
         product = jnp.zeros(x.shape, jnp.float32)
         block = max(ROWS, min(columns, _BYTES // (columns * x.dtype.itemsize)))
         for first in range(0, columns, block):
             at = first + jnp.arange(block, dtype=jnp.int32)
-            mask = (head < count)[:, None] & (at < dim)[None, :]
-            nothing = jnp.zeros(mask.shape, x.dtype)
-            part = plt.load(heads_ref.at[head[:, None], at[None, :]], mask=mask, other=nothing)
-            product += online_softmax.dot(part, online_softmax.load_rows(signs_ref, at, at < dim, columns))
+            part = online_softmax.load_rows(heads_ref, head, head < count, at)
+            product += online_softmax.dot(part, online_softmax.load_rows(signs_ref, at, at < dim, channel))
         x = jnp.where((head < turned)[:, None], (product * magnitude).astype(x.dtype), x)
     first = 0
     for ref in refs:

@@ -85,9 +85,8 @@ def assembly(code: str, constraints: str, x: Array, dtype: Any, *, elements: int
     return out
 
 
-def load_rows(ref: Any, row: Array, present: Array, columns: int) -> Array:
-    """Rows of a matrix `ref`, those not `present` and what is beyond its columns as zeros."""
-    column = jnp.arange(columns, dtype=jnp.int32)
+def load_rows(ref: Any, row: Array, present: Array, column: Array) -> Array:
+    """These columns of rows of a matrix `ref`, rows not `present` and columns beyond its own as zeros."""
     inside = present[:, None] & (column < ref.shape[1])[None, :]
-    nothing = jnp.zeros((row.shape[0], columns), ref.dtype)
+    nothing = jnp.zeros(inside.shape, ref.dtype)
     return plt.load(ref.at[row[:, None], column[None, :]], mask=inside, other=nothing)

@@ -167,15 +167,14 @@ class CacheStrategy:
 
     def first_held_like(self, config: ModelConfig, layer: int) -> int:
         """The first layer that holds as much of a prompt as number `layer` does."""
-        window = config.window_of(layer)
-        if window is None and self.prompt.differs_by_layer:
+        if config.window_of(layer) is None and self.prompt.differs_by_layer:
             return layer
-        return next(i for i in range(layer + 1) if config.window_of(i) == window)
+        return config.first_windowed_like(layer)
 
     def first_growing_like(self, config: ModelConfig, layer: int) -> int:
         """The first layer that has as many tokens as number `layer` in the segment that grows."""
         if isinstance(self.decode, DecodeSelector) and not self.decode.unified:  # a pool begins empty
-            return next(i for i in range(layer + 1) if config.window_of(i) == config.window_of(layer))
+            return config.first_windowed_like(layer)
         return self.first_held_like(config, layer)
 
     def hold_prompt(

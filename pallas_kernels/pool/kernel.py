@@ -173,14 +173,14 @@ def _attend_slots(
     out_ref, top_ref, denom_ref, score_ref = refs
     head, channel = (jnp.arange(n, dtype=jnp.int32) for n in (ROWS, shape.channels))
     real = head < shape.heads
-    query = online_softmax.load_rows(query_ref, head, real, shape.channels).astype(key_ref.dtype)
+    query = online_softmax.load_rows(query_ref, head, real, channel).astype(key_ref.dtype)
     first = pl.program_id(2) * shape.share
 
     def visit(i: Any, running: Running) -> Running:
         slot = first + i * shape.block + jnp.arange(shape.block, dtype=jnp.int32)
         present = slot < shape.slots
-        key = online_softmax.load_rows(key_ref, slot, present, shape.channels)
-        value = online_softmax.load_rows(value_ref, slot, present, shape.channels)
+        key = online_softmax.load_rows(key_ref, slot, present, channel)
+        value = online_softmax.load_rows(value_ref, slot, present, channel)
         position = plt.load(position_ref.at[slot], mask=present, other=jnp.full_like(slot, -1))
         score = online_softmax.dot(query, key, trans_b=True) * shape.scale
         score = jnp.where((position >= 0)[None, :], score, NO_SCORE)

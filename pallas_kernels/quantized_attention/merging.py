@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import online_softmax
 from pallas_kernels.online_softmax import LOG2E, ROWS, Running
 from pallas_kernels.partials import NO_SCORE, AttentionPartial
-from pallas_kernels.quantized_attention.split_kv import MERGED_CHANNELS, Case, power_of_two
+from pallas_kernels.quantized_attention.split_kv import MERGED_CHANNELS, Case
 from pallas_kernels.residual.ring import Ring, Token
 from pallas_kernels.triton_call import triton_call
 
@@ -100,7 +100,7 @@ def merge(
 
 
 def _share(case: Case, programs: int) -> _Share:
-    channels = power_of_two(case.dim)
+    channels = pl.next_power_of_2(case.dim)
     if programs < _ENOUGH:
         channels = MERGED_CHANNELS
     heads = case.heads if programs * -(-case.dim // channels) >= _ENOUGH else 1
@@ -109,7 +109,7 @@ def _share(case: Case, programs: int) -> _Share:
 
 def _block(share: _Share, tokens: int) -> int:
     """Tokens that are attended to at a time."""
-    return min(_NUMBERS // share.channels, max(ROWS, power_of_two(tokens)))
+    return min(_NUMBERS // share.channels, max(ROWS, pl.next_power_of_2(tokens)))
 
 
 def _merge(
@@ -122,7 +122,8 @@ def _merge(
     channel = pl.program_id(2) * share.channels + jnp.arange(share.channels, dtype=jnp.int32)
     real, inside = (row < share.heads) & (head < case.heads), channel < case.dim
     running = _fold_splits(case, share, first, head, channel, splits)
-    query = online_softmax.load_rows(others.query, head, real, max(ROWS, power_of_two(case.dim)))
+    every = jnp.arange(max(ROWS, pl.next_power_of_2(case.dim)), dtype=jnp.int32)
+    query = online_softmax.load_rows(others.query, head, real, every)
     if others.residual is not None:
         running = _fold_residual(case, share, sinks, running, query, channel, others)
     if others.own is not None:
@@ -175,7 +176,7 @@ def _fold_residual(
     assert others.residual is not None
     assert others.limits is not None
     key_ref, value_ref = others.residual
-    ring, columns = key_ref.shape[0] - sinks, query.shape[1]
+    ring, every = key_ref.shape[0] - sinks, jnp.arange(query.shape[1], dtype=jnp.int32)
     query = query.astype(key_ref.dtype)
     start, end = (ref[0] for ref in others.limits)
     end -= sinks
@@ -187,10 +188,8 @@ def _fold_residual(
         def visit(i: Array, running: Running) -> Running:
             slot = first + i * block + jnp.arange(block, dtype=jnp.int32)
             present = slot < first + tokens
-            key = online_softmax.load_rows(key_ref, slot, present, columns)
-            mask = present[:, None] & (channel < case.dim)[None, :]
-            nothing = jnp.zeros(mask.shape, value_ref.dtype)
-            value = plt.load(value_ref.at[slot[:, None], channel[None, :]], mask=mask, other=nothing)
+            key = online_softmax.load_rows(key_ref, slot, present, every)
+            value = online_softmax.load_rows(value_ref, slot, present, channel)
             token = token_in(slot)
             seen = present & (token >= start) & (token < end)
             score = online_softmax.dot(query, key, trans_b=True) * (case.scale * LOG2E)

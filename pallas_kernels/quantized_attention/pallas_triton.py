@@ -41,7 +41,6 @@ from pallas_kernels.quantized_attention.split_kv import (
     Store,
     operands,
     plan,
-    power_of_two,
 )
 from pallas_kernels.quantized_attention.tuning import Tuning
 from pallas_kernels.residual.ring import Ring, Token
@@ -187,7 +186,7 @@ def _attend_split(case: Case, held_back: int, *refs: Any) -> None:
             sums = sums + plt.dot(zero, weight)
             # All groups' weight * scale as one block: Triton then moves the weights into the operand's
             # layout once, before they are repeated, and not once for each group.
-            groups = power_of_two(case.value_groups)
+            groups = pl.next_power_of_2(case.value_groups)
             scale = _load(vs_ref, (slot, page), (groups, PAGE)).astype(jnp.float16)
             shape = (PAGE, groups, lanes)
             scaled = jnp.broadcast_to(weight[:, None, :], shape)

@@ -4,6 +4,7 @@ import dataclasses
 import math
 
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.quantize.packing import PAGE
@@ -13,11 +14,6 @@ from pallas_kernels.quantized_attention.tuning import Tuning, choose
 TILE_ROWS = 16  # rows of the matrix unit's left operand
 MERGED_CHANNELS = 32  # channels that a program combines
 MIN_DEPTH = 32  # and its smallest inner size for operands loaded as bytes
-
-
-def power_of_two(n: int) -> int:
-    """The smallest power of two that is not below `n`."""
-    return 1 << (n - 1).bit_length()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +37,7 @@ class Store:
     @property
     def columns(self) -> int:
         """Words of a token, rounded up to the power of two that Triton asks of a block."""
-        return power_of_two(self.words)
+        return pl.next_power_of_2(self.words)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +56,7 @@ class Case:
     @property
     def lanes(self) -> int:
         """Query heads, rounded up to columns of the matrix unit."""
-        return max(8, power_of_two(self.heads))
+        return max(8, pl.next_power_of_2(self.heads))
 
     @property
     def tile(self) -> int:

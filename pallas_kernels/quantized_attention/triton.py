@@ -8,13 +8,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.device import compute_capability, default_device
 from pallas_kernels.partials import AttentionPartial
 from pallas_kernels.quantize.quantization import QuantizedTensor
-from pallas_kernels.quantized_attention.split_kv import MERGED_CHANNELS, Case, operands, plan, power_of_two
+from pallas_kernels.quantized_attention.split_kv import MERGED_CHANNELS, Case, operands, plan
 from pallas_kernels.quantized_attention.tuning import Tuning
 from pallas_kernels.residual.ring import Ring, Token, merge_residual
 
@@ -133,7 +134,7 @@ def merge_constants(case: Case) -> dict[str, Any]:
     """Compile-time arguments of `merge_splits`."""
     return {
         "SPLITS": case.tuning.splits,
-        "EVERY": power_of_two(case.tuning.splits),
+        "EVERY": pl.next_power_of_2(case.tuning.splits),
         "CHANNELS": MERGED_CHANNELS,
         "HEADS": case.heads,
         "DIM": case.dim,
