@@ -349,12 +349,12 @@ class Engine:
         self._rows[slot], self._reading, row.logits = row, None, None
 
     def _burst(self, *, alone: bool) -> None:
-        """Let all rows draw tokens: one each, after a chunk, or if a prompt is to be read for a free slot.
+        """Let all rows draw tokens: one each, if a prompt is to be read for a free slot.
 
         Where it is `alone`, and does not wait for a chunk that is being read, it says how long a step takes.
         """
         waits = bool(self._waiting or self._reading)
-        hurries = not alone or (waits and len(self._rows) < self.slots)
+        hurries = waits and len(self._rows) < self.slots
         most = 1 if hurries else min(BURST, max(1, int(_BURST_S / self._step_s)))
         kept = np.isin(np.arange(self.slots), list(self._rows))
         begin = time.perf_counter()

@@ -53,6 +53,7 @@ from kivi_jax.generation.tokens import (
     ending_ids,
     pad_prompts,
 )
+from kivi_jax.mesh import on_host
 from kivi_jax.model.inputs import read_prompts
 from kivi_jax.model.llama import Llama
 
@@ -376,15 +377,16 @@ def stream_after(
     """`stream_tokens` of one row that has been read, with room for the new tokens. The prefix is consumed."""
     sampler = check_sampler(sampler)
     ends = end_ids(model, eos_ids)
-    held, logits = start.cache, start.logits
+    held, logits, decode = start.cache, start.logits, model.decoder()
     state, finite = start_drawing(sampler, row_keys(key, 1), start.seen), jnp.ones(1, bool)
     try:
         for index in range(max_new_tokens):
-            token, state, finite = _draw(sampler, logits, state, jnp.int32(index), finite)
-            yield int(token[0]), held
-            if int(token[0]) in ends or index == max_new_tokens - 1:
+            token, state, finite = _draw(sampler, logits, state, np.int32(index), finite)
+            drawn = int(on_host(token)[0])
+            yield drawn, held
+            if drawn in ends or index == max_new_tokens - 1:
                 return
-            logits, held = model.decode(token, held)
+            logits, held = decode(token, held)
     finally:  # also where the reader stops early
         warn_unless_finite(finite)
 

@@ -42,6 +42,34 @@ def flash_attention(
     )
 
 
+def flash_attention_from(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B K S H"],
+    value: Float[Array, "B K S H"],
+    *,
+    first: Int[Array, ""],
+    window: int | None,
+    implementation: Literal["cudnn", "xla"] = "cudnn",
+) -> Float[Array, "B T N H"]:
+    """The output of `causal_attention`, through `jax.nn.dot_product_attention`, which is given the mask.
+
+    It costs what all pairs of a query and a slot cost. For few queries that is less than a loop over blocks
+    of keys, of which a GPU starts every kernel anew and asks the host after each whether it was the last.
+    """
+    position, slot = first + jnp.arange(query.shape[1])[:, None], jnp.arange(key.shape[2])[None]
+    visible = slot <= position
+    if window is not None:
+        visible &= slot > position - window
+    # What is in slots that nobody sees may be another prompt's, and not a number.
+    is_read = (slot[0] <= position[-1])[:, None]
+    return jax.nn.dot_product_attention(
+        query,
+        *(jnp.where(is_read, x, 0).swapaxes(1, 2) for x in (key, value)),
+        mask=visible[None, None],
+        implementation=implementation,
+    )
+
+
 def has_flash(dtype: DTypeLike, dim: int) -> bool:
     """Whether cuDNN has flash attention for heads of `dim` channels on the default device."""
     capability = compute_capability(default_device())

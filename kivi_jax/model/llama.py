@@ -10,6 +10,7 @@ pytree that goes in and comes out: nothing here is mutated, so plain `jax.jit` i
 
 import copy
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -44,6 +45,7 @@ from kivi_jax.model.rope import rotation
 from kivi_jax.model.sharding import over_mesh, part_of
 from pallas_kernels.ordering import after
 from pallas_kernels.partials import normalize
+from pallas_kernels.pytree import Flat
 
 
 class Llama(nnx.Module):
@@ -127,15 +129,29 @@ class Llama(nnx.Module):
             ValueError: the cache was consumed before or is another model's, a row that takes a token is full,
                 there is not one token per row, or a token that the host holds is not in the vocabulary.
         """
-        instance("cache", cache, KVCache, "pass what prefill or decode gave")
-        rows = cache.lengths.shape[0]
-        token = read_token(token, rows=rows, vocab_size=self.config.vocab_size)
-        active = read_active(active, rows=rows)
-        room = room_left(cache, active)
-        if active is None:
-            active = jnp.ones(token.shape, bool)
-        logits, grown = _decode(self, token, cache, active)
-        return logits, note_room(grown, None if room is None else room - 1)
+        return self.decoder()(token, cache, active)
+
+    def decoder(self) -> Callable[..., tuple[Float[Array, "B V"], KVCache]]:
+        """`decode`, for many steps: what this module holds is looked up once.
+
+        That takes milliseconds, as long as a step may take. Parameters replaced later are not seen.
+        """
+        flat, vocab_size = Flat.of(self), self.config.vocab_size
+
+        def decode(
+            token: PerRow, cache: KVCache, active: Bool[Array, "B"] | None = None
+        ) -> tuple[Float[Array, "B V"], KVCache]:
+            instance("cache", cache, KVCache, "pass what prefill or decode gave")
+            rows = cache.lengths.shape[0]
+            token = read_token(token, rows=rows, vocab_size=vocab_size)
+            active = read_active(active, rows=rows)
+            room = room_left(cache, active)
+            if active is None:
+                active = jnp.asarray(np.ones(rows, bool))  # a copy to the device, and no program
+            logits, grown = _decode(flat, token, cache, active)
+            return logits, note_room(grown, None if room is None else room - 1)
+
+        return decode
 
     def without_layers(self) -> "Llama":
         """The same embeddings and head alone, for programs that need no more: each argument costs time."""
@@ -279,8 +295,9 @@ def _hold(
 
 @functools.partial(jax.jit, donate_argnames=("cache",))
 def _decode(
-    model: Llama, token: Int[Array, "B"], cache: KVCache, active: Bool[Array, "B"]
+    flat: Flat[Llama], token: Int[Array, "B"], cache: KVCache, active: Bool[Array, "B"]
 ) -> tuple[Float[Array, "B V"], KVCache]:
+    model = flat.tree()
     _check_shapes(model.config, cache)
     return over_mesh(_step, model, cache, token, active)
 

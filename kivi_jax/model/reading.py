@@ -12,7 +12,13 @@ from jaxtyping import Array, Float, Int
 from kivi_jax.cache.prompt_selectors import ALL_QUERIES, Prompt
 from kivi_jax.config import ModelConfig
 from kivi_jax.mesh import add_replicas
-from kivi_jax.model.attention import add_weights, causal_attention, flash_attention
+from kivi_jax.model.attention import (
+    add_weights,
+    causal_attention,
+    flash_attention,
+    flash_attention_from,
+    has_flash,
+)
 from kivi_jax.model.expected_queries import add_queries, no_queries
 from kivi_jax.model.layer import Layer
 from kivi_jax.model.read import Read
@@ -45,7 +51,11 @@ def read_block(
         jax.lax.dynamic_update_slice_in_dim(held, new.swapaxes(1, 2), first, axis=2)
         for held, new in ((keys, key), (values, value))
     )
-    attended, log_sum_exp = causal_attention(query, keys, values, first=first, window=config.window_of(index))
+    window = config.window_of(index)
+    if not observed and has_flash(query.dtype, config.head_dim):
+        attended = flash_attention_from(query, keys, values, first=first, window=window)
+        return layer.finish(x, attended), Read(keys, values, weights, sums)
+    attended, log_sum_exp = causal_attention(query, keys, values, first=first, window=window)
     if observed:
         oldest = jnp.zeros_like(lengths) if observed == ALL_QUERIES else lengths - observed
         seen = (position >= oldest[:, None]) & (position < lengths[:, None])

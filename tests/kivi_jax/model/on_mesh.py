@@ -28,6 +28,7 @@ from kivi_jax.cache.strategy import KVCache
 from kivi_jax.commands.app import app
 from kivi_jax.model.llama import _decode
 from kivi_jax.model.sharding import placed_cache, spread
+from pallas_kernels.pytree import Flat
 from tests.convert.checkpoints import LLAMA, family_tensors, write_checkpoint
 from tests.convert.families import VARIANTS, raw_config
 from tests.convert.gguf_files import write_gguf
@@ -68,10 +69,10 @@ def steps(model: kj.Llama, cache: str) -> tuple[np.ndarray, list[KVCache], Any]:
     """Logits of ragged rows at every step of a greedy continuation, the cache at each, and the program."""
     ids = np.random.default_rng(0).integers(0, model.config.vocab_size, (ROWS, WIDTH), np.int32)
     logits, held = model.prefill(ids, LENGTHS, cache=CACHES[cache], capacity=WIDTH + STEPS)
-    program = _decode.lower(model, greedy(logits), held, ACTIVE).compile()  # `model.decode`, compiled once
+    program = _decode.lower(Flat.of(model), greedy(logits), held, ACTIVE).compile()  # as `model.decode` is
     seen, caches = [logits], [jax.tree.map(np.asarray, held)]
     for _ in range(STEPS):
-        logits, held = program(model, greedy(logits), held, ACTIVE)
+        logits, held = program(flat, greedy(logits), held, ACTIVE)
         seen.append(logits)
         caches.append(jax.tree.map(np.asarray, held))
     return np.stack(seen), [*caches, held], program
@@ -99,7 +100,7 @@ def compare(cache: str, data: str, heads: str, kv_heads: str = "2") -> dict[str,
     # A sum in another order may round a number to another code, so each step starts from one device's cache.
     errors = [np.abs(logits[0] - expected[0]).max()]
     for before, known, after in zip(expected, caches, expected[1:], strict=False):
-        got, _ = program(model, greedy(before), placed_cache(known, model.mesh, ROWS), ACTIVE)
+        got, _ = program(Flat.of(model), greedy(before), placed_cache(known, model.mesh, ROWS), ACTIVE)
         errors.append(np.abs(got - after).max())
     ours, theirs = (jax.tree.leaves(tree[-1]) for tree in (held, caches))
     return {

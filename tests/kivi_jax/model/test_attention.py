@@ -28,13 +28,26 @@ def test_flash_attention_is_causal_attention(window):
     np.testing.assert_allclose(got, want, rtol=2e-5, atol=2e-6)
 
 
+@pytest.mark.parametrize(("first", "window"), [(0, None), (9, None), (9, 3), (16, None), (16, 100)])
+def test_flash_attention_from_a_token_on_is_causal_attention(first, window):
+    """Slots that no query sees may hold anything."""
+    query, key, value = inputs(jnp.float32, 8, 24)
+    want, _ = attention.causal_attention(query, key, value, first=jnp.int32(first), window=window)
+    key, value = (x.at[:, :, first + 8 :].set(jnp.nan) for x in (key, value))
+    got = attention.flash_attention_from(
+        query, key, value, first=jnp.int32(first), window=window, implementation="xla"
+    )
+    np.testing.assert_allclose(got, want, rtol=2e-5, atol=2e-6)
+
+
 @pytest.mark.parametrize("window", [None, 5])
 def test_lowers_to_cudnn(monkeypatch, window):
     """Lowering for CUDA needs no GPU, only to be told a version of cuDNN."""
     monkeypatch.setattr(fused, "check_cudnn_version", lambda: 91000)
-    attend = jax.jit(functools.partial(attention.flash_attention, window=window))
-    text = attend.trace(*inputs(jnp.bfloat16, 64, 64)).lower(lowering_platforms=("cuda",)).as_text()
-    assert "__cudnn$fmha" in text
+    later = functools.partial(attention.flash_attention_from, first=jnp.int32(9))
+    for attend in (attention.flash_attention, later):
+        traced = jax.jit(functools.partial(attend, window=window)).trace(*inputs(jnp.bfloat16, 64, 64))
+        assert "__cudnn$fmha" in traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
 class _Device:

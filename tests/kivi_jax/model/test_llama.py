@@ -15,6 +15,7 @@ from kivi_jax.config import RopeConfig
 from kivi_jax.model.layer import query_key_value_columns
 from kivi_jax.model.llama import _decode, _hold
 from kivi_jax.model.reading import read_by_blocks
+from pallas_kernels.pytree import Flat
 from tests.models import config, random_llama, stories
 
 STRATEGIES = {
@@ -344,7 +345,7 @@ def test_a_step_updates_the_cache_in_place(name):
     )
     del logits
     layer = sum(leaf.nbytes for leaf in jax.tree.leaves(cache.layers[0]))
-    compiled = _decode.lower(model, jnp.asarray([1]), cache, jnp.asarray([True])).compile()
+    compiled = _decode.lower(Flat.of(model), jnp.asarray([1]), cache, jnp.asarray([True])).compile()
     memory = compiled.memory_analysis()
     total = sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
     assert memory.alias_size_in_bytes == total
