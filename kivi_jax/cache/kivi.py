@@ -27,6 +27,7 @@ from pallas_kernels.quantize.quantization import (
     QuantizedTensor,
     check_groups,
     dequantize,
+    get_block,
     pad_tokens,
     quantize,
     set_block,
@@ -164,12 +165,13 @@ class KiviTokens:
         blocks_end = end // residual_length * residual_length
         # Only as many slots as the prompt can fill are quantized; the rest start as zeros.
         filled = min(slots, round_up(max(key.shape[2], 1), unit))
-        last_block = dequantize(quantization.pack_keys(fill(key, blocks_end, residual_length)), key.dtype)
+        packed_keys = quantization.pack_keys(fill(key, blocks_end, filled))
+        last_block = get_block(packed_keys, (blocks_end - residual_length) % filled, residual_length)
         recent = newest_token(end, residual_length)
         in_block = (recent < blocks_end[:, None])[:, None, :, None]
-        key_ring = jnp.where(in_block, last_block, fill(key, end, residual_length))
+        key_ring = jnp.where(in_block, dequantize(last_block, key.dtype), fill(key, end, residual_length))
         return cls(
-            keys=pad_tokens(quantization.pack_keys(fill(key, blocks_end, filled)), slots),
+            keys=pad_tokens(packed_keys, slots),
             values=pad_tokens(quantization.pack_values(fill(value, end, filled)), slots),
             key_ring=jnp.concatenate([key_ring, first_key], axis=2),
             value_ring=jnp.concatenate([fill(value, end, residual_length), first_value], axis=2),

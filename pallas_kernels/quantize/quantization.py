@@ -10,6 +10,7 @@ step writes there is `residual_kernel.py`'s; elsewhere `set_token` and `set_bloc
 Source: KIVI (arXiv 2402.02750) section 3.1.
 """
 
+import dataclasses
 from typing import Any, Literal
 
 import jax
@@ -210,6 +211,22 @@ def set_block(
         tensor.bits,
         tensor.group_size,
         tensor.group_axis,
+    )
+
+
+def get_block(tensor: QuantizedTensor, slot: Int[Array, "B"], tokens: int) -> QuantizedTensor:
+    """The block [B, K, tokens, H], of whole groups, at `slot[b]` of a token-grouped [B, K, S, H] tensor."""
+
+    def get_rows(store: Array, start: Array) -> Array:
+        size = tokens * store.shape[1] // tensor.shape[2]
+        return jax.lax.dynamic_slice_in_dim(store, start, size, axis=1)
+
+    get_batch, group_slot = jax.vmap(get_rows), slot // tensor.group_size
+    return dataclasses.replace(
+        tensor,
+        words=get_batch(tensor.words, slot),
+        scale=get_batch(tensor.scale, group_slot),
+        zero=get_batch(tensor.zero, group_slot),
     )
 
 

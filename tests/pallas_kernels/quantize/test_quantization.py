@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from pallas_kernels.quantize import quantization
 from pallas_kernels.quantize.packing import from_pages, unpack
-from pallas_kernels.quantize.quantization import set_block, set_token, zeros
+from pallas_kernels.quantize.quantization import get_block, set_block, set_token, zeros
 from tests.draws import normal
 from tests.oracles import quantization as oracle
 
@@ -190,6 +190,9 @@ def test_setting_every_block_equals_quantizing_the_whole():
     kept = write(want, jnp.array([32, 32]), other, jnp.array([False, True]))
     np.testing.assert_array_equal(kept.words[0], want.words[0])
     np.testing.assert_array_equal(kept.words[1, :, 32:64], other.words[1])
+    own = get_block(kept, jnp.array([64, 32]), 32)
+    np.testing.assert_array_equal(dequantize(own)[0], dequantize(want)[0, :, 64:])
+    np.testing.assert_array_equal(dequantize(own)[1], dequantize(other)[1])
 
 
 @pytest.mark.parametrize(
