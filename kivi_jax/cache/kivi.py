@@ -36,6 +36,7 @@ from pallas_kernels.quantize.quantization import (
 from pallas_kernels.quantized_attention import quantized_attention
 from pallas_kernels.residual.ring import NO_TOKEN, Ring, Token, fill, held_tokens, newest_token, slot_of
 
+_TRIM = 1 / 16  # measured, and what four levels of 32 normal numbers want: see docs/results-evals.md
 _KERNELS = "pallas_kernels.residual.kernel"  # imported where there is a GPU for them
 
 
@@ -91,6 +92,7 @@ class KiviQuantization:
             group_size=self.key_group_size,
             group_axis="token",
             scale_dtype=self.scale_dtype,
+            trim=self._trim(self.key_bits),
         )
 
     def pack_values(self, values: Float[Array, "B K S H"]) -> QuantizedTensor:
@@ -102,7 +104,12 @@ class KiviQuantization:
             group_size=self.value_group_size,
             group_axis="channel",
             scale_dtype=self.scale_dtype,
+            trim=self._trim(self.value_bits),
         )
+
+    def _trim(self, bits: int) -> float:
+        """What is left out of a group's range at each end; the paper's caches span all of it."""
+        return _TRIM if self.rotate_keys and bits == 2 else 0.0
 
 
 @pytree
@@ -276,6 +283,7 @@ class KiviTokens:
                 group_size=store.group_size,
                 group_axis="token",
                 scale_dtype=store.scale.dtype,
+                trim=store.trim,
             )
 
         def pack_rings() -> tuple[QuantizedTensor, ...]:
