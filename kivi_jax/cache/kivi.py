@@ -2,7 +2,8 @@
 
 Two things that the paper does not have make 2 bits hold better on real models. The first `sinks` tokens of
 a text are never packed: their keys are unlike all others, and would stretch the groups they are in. And keys
-may be turned by a Hadamard matrix before they come here (`strategy.py`).
+may be turned by a Hadamard matrix before they come here (`strategy.py`): a channel's numbers are then nearly
+normal ones, and codes of two bits leave out the ends of their range.
 """
 
 import dataclasses
@@ -36,6 +37,7 @@ from pallas_kernels.quantize.quantization import (
 from pallas_kernels.quantized_attention import quantized_attention
 from pallas_kernels.residual.ring import NO_TOKEN, Ring, Token, fill, held_tokens, newest_token, slot_of
 
+_TRIM = 1 / 16  # of the range of turned keys, for codes of two bits: measured, see docs/results-evals.md
 _KERNELS = "pallas_kernels.residual.kernel"  # imported where there is a GPU for them
 
 
@@ -91,6 +93,7 @@ class KiviQuantization:
             group_size=self.key_group_size,
             group_axis="token",
             scale_dtype=self.scale_dtype,
+            trim=_TRIM if self.rotate_keys and self.key_bits == 2 else 0.0,
         )
 
     def pack_values(self, values: Float[Array, "B K S H"]) -> QuantizedTensor:
@@ -276,6 +279,7 @@ class KiviTokens:
                 group_size=store.group_size,
                 group_axis="token",
                 scale_dtype=store.scale.dtype,
+                trim=store.trim,
             )
 
         def pack_rings() -> tuple[QuantizedTensor, ...]:

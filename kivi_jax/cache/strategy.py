@@ -305,7 +305,8 @@ def kivi(
         residual_length: R, the newest tokens kept in full precision; a multiple of the key group.
         scale_dtype: how scales and zeros are stored.
         rotate_keys: whether queries and keys are turned by a Hadamard matrix after RoPE. Scores stay what
-            they are, and outliers are spread over all channels.
+            they are, and outliers are spread over all channels. Keys of 2 bits then leave out a sixteenth of
+            a group's range at each end.
         sinks: how many of a text's first tokens stay in full precision: they are unlike all others, and
             most attention goes to them. A layer with a window forgets them as it forgets any other token;
             whatever a `prompt` selector drops, it is not these.

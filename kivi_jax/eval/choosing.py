@@ -31,6 +31,10 @@ def frontier(
         list[int] | None, typer.Option(min=1, help="Tokens of a prompt with a pass key; may be repeated.")
     ] = None,
     problems: Annotated[int, typer.Option(min=1, help="Pass keys of each length.")] = 96,
+    peer: Annotated[
+        list[str] | None,
+        typer.Option(help="transformers' QuantizedCache, if torch is here: quanto:nbits=2; may be repeated."),
+    ] = None,
     batch: Batch = 8,
     dtype: DtypeOption = None,
     mesh: MeshOption = None,
@@ -39,15 +43,18 @@ def frontier(
 
     Example:  kivi-jax eval frontier --model demo --data book.txt --out results
     """
+    from kivi_jax.eval import peers
     from kivi_jax.eval.frontier import PASSKEYS, measure, read_texts
     from kivi_jax.eval.generating import predict
     from kivi_jax.eval.needle import build_samples
+    from kivi_jax.generation.loading import dtype_name
 
     beside = {path.stem: path for path in data}
     if twice := next((path for path in data if beside[path.stem] != path), None):
         raise ValueError(f"{twice} and {beside[twice.stem]} have one name: rename one, to tell them apart")
     files = {name: read_text(str(path)) for name, path in beside.items()}
     run = Run("frontier", model, ", ".join(files), out, dtype, beside, mesh=mesh)
+    theirs, theirs_by_name = peers.open_peers(model, dtype_name(dtype), peer) if peer else (None, {})
     llama, tokenizer = run.loaded
     texts = read_texts(tokenizer, files, length=length, windows=windows)
     depths = math.gcd(problems, 8)
@@ -63,6 +70,9 @@ def frontier(
 
     def compute(name: str, path: Path, settings: dict[str, Any], progress: Progress) -> None:
         options: dict[str, Any] = dict(batch_size=batch, progress=progress)
+        if new_cache := theirs_by_name.get(name):
+            peers.measure(theirs, texts, new_cache=new_cache, path=path, settings=settings, **options)
+            return
         measure(llama, texts, cache=name, path=path, settings=settings, **options)
         if samples:
             predict(
@@ -80,6 +90,7 @@ def frontier(
     run.compare(
         compute,
         ["full", *(cache or ("kivi4", "kivi4r", "kivi42r", "kivi2", "kivi2r"))],
+        peers=list(theirs_by_name),
         length=length,
         windows=windows,
     )

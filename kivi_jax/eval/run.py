@@ -93,14 +93,18 @@ class Run:
         self,
         compute: Callable[[str, Path, dict[str, Any], Progress], None],
         caches: Sequence[str] | None,
+        peers: Sequence[str] = (),
         **more: Any,
     ) -> None:
-        """Compute one file of records per cache, and report on them. `more` is added to the settings."""
+        """Compute one file of records per cache, of ours and of others, and report on them.
+
+        `more` is added to the settings.
+        """
         names = list(dict.fromkeys(caches or DEFAULT_CACHES))
         for cache in names:  # a mistake in the last one should not cost the time of the first
             parse_cache(cache).check(self.loaded[0].config)
         with progress_bar() as progress:
-            for cache in names:
+            for cache in (*names, *peers):
                 path = self.folder / f"{cache.replace(':', ',')}.jsonl"
                 compute(cache, path, self.settings(**more, cache=cache), progress)
         print_report([self.folder])

@@ -40,6 +40,7 @@ def quantize(
     group_size: int,
     group_axis: str,
     scale_dtype: DTypeLike,
+    trim: float = 0.0,
     *,
     interpret: bool = False,
 ) -> tuple[Array, Array, Array]:
@@ -50,7 +51,7 @@ def quantize(
     """
     _check(x, group_size, group_axis)
     run = _quantize_keys if group_axis == "token" else _quantize_values
-    return run(x, bits, group_size, jnp.dtype(scale_dtype), interpret)
+    return run(x, bits, group_size, jnp.dtype(scale_dtype), trim, interpret)
 
 
 def _check(x: Array, group_size: int, group_axis: str) -> None:
@@ -66,9 +67,9 @@ def _check(x: Array, group_size: int, group_axis: str) -> None:
         raise NotImplementedError("there is nothing to quantize")
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4, 5))
 def _quantize_keys(
-    x: Float[Array, "*B S H"], bits: int, group_size: int, scale_dtype: Any, interpret: bool
+    x: Float[Array, "*B S H"], bits: int, group_size: int, scale_dtype: Any, trim: float, interpret: bool
 ) -> tuple[Array, Array, Array]:
     *lead, tokens, channels = x.shape
     words = words_per_token(channels, bits)
@@ -78,7 +79,7 @@ def _quantize_keys(
     each = group_size // blocks
     taken = math.gcd(groups, max(1, _KEY_NUMBERS // (each * words)))
     packed, scale, zero = _call(
-        functools.partial(_pack_keys, bits),
+        functools.partial(_pack_keys, bits, trim),
         x.reshape(groups // taken, taken, each, blocks, planes, words),
         [((taken, each, blocks, words), jnp.uint8), *[((taken, planes, words), scale_dtype)] * 2],
         warps=taken * each * words // 64,  # two neighbours of a block are a thread's
@@ -88,16 +89,16 @@ def _quantize_keys(
     return packed.reshape(*lead, tokens, words), scale.reshape(per_group), zero.reshape(per_group)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4, 5))
 def _quantize_values(
-    x: Float[Array, "*B S H"], bits: int, group_size: int, scale_dtype: Any, interpret: bool
+    x: Float[Array, "*B S H"], bits: int, group_size: int, scale_dtype: Any, trim: float, interpret: bool
 ) -> tuple[Array, Array, Array]:
     *lead, tokens, channels = x.shape
     words, pages = words_per_token(channels, bits), (*lead, tokens // PAGE)
     axes = split_channels(channels, bits, group_size)
     sets, _, shared, _ = axes
     packed, scale, zero = _call(
-        functools.partial(_pack_values, bits),
+        functools.partial(_pack_values, bits, trim),
         x.reshape(math.prod(pages), PAGE, *axes),
         [((words, PAGE), jnp.uint8), *[((sets, shared, PAGE), scale_dtype)] * 2],
         warps=channels // 64,  # a thread has 64 numbers
@@ -128,7 +129,7 @@ def _call(
     )(x)
 
 
-def _pack_keys(bits: int, x_ref: Any, words_ref: Any, scale_ref: Any, zero_ref: Any) -> None:
+def _pack_keys(bits: int, trim: float, x_ref: Any, words_ref: Any, scale_ref: Any, zero_ref: Any) -> None:
     """One program: x [groups, tokens of a block, blocks, planes, words].
 
     Plane by plane in a loop: Triton's passes take a tenth of the time for one plane that they take for four.
@@ -137,7 +138,7 @@ def _pack_keys(bits: int, x_ref: Any, words_ref: Any, scale_ref: Any, zero_ref: 
 
     def add_plane(j: Array, packed: tuple[Array, ...]) -> tuple[Array, ...]:
         group = [x_ref[:, :, i, j] for i in range(blocks)]
-        codes, scale_ref[:, j], zero_ref[:, j] = _quantize_groups(group, 1, bits, scale_ref.dtype)
+        codes, scale_ref[:, j], zero_ref[:, j] = _quantize_groups(group, 1, bits, scale_ref.dtype, trim=trim)
         shift = (bits * j).astype(jnp.uint8)
         return tuple(words | (code << shift) for words, code in zip(packed, codes, strict=True))
 
@@ -146,13 +147,13 @@ def _pack_keys(bits: int, x_ref: Any, words_ref: Any, scale_ref: Any, zero_ref: 
         words_ref[:, :, i] = words
 
 
-def _pack_values(bits: int, x_ref: Any, words_ref: Any, scale_ref: Any, zero_ref: Any) -> None:
+def _pack_values(bits: int, trim: float, x_ref: Any, words_ref: Any, scale_ref: Any, zero_ref: Any) -> None:
     """One program: x [32, sets of planes, planes a group spans, groups that share a plane, channels]."""
     sets, spanned = x_ref.shape[1:3]
     codes = []
     for i in range(sets):
         group = [x_ref[:, i, j] for j in range(spanned)]
-        planes, scale, zero = _quantize_groups(group, 2, bits, scale_ref.dtype)
+        planes, scale, zero = _quantize_groups(group, 2, bits, scale_ref.dtype, trim=trim)
         scale_ref[i], zero_ref[i] = scale.T, zero.T
         codes += planes
     words_ref[...] = pack_planes(codes, bits).reshape(PAGE, -1).T

@@ -45,6 +45,7 @@ class QuantizedTensor:
     bits: int = static()
     group_size: int = static()
     group_axis: GroupAxis = static()
+    trim: float = static(default=0.0)  # of what is written to it: see `groups.py`
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -90,11 +91,12 @@ def quantize(
     group_size: int,
     group_axis: GroupAxis,
     scale_dtype: DTypeLike = jnp.float16,
+    trim: float = 0.0,
     implementation: Implementation | None = None,
 ) -> QuantizedTensor:
     """Quantize and pack `x`; `scale` and `zero` are stored as `scale_dtype`.
 
-    By default by the kernel on NVIDIA GPUs that can, and else by XLA.
+    `trim`: see `groups.py`. By default by the kernel on NVIDIA GPUs that can, and else by XLA.
 
     Raises:
         ValueError: see `check_groups`.
@@ -104,10 +106,10 @@ def quantize(
     check_groups(tokens, channels, bits=bits, group_size=group_size, group_axis=group_axis)
 
     def by_kernel(module: Any) -> tuple[Array, Array, Array]:
-        return module.quantize(x, bits, group_size, group_axis, scale_dtype)
+        return module.quantize(x, bits, group_size, group_axis, scale_dtype, trim)
 
     def by_xla() -> tuple[Array, Array, Array]:
-        return _quantize(x, bits, group_size, group_axis, scale_dtype)
+        return _quantize(x, bits, group_size, group_axis, scale_dtype, trim)
 
     if implementation == "xla":
         words, scale, zero = by_xla()
@@ -115,7 +117,7 @@ def quantize(
         words, scale, zero = by_kernel(load_kernel(_KERNEL, TRITON, default_device()))
     else:
         words, scale, zero = by_kernel_or_xla("quantize", _KERNEL, by_kernel, by_xla)
-    return QuantizedTensor(words, scale, zero, bits, group_size, group_axis)
+    return QuantizedTensor(words, scale, zero, bits, group_size, group_axis, trim)
 
 
 def dequantize(x: QuantizedTensor, dtype: DTypeLike = jnp.float32) -> Float[Array, "*B S H"]:
@@ -176,14 +178,14 @@ def set_token(
 
     A slot outside [0, S) writes nothing.
     """
-    parts = _quantize_tokens(token, tensor.bits, tensor.group_size, tensor.scale.dtype)
+    parts = _quantize_tokens(token, tensor.bits, tensor.group_size, tensor.scale.dtype, tensor.trim)
     row, page, lane = jnp.arange(slot.shape[0]), slot // PAGE, slot % PAGE
     stores = (tensor.words, tensor.scale, tensor.zero)
     words, scale, zero = (
         store.at[row, :, page, :, lane].set(part, mode="drop")
         for store, part in zip(stores, parts, strict=True)
     )
-    return QuantizedTensor(words, scale, zero, tensor.bits, tensor.group_size, tensor.group_axis)
+    return dataclasses.replace(tensor, words=words, scale=scale, zero=zero)
 
 
 def set_block(
@@ -204,13 +206,27 @@ def set_block(
 
     set_batch = jax.vmap(set_rows)
     group_slot = slot // tensor.group_size
-    return QuantizedTensor(
-        set_batch(tensor.words, block.words, slot, ~write),
-        set_batch(tensor.scale, block.scale, group_slot, ~write),
-        set_batch(tensor.zero, block.zero, group_slot, ~write),
-        tensor.bits,
-        tensor.group_size,
-        tensor.group_axis,
+    return dataclasses.replace(
+        tensor,
+        words=set_batch(tensor.words, block.words, slot, ~write),
+        scale=set_batch(tensor.scale, block.scale, group_slot, ~write),
+        zero=set_batch(tensor.zero, block.zero, group_slot, ~write),
+    )
+
+
+def get_block(tensor: QuantizedTensor, slot: Int[Array, "B"], tokens: int) -> QuantizedTensor:
+    """The block [B, K, tokens, H], of whole groups, at `slot[b]` of a token-grouped [B, K, S, H] tensor."""
+
+    def get_rows(store: Array, start: Array) -> Array:
+        size = tokens * store.shape[1] // tensor.shape[2]
+        return jax.lax.dynamic_slice_in_dim(store, start, size, axis=1)
+
+    get_batch, group_slot = jax.vmap(get_rows), slot // tensor.group_size
+    return dataclasses.replace(
+        tensor,
+        words=get_batch(tensor.words, slot),
+        scale=get_batch(tensor.scale, group_slot),
+        zero=get_batch(tensor.zero, group_slot),
     )
 
 
@@ -231,22 +247,28 @@ def get_block(tensor: QuantizedTensor, slot: Int[Array, "B"], tokens: int) -> Qu
 
 
 def _quantize(
-    x: Float[Array, "*B S H"], bits: int, group_size: int, group_axis: GroupAxis, scale_dtype: DTypeLike
+    x: Float[Array, "*B S H"],
+    bits: int,
+    group_size: int,
+    group_axis: GroupAxis,
+    scale_dtype: DTypeLike,
+    trim: float,
 ) -> tuple[Array, Array, Array]:
     """Words, scale and zero, by XLA."""
     if group_axis == "channel":
-        words, scale, zero = (to_pages(part) for part in _quantize_tokens(x, bits, group_size, scale_dtype))
+        tokens = _quantize_tokens(x, bits, group_size, scale_dtype, trim)
+        words, scale, zero = (to_pages(part) for part in tokens)
         return words, scale, zero
     *lead, tokens, channels = x.shape
     groups = x.reshape(*lead, tokens // group_size, group_size, channels)
-    (codes,), scale, zero = quantize_groups([groups], -2, bits, scale_dtype)
+    (codes,), scale, zero = quantize_groups([groups], -2, bits, scale_dtype, trim=trim)
     return pack(codes.reshape(x.shape), bits), scale, zero
 
 
 def _quantize_tokens(
-    x: Float[Array, "*B H"], bits: int, group_size: int, scale_dtype: DTypeLike
+    x: Float[Array, "*B H"], bits: int, group_size: int, scale_dtype: DTypeLike, trim: float
 ) -> tuple[Array, Array, Array]:
     """Words [*B, W], scale and zero [*B, H / group_size] of tokens grouped over channels."""
     groups = x.reshape(*x.shape[:-1], -1, group_size)
-    (codes,), scale, zero = quantize_groups([groups], -1, bits, scale_dtype)
+    (codes,), scale, zero = quantize_groups([groups], -1, bits, scale_dtype, trim=trim)
     return pack(codes.reshape(x.shape), bits), scale, zero

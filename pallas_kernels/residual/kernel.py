@@ -65,7 +65,7 @@ def take_token(
     )
     token = (cut(key.astype(ring.keys.dtype)), cut(value.astype(ring.values.dtype)))
     keys, held, *packed = _in_place(
-        functools.partial(_take_token, values.bits, ring.sinks),
+        functools.partial(_take_token, values.bits, values.trim, ring.sinks),
         stores,
         token,
         ring.lengths,
@@ -110,7 +110,7 @@ def pack_block(
     )
     parts = (slots - ring.sinks) // group
     key_ring, *packed = _in_place(
-        functools.partial(_pack_block, keys.bits, ring.sinks, parts),
+        functools.partial(_pack_block, keys.bits, keys.trim, ring.sinks, parts),
         stores,
         (),
         ring.lengths,
@@ -174,7 +174,14 @@ def _in_place(
 
 
 def _take_token(
-    bits: int, sinks: int, lengths_ref: Any, active_ref: Any, key_ref: Any, value_ref: Any, *refs: Any
+    bits: int,
+    trim: float,
+    sinks: int,
+    lengths_ref: Any,
+    active_ref: Any,
+    key_ref: Any,
+    value_ref: Any,
+    *refs: Any,
 ) -> None:
     """One program: the token of one row and head, [sets of planes, planes, groups of a plane, channels].
 
@@ -206,14 +213,16 @@ def _take_token(
     planes = []
     for i in range(sets):
         blocks = displaced[i * members : (i + 1) * members]
-        codes, scale, zero = _quantize_groups(blocks, 1, bits, scale_ref.dtype)
+        codes, scale, zero = _quantize_groups(blocks, 1, bits, scale_ref.dtype, trim=trim)
         store(scale, full, scale_ref, page, i, _ALL, lane)
         store(zero, full, zero_ref, page, i, _ALL, lane)
         planes += codes
     store(pack_planes(planes, bits), full, words_ref, page, _ALL, _ALL, lane)
 
 
-def _pack_block(bits: int, sinks: int, parts: int, lengths_ref: Any, due_ref: Any, *refs: Any) -> None:
+def _pack_block(
+    bits: int, trim: float, sinks: int, parts: int, lengths_ref: Any, due_ref: Any, *refs: Any
+) -> None:
     """One program: a group of the ring of one row and head, [tokens, planes, channels of a plane]."""
     ring_ref, words_ref, scale_ref, zero_ref = refs[len(refs) // 2 :]
     tokens, planes = words_ref.shape[1], ring_ref.shape[1]
@@ -225,7 +234,8 @@ def _pack_block(bits: int, sinks: int, parts: int, lengths_ref: Any, due_ref: An
         at = jax.lax.rem(jax.lax.div(lengths_ref[0] + 1 - sinks, tokens) - parts + i, words_ref.shape[0])
 
         def add_plane(j: Array, packed: Array) -> Array:
-            (codes,), scale, zero = _quantize_groups([ring_ref[group, j]], 0, bits, scale_ref.dtype)
+            block = [ring_ref[group, j]]
+            (codes,), scale, zero = _quantize_groups(block, 0, bits, scale_ref.dtype, trim=trim)
             scale_ref[at, j], zero_ref[at, j] = scale, zero
             scale, zero = scale.astype(jnp.float32)[None], zero.astype(jnp.float32)[None]
             seen = codes.astype(jnp.float32) * scale + zero

@@ -3,11 +3,14 @@
 import numpy as np
 
 
-def quantize_group(group: np.ndarray, bits: int) -> np.ndarray:
-    """A group after quantization and dequantization, scale and zero unrounded."""
-    levels = 2**bits - 1
-    zero = group.min()
-    scale = (group.max() - zero) / levels
+def quantize_group(group: np.ndarray, bits: int, trim: float = 0.0) -> np.ndarray:
+    """A group after quantization and dequantization, scale and zero unrounded.
+
+    `trim` of its range is beyond the codes at each end.
+    """
+    levels, span = 2**bits - 1, group.max() - group.min()
+    zero = group.min() + trim * span
+    scale = (1 - 2 * trim) * span / levels
     if scale == 0:
         return np.full_like(group, zero)
     return np.round(np.clip((group - zero) / scale, 0, levels)) * scale + zero
@@ -25,7 +28,8 @@ def attention(query: np.ndarray, keys: list[np.ndarray], values: list[np.ndarray
 class ListKivi:
     """One row and KV head: four growing lists, exactly as the paper keeps them.
 
-    The first `sinks` tokens go to lists of their own, of which the others know nothing.
+    The first `sinks` tokens go to lists of their own, of which the others know nothing. Keys of two
+    bits leave out `trim` of a group's range at each end.
     """
 
     def __init__(
@@ -36,8 +40,9 @@ class ListKivi:
         value_group: int,
         residual: int,
         sinks: int = 0,
+        trim: float = 0.0,
     ):
-        self.sinks = sinks
+        self.sinks, self.trim = sinks, trim if key_bits == 2 else 0.0
         self.first_keys: list[np.ndarray] = []
         self.first_values: list[np.ndarray] = []
         self.key_bits, self.value_bits = key_bits, value_bits
@@ -59,7 +64,9 @@ class ListKivi:
             block = np.array(self.full_keys)
             for first in range(0, self.residual, self.key_group):
                 part = block[first : first + self.key_group]
-                channels = [quantize_group(part[:, c], self.key_bits) for c in range(part.shape[1])]
+                channels = [
+                    quantize_group(part[:, c], self.key_bits, self.trim) for c in range(part.shape[1])
+                ]
                 self.packed_keys.extend(np.stack(channels, axis=1))
             self.full_keys = []
         if len(self.full_values) > self.residual:

@@ -57,35 +57,37 @@ def kivi_tokens(keys, values, lengths, *, capacity, window=None, **options):
 
 
 def list_kivi(
-    keys, values, tokens, *, key_bits=2, value_bits=4, key_group=4, value_group=4, residual=8, sinks=0
+    keys, values, tokens, *, key_bits=2, value_bits=4, key_group=4, value_group=4, residual=8, **more
 ):
-    row = ListKivi(key_bits, value_bits, key_group, value_group, residual, sinks)
+    row = ListKivi(key_bits, value_bits, key_group, value_group, residual, **more)
     for t in range(tokens):
         row.append(keys[t], values[t])
     return row
 
 
 @pytest.mark.parametrize(
-    ("bits", "key_group", "value_group", "residual", "sinks"),
+    ("bits", "key_group", "value_group", "residual", "sinks", "turned"),
     [
-        ((2, 4), 4, 8, 8, 0),
+        ((2, 4), 4, 8, 8, 0, False),
+        ((2, 4), 4, 4, 8, 3, True),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
             for case in (
-                ((8, 8), 1, 1, 1, 0),
-                ((2, 4), 4, 8, 8, 11),  # more sinks than residual
-                ((2, 2), 2, 2, 6, 0),
-                ((4, 2), 8, 4, 8, 0),
-                ((1, 4), 4, 4, 12, 0),
-                ((2, 4), 4, 4, 8, 3),
-                ((4, 8), 1, 1, 1, 24),  # and than any prompt
+                ((8, 8), 1, 1, 1, 0, False),
+                ((2, 4), 4, 8, 8, 11, False),  # more sinks than residual
+                ((2, 2), 2, 2, 6, 0, True),
+                ((4, 2), 8, 4, 8, 0, True),
+                ((1, 4), 4, 4, 12, 0, False),
+                ((4, 8), 1, 1, 1, 24, False),  # and than any prompt
             )
         ),
     ],
 )
 @settings(max_examples=12, deadline=None)
 @given(lengths=st.lists(st.integers(1, 21), min_size=BATCH, max_size=BATCH), steps=st.integers(0, 19))
-def test_kivi_denotes_what_the_lists_hold(bits, key_group, value_group, residual, sinks, lengths, steps):
+def test_kivi_denotes_what_the_lists_hold(
+    bits, key_group, value_group, residual, sinks, turned, lengths, steps
+):
     """Any prompt length and number of steps: the same tokens, and the same attention."""
     keys, values = normal(0, BATCH, KV_HEADS, 40, 8), normal(1, BATCH, KV_HEADS, 40, 8)
     query = normal(2, BATCH, KV_HEADS * GROUPS, 8)
@@ -100,6 +102,7 @@ def test_kivi_denotes_what_the_lists_hold(bits, key_group, value_group, residual
         value_group_size=value_group,
         residual_length=residual,
         sinks=sinks,
+        rotate_keys=turned,
     )
     segment = stream(segment, keys, values, steps)
     held = segment.materialize()
@@ -120,6 +123,7 @@ def test_kivi_denotes_what_the_lists_hold(bits, key_group, value_group, residual
                 value_group=value_group,
                 residual=residual,
                 sinks=sinks,
+                trim=turned / 16,
             )
             for seen, expected in zip((held.key, held.value), row.tokens(), strict=True):
                 np.testing.assert_allclose(seen[b, k, order], np.array(expected), atol=2e-6)

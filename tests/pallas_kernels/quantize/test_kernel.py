@@ -53,6 +53,7 @@ def cases(draw):
         "group_size": group_size,
         "group_axis": group_axis,
         "scale_dtype": jnp.dtype(draw(st.sampled_from([*SIXTEEN_BITS, "float32"]))),
+        "trim": draw(st.sampled_from([0.0, 1 / 16])),
     }
 
 
@@ -64,12 +65,12 @@ def test_equals_xla_bit_for_bit(case):
 
 
 @pytest.mark.parametrize("group_axis", ["token", "channel"])
-@pytest.mark.parametrize("scale_dtype", SIXTEEN_BITS)
-def test_equals_xla_on_a_prompt(group_axis, scale_dtype):
+@pytest.mark.parametrize(("scale_dtype", "trim"), zip(SIXTEEN_BITS, (1 / 16, 0.0), strict=True))
+def test_equals_xla_on_a_prompt(group_axis, scale_dtype, trim):
     """KIVI's default groups; every row has runs of its own."""
     x = (3 * normal(0, 2, 2, 256, 128) + 1).astype(jnp.bfloat16)
     options = {"bits": 2, "group_size": 32, "group_axis": group_axis, "scale_dtype": jnp.dtype(scale_dtype)}
-    assert_identical(*both(x, **options))
+    assert_identical(*both(x, **options, trim=trim))
 
 
 def test_rows_can_be_mapped_over():

@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 
 import jax
@@ -14,7 +15,9 @@ from tests.draws import normal
 from tests.oracles import quantization as oracle
 
 # One program a call, as in the product: operation by operation, each would be compiled for each shape.
-quantize = jax.jit(quantization.quantize, static_argnames=("bits", "group_size", "group_axis", "scale_dtype"))
+quantize = jax.jit(
+    quantization.quantize, static_argnames=("bits", "group_size", "group_axis", "scale_dtype", "trim")
+)
 dequantize = jax.jit(quantization.dequantize, static_argnames="dtype")
 
 AXIS = {"k": "token", "v": "channel"}
@@ -112,10 +115,21 @@ def blocks(draw):
 @each_scale_dtype
 @each_axis
 @settings(max_examples=12, deadline=None)
-@given(x=blocks(), bits=st.sampled_from([1, 2, 4, 8]), group_size=st.sampled_from([8, 16, 32]))
-def test_error_is_at_most_half_a_step_of_the_stored_scale(axis, scale_dtype, x, bits, group_size):
+@given(
+    x=blocks(),
+    bits=st.sampled_from([1, 2, 4, 8]),
+    group_size=st.sampled_from([8, 16, 32]),
+    trim=st.sampled_from([0.0, 1 / 16]),
+)
+def test_error_is_at_most_half_a_step_of_the_stored_scale(axis, scale_dtype, x, bits, group_size, trim):
+    """And what is trimmed: within a group, codes span all but that."""
     got = quantize(
-        jnp.asarray(x), bits=bits, group_size=group_size, group_axis=axis, scale_dtype=jnp.dtype(scale_dtype)
+        jnp.asarray(x),
+        bits=bits,
+        group_size=group_size,
+        group_axis=axis,
+        scale_dtype=jnp.dtype(scale_dtype),
+        trim=trim,
     )
     back = oracle.dequantize(
         got.words, got.scale, got.zero, bits=bits, group_size=group_size, group_axis=axis
@@ -123,7 +137,8 @@ def test_error_is_at_most_half_a_step_of_the_stored_scale(axis, scale_dtype, x, 
     _, scale, _ = parts(got)
     step = np.repeat(scale.astype(np.float64), group_size, axis=-2 if axis == "token" else -1)
     rounding = 4e-7 * (np.abs(x) + step * 2**bits)  # the quantizer's own float32 arithmetic
-    assert (np.abs(x - back) <= step / 2 + rounding).all()
+    trimmed = trim / (1 - 2 * trim) * step * (2**bits - 1)
+    assert (np.abs(x - back) <= np.maximum(step / 2, trimmed) + rounding).all()
 
 
 @each_axis
@@ -148,7 +163,7 @@ def test_error_shrinks_with_bits(axis):
 @each_axis
 def test_a_constant_group_is_exact(axis):
     x = jnp.full((1, 1, 32, 32), 2.5)
-    got = quantize(x, bits=2, group_size=32, group_axis=axis)
+    got = quantize(x, bits=2, group_size=32, group_axis=axis, trim=1 / 16)
     assert not np.asarray(got.scale).any()
     np.testing.assert_array_equal(dequantize(got), x)
 
@@ -167,12 +182,12 @@ def assert_equal(got, want):
 
 def test_setting_every_token_equals_quantizing_the_whole():
     x = normal(0, 2, 3, 64, 16)
-    got = zeros(x.shape, bits=2, group_size=8, group_axis="channel")
+    got = dataclasses.replace(zeros(x.shape, bits=2, group_size=8, group_axis="channel"), trim=1 / 16)
     write = jax.jit(set_token)
     for i in range(64):  # row 1 fills its ring from the end
         slot = jnp.array([i, 63 - i])
         got = write(got, slot, jnp.stack([x[0, :, i], x[1, :, 63 - i]]))
-    want = quantize(x, bits=2, group_size=8, group_axis="channel")
+    want = quantize(x, bits=2, group_size=8, group_axis="channel", trim=1 / 16)
     assert_equal(got, want)
     assert_equal(write(got, jnp.array([64, 1000]), x[:, :, 0]), want)
 

@@ -17,7 +17,7 @@ from tests.draws import normal
 BATCH, KV_HEADS = 3, 2
 
 
-def tokens_of(lengths, *, residual, dim, bits, group, value_group, dtype, scale_dtype, window=None, sinks=0):
+def tokens_of(lengths, *, residual, dim, bits, group, value_group, dtype, scale_dtype, window=None, **more):
     shape = (BATCH, KV_HEADS, max(lengths), dim)
     key, value = normal(0, 2, *shape, dtype=dtype)
     quantization = KiviQuantization(
@@ -27,7 +27,7 @@ def tokens_of(lengths, *, residual, dim, bits, group, value_group, dtype, scale_
         value_group_size=value_group,
         residual_length=residual,
         scale_dtype=scale_dtype,
-        sinks=sinks,
+        **more,
     )
     hold = functools.partial(
         KiviTokens.from_prompt,
@@ -75,7 +75,15 @@ def with_xla(tokens: KiviTokens, step: Step) -> KiviTokens:
             marks=pytest.mark.slow,
         ),
         {"residual": 32, "dim": 64, "bits": 2, "group": 32, "value_group": 32, "window": 40},
-        {"residual": 32, "dim": 16, "bits": 2, "group": 16, "value_group": 16, "sinks": 4},
+        {
+            "residual": 32,
+            "dim": 16,
+            "bits": 2,
+            "group": 16,
+            "value_group": 16,
+            "sinks": 4,
+            "rotate_keys": True,
+        },
         pytest.param(
             {"residual": 32, "dim": 16, "bits": 2, "group": 32, "value_group": 16, "sinks": 31},
             marks=pytest.mark.slow,
