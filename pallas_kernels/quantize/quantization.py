@@ -230,22 +230,6 @@ def get_block(tensor: QuantizedTensor, slot: Int[Array, "B"], tokens: int) -> Qu
     )
 
 
-def get_block(tensor: QuantizedTensor, slot: Int[Array, "B"], tokens: int) -> QuantizedTensor:
-    """The block [B, K, tokens, H], of whole groups, at `slot[b]` of a token-grouped [B, K, S, H] tensor."""
-
-    def get_rows(store: Array, start: Array) -> Array:
-        size = tokens * store.shape[1] // tensor.shape[2]
-        return jax.lax.dynamic_slice_in_dim(store, start, size, axis=1)
-
-    get_batch, group_slot = jax.vmap(get_rows), slot // tensor.group_size
-    return dataclasses.replace(
-        tensor,
-        words=get_batch(tensor.words, slot),
-        scale=get_batch(tensor.scale, group_slot),
-        zero=get_batch(tensor.zero, group_slot),
-    )
-
-
 def _quantize(
     x: Float[Array, "*B S H"],
     bits: int,
