@@ -2,9 +2,10 @@
 
     compute-sanitizer --error-exitcode 9 python -m kivi_jax.bench.memcheck
 
-Under the checker a GPU runs our kernels and what joins them, and nothing else: Python crashed there as XLA tuned
-its first product. So arguments are made on the CPU, and nothing is tuned. The checker follows no CUDA graphs, so
-XLA makes none; and each array is an allocation of its own, so that what is beyond its end belongs to nobody.
+Under the checker a GPU runs our kernels and what joins them, and nothing else: Python crashed there as XLA
+tuned its first product. So arguments are made on the CPU, and nothing is tuned. The checker follows no CUDA
+graphs, so XLA makes none; and each array is an allocation of its own, so that what is beyond its end belongs
+to nobody.
 """
 
 import functools
