@@ -50,6 +50,8 @@ from pallas_kernels.triton_call import triton_call
 _UNIT = 2.0**-24  # the value of float16's smallest subnormal: what a code's lowest bit is worth
 _LIFT = 8.0  # probabilities are kept times 2**8: float16 has room above 1, and none below 2**-24
 _LOWEST = -1e20  # no score, in units of `_UNIT`; finite, so that differences of maxima are
+# A maximum starts below every score, and above `_LOWEST`: that weighs 0, also on a page of nothing else.
+_BELOW_ALL = -1e16
 
 
 def attend(
@@ -202,7 +204,7 @@ def _attend_split(case: Case, held_back: int, *refs: Any) -> None:
     carry = (
         [jnp.zeros((case.value_rows, lanes), jnp.float32) for _ in parts],
         jnp.zeros((TILE_ROWS, lanes), jnp.float32),
-        jnp.full((lanes,), _LOWEST, jnp.float32),
+        jnp.full((lanes,), _BELOW_ALL, jnp.float32),
     )
 
     def slot_of(t: Array) -> Array:
