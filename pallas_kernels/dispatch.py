@@ -6,6 +6,8 @@ import logging
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import jax
+
 from pallas_kernels.device import compute_capability, default_device
 
 TRITON = 8.0  # the compute capability from which on Pallas' Triton backend compiles
@@ -47,3 +49,10 @@ def by_kernel_or_xla(operation: str, module: str, kernel: Callable[[Any], T], xl
         except NotImplementedError as reason:
             log_fallback(operation, "pallas_triton", str(reason))
     return xla()
+
+
+def with_derivatives_of(alike: Callable[..., Any], kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """`kernel`, which has no derivatives, with those of a function that computes the same."""
+    call = jax.custom_jvp(kernel)
+    call.defjvp(functools.partial(jax.jvp, alike))
+    return call

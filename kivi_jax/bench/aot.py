@@ -109,9 +109,10 @@ def run(
     """One record per kernel, case and architecture: what it becomes with the tuning chosen there.
 
     Keys: case, kernel, arch, pages, splits, registers, spill_bytes, shared_bytes, instructions_per_code (of
-    the loop over tiles without a mask, times the programs that share a KV head's codes), packed_bytes (of
-    all tokens), and what the other kernels of a call have of its bytes and of its instructions:
-    other_bytes_share, other_instructions_share (see `_others`). Cases that a kernel refuses are left out.
+    the loop over tiles without a mask, times the programs that share a KV head's codes), instructions (of the
+    whole program), packed_bytes (of all tokens), and what the other kernels of a call have of its bytes and
+    of its instructions: other_bytes_share, other_instructions_share (see `_others`). Cases that a kernel
+    refuses are left out.
     """
     records = []
     for kernel in kernels:
@@ -164,6 +165,7 @@ def record(
         "spill_bytes": report.spill_bytes,
         "shared_bytes": report.shared_bytes,
         "instructions_per_code": each,
+        "instructions": report.instructions,
         "packed_bytes": packed_bytes,
         "other_bytes_share": other_bytes / (packed_bytes + partials_bytes + other_bytes),
         "other_instructions_share": other_instructions / (each * all_codes + other_instructions),

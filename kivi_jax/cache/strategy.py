@@ -165,9 +165,12 @@ class CacheStrategy:
                 kivi.key_group_size, head_dim, bits=bits, group_size=kivi.key_group_size, group_axis="token"
             )
 
-    def first_held_like(self, config: ModelConfig, layer: int) -> int:
-        """The first layer that holds as much of a prompt as number `layer` does."""
-        if config.window_of(layer) is None and self.prompt.differs_by_layer:
+    def first_held_like(self, config: ModelConfig, layer: int, *, width: int | None = None) -> int:
+        """The first layer that holds as much of a prompt, of up to `width` tokens if that is known, as number
+        `layer` does.
+        """
+        selects = width is None or not self.prompt.keeps_all(width)
+        if config.window_of(layer) is None and self.prompt.differs_by_layer and selects:
             return layer
         return config.first_windowed_like(layer)
 

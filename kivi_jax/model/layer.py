@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 from kivi_jax.config import Activation, ModelConfig
 from kivi_jax.mesh import add_parts, mean_of_parts
 from kivi_jax.model.rope import Rotate
+from pallas_kernels.dispatch import by_kernel_or_xla, with_derivatives_of
 
 ACTIVATIONS: dict[Activation, Callable[[Array], Array]] = {
     "silu": nnx.silu,
@@ -30,7 +31,20 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         """`x` normalized, in its shape and dtype."""
-        scale = self.scale[...].astype(jnp.float32) + self.offset
+        if x.size > x.shape[-1] or self.of_heads:
+            return self._by_xla(x, self.scale[...])
+        how = {"epsilon": self.epsilon, "offset": self.offset}
+        return by_kernel_or_xla(
+            "rms_norm",
+            "pallas_kernels.norm",
+            lambda kernels: with_derivatives_of(self._by_xla, functools.partial(kernels.rms_norm, **how))(
+                x, self.scale[...]
+            ),
+            lambda: self._by_xla(x, self.scale[...]),
+        )
+
+    def _by_xla(self, x: Float[Array, "*B D"], scale: Float[Array, "..."]) -> Float[Array, "*B D"]:
+        scale = scale.astype(jnp.float32) + self.offset
         wide = x.shape if x.shape[-1] == scale.size else (*x.shape[:-2], scale.size)
         y = x.astype(jnp.float32).reshape(wide)
         square = jnp.square(y).mean(-1, keepdims=True)

@@ -228,7 +228,7 @@ def _read(
         if not observed and not expects and has_flash(x.dtype, config.head_dim):
             read = read_whole
         x, prompt = read(layer, kind, x, lengths, blocks, config, block)
-        alike = strategy.first_held_like(config, index)
+        alike = strategy.first_held_like(config, index, width=x.shape[1])
         held, blocks = _hold(
             prompt, blocks, np.int32(index), strategy, capacity, window, alike, config.num_layers
         )

@@ -13,7 +13,8 @@ fast as its cores can look at them: the number of instructions per code decides 
 4.  A program is one warp. It owns a run of tiles of one (row, KV head), so nothing is exchanged between
     warps, and the parallelism comes from splitting the tokens; `merging.py` combines the splits. Their
     results are written normalized, as float16: half the bytes, and rounding errors of many splits cancel.
-5.  Tiles whose tokens are all visible carry no mask; the few at the ends of the range have their own loop.
+5.  Tiles whose tokens are all visible carry no mask; the few at the ends of the range have their own loop,
+    over pages.
 
 Token t is in slot t % S, so the loops run over tiles of *tokens*, and a tile's place in the ring is its
 number modulo the number of tiles: a ring costs two instructions a tile.
@@ -49,6 +50,8 @@ from pallas_kernels.triton_call import triton_call
 _UNIT = 2.0**-24  # the value of float16's smallest subnormal: what a code's lowest bit is worth
 _LIFT = 8.0  # probabilities are kept times 2**8: float16 has room above 1, and none below 2**-24
 _LOWEST = -1e20  # no score, in units of `_UNIT`; finite, so that differences of maxima are
+# A maximum starts below every score, and above `_LOWEST`: that weighs 0, also on a page of nothing else.
+_BELOW_ALL = -1e16
 
 
 def attend(
@@ -125,17 +128,18 @@ def _attend_split(case: Case, held_back: int, *refs: Any) -> None:
     high = jnp.minimum(low + share, last_tile)
     lap = first_tile - jax.lax.rem(first_tile, jnp.int32(case.tiles))
 
-    def scores(t: Array, slot: Array, masked: bool) -> list[Array]:
-        """Scores [32, lanes] of every page of tile t, in units."""
+    def scores(slot: Array, page: int | Array, count: int, first: Array | None) -> list[Array]:
+        """Scores [32, lanes] of every page of some, in units; see `visit`."""
         # An index that is always 0, but not provably: a load that is the same in every iteration would
         # be hoisted, and its layout there makes Triton shuffle query * scale into place in every tile.
-        again = jnp.minimum(t, 0)
+        again = jnp.minimum(slot, 0)
         query = [q_ref[again, j].T for j in range(case.key.planes)]
         slot_group = slot if tile >= case.key.group else _div(slot, case.key.group // tile)
-        groups = case.key_groups
+        groups, first_group = pl.cdiv(count * case.key_groups, pages), _div(page * case.key_groups, pages)
         # Each group's zeros are repeated over 8 rows (16 if it is alone), so that its query . zero comes
         # out of the matrix unit in the layout of the scores.
-        zero = _load(kz_ref, (slot_group,), (groups, case.key.planes, case.key.columns)).astype(jnp.float16)
+        shape = (groups, case.key.planes, case.key.columns)
+        zero = _load(kz_ref, (slot_group,), shape, first_group).astype(jnp.float16)
         repeat = max(8, TILE_ROWS // groups)
         zero = jnp.broadcast_to(
             zero.reshape(groups, 1, case.key.planes * case.key.columns),
@@ -147,13 +151,11 @@ def _attend_split(case: Case, held_back: int, *refs: Any) -> None:
             for bias in biases
         ]
         found = []
-        for page in range(pages):
-            group = page * groups // pages
-            scale = _load(ks_ref, (slot_group, group), (case.key.planes, case.key.columns)).astype(
-                jnp.float16
-            )
+        for i in range(count):
+            group = i * groups // count
+            scale = _load(ks_ref, (slot_group, first_group + group), shape[1:]).astype(jnp.float16)
             size = (PAGE // case.fold, case.fold * case.key.columns)
-            words = _widen(_load(kw_ref, (slot, page), size), case)
+            words = _widen(_load(kw_ref, (slot, page + i), size), case)
             score = biases[group] if case.fold == 1 else jnp.zeros((size[0], case.fold * lanes), jnp.float32)
             for j, plane_scale in enumerate(_unstack(scale)):
                 if case.fold > 1:
@@ -162,60 +164,67 @@ def _attend_split(case: Case, held_back: int, *refs: Any) -> None:
                 score = score + plt.dot(_plane(words, j, case.key, case), query[j] * plane_scale[:, None])
             if case.fold > 1:
                 score = score.reshape(PAGE, lanes) + biases[group]
-            if masked:
-                token = t * tile + page * PAGE + jnp.arange(PAGE, dtype=jnp.int32)
+            if first is not None:
+                token = first + i * PAGE + jnp.arange(PAGE, dtype=jnp.int32)
                 score = jnp.where(((token >= start) & (token < end))[:, None], score, _LOWEST)
             found.append(score)
         return found
 
-    def visit(t: Array, carry: Any, masked: bool) -> Any:
-        """Fold tile t into the running (accumulators, sums over zeros and ones, maximum)."""
+    def visit(slot: Array, page: int | Array, count: int, carry: Any, first: Array | None = None) -> Any:
+        """Fold `count` pages of the tile in `slot`, from `page` on, into the running (accumulators, sums over
+        zeros and ones, maximum): all of their tokens, or, given the `first` one's number, those in range.
+        """
         accumulators, sums, top = carry
-        slot = t - lap
-        slot = jnp.where(slot >= case.tiles, slot - case.tiles, slot)
-        found = scores(t, slot, masked)
+        found = scores(slot, page, count, first)
         new_top = jnp.maximum(top, functools.reduce(jnp.maximum, found).max(0))
         fade = exp2((top - new_top) * up, case.interpret)[None, :]
         accumulators, sums = [x * fade for x in accumulators], sums * fade
         offset = (new_top * up - _LIFT)[None, :]
-        for page in range(pages):
-            weight = exp2(found[page] * up - offset, case.interpret).astype(jnp.float16)
+        for i in range(count):
+            weight = exp2(found[i] * up - offset, case.interpret).astype(jnp.float16)
             # Zeros of the groups, and below them a row of ones: the denominator.
-            zero = _load(vz_ref, (slot, page), (TILE_ROWS, PAGE)).astype(jnp.float16)
+            zero = _load(vz_ref, (slot, page + i), (TILE_ROWS, PAGE)).astype(jnp.float16)
             zero = jnp.where((row16 == case.value_groups)[:, None], jnp.float16(1), zero)
             sums = sums + plt.dot(zero, weight)
             # All groups' weight * scale as one block: Triton then moves the weights into the operand's
             # layout once, before they are repeated, and not once for each group.
             groups = pl.next_power_of_2(case.value_groups)
-            scale = _load(vs_ref, (slot, page), (groups, PAGE)).astype(jnp.float16)
+            scale = _load(vs_ref, (slot, page + i), (groups, PAGE)).astype(jnp.float16)
             shape = (PAGE, groups, lanes)
             scaled = jnp.broadcast_to(weight[:, None, :], shape)
             scaled = scaled * jnp.broadcast_to(scale.T[:, :, None], shape)
             scaled = jnp.split(scaled.reshape(PAGE, groups * lanes), groups, axis=1)
             for row in range(0, case.value.words, case.value_rows):
-                words = _widen(_load_rows(vw_ref, (slot, page), row, case.value_rows), case)
-                for i, (j, part_row, group) in enumerate(parts):
+                words = _widen(_load(vw_ref, (slot, page + i), (case.value_rows, PAGE), row), case)
+                for at, (j, part_row, group) in enumerate(parts):
                     if part_row == row:
-                        accumulators[i] += plt.dot(_plane(words, j, case.value, case), scaled[group])
+                        accumulators[at] += plt.dot(_plane(words, j, case.value, case), scaled[group])
         return accumulators, sums, new_top
 
     carry = (
         [jnp.zeros((case.value_rows, lanes), jnp.float32) for _ in parts],
         jnp.zeros((TILE_ROWS, lanes), jnp.float32),
-        jnp.full((lanes,), _LOWEST, jnp.float32),
+        jnp.full((lanes,), _BELOW_ALL, jnp.float32),
     )
-    # Only the first tile of all can begin before `start`, and only the last can end after `end`. The
-    # order of tiles is free, so whole tiles go first, then the last one, and then, if need be, the first.
+
+    def slot_of(t: Array) -> Array:
+        slot = t - lap
+        return jnp.where(slot >= case.tiles, slot - case.tiles, slot)
+
+    def visit_page(i: Array, carry: Any) -> Any:
+        t, page = _div(i, pages), jax.lax.rem(i, jnp.int32(pages))
+        t = jnp.where(t < high, t, low)
+        return visit(slot_of(t), page, 1, carry, first=t * tile + page * PAGE)
+
+    # Only the first tile of all can begin before `start`, and only the last can end after `end`. The order
+    # of tiles is free, so whole tiles go first, then the last one, and then, if need be, the first: these two
+    # page by page, as a second program for whole tiles would take as long to compile as the first.
     ragged = (low == first_tile) & (start > first_tile * tile) & (high > low)
     skip = jnp.where(ragged, jnp.int32(1), jnp.int32(0))
     whole = jnp.maximum(low + skip, jnp.minimum(high, _div(end, tile)))
-    carry = jax.lax.fori_loop(low + skip, whole, functools.partial(visit, masked=False), carry)
-    accumulators, sums, top = jax.lax.fori_loop(
-        whole,
-        jnp.maximum(high, low) + skip,
-        lambda t, carry: visit(jnp.where(t < high, t, low), carry, masked=True),
-        carry,
-    )
+    carry = jax.lax.fori_loop(low + skip, whole, lambda t, carry: visit(slot_of(t), 0, pages, carry), carry)
+    masked = whole * pages, (jnp.maximum(high, low) + skip) * pages
+    accumulators, sums, top = jax.lax.fori_loop(*masked, visit_page, carry)
 
     def sum_row(row: int) -> Array:
         return jnp.sum(jnp.where((row16 == row)[:, None], sums, 0.0), axis=0) * 2.0**-_LIFT
@@ -235,28 +244,22 @@ def _attend_split(case: Case, held_back: int, *refs: Any) -> None:
     plt.store(denom_ref.at[head], denom, mask=head < case.heads)
 
 
-def _div(x: Array, by: int) -> Array:
+def _div(x: Any, by: int) -> Any:
     """Quotient of a number that is not negative (`//` would spend instructions on signs)."""
-    return jax.lax.div(x, jnp.asarray(by, x.dtype))
+    return x // by if isinstance(x, int) else jax.lax.div(x, jnp.asarray(by, x.dtype))
 
 
-def _load(ref: Any, index: tuple[Any, ...], size: tuple[int, ...]) -> Array:
-    """ref[*index] as a block of `size`, zero where that goes beyond the array."""
+def _load(ref: Any, index: tuple[Any, ...], size: tuple[int, ...], first: Any = 0) -> Array:
+    """ref[*index] from row `first` on as a block of `size`, zero where that goes beyond the array."""
     limits = ref.shape[len(index) :]
-    if limits == size:
-        return ref[index]
+    if size[0] <= limits[0] and size[1:] == limits[1:]:
+        return ref[(*index, pl.ds(first, size[0]))]
     axes = [jax.lax.broadcasted_iota(jnp.int32, size, axis) for axis in range(len(size))]
     mask = functools.reduce(
         jnp.logical_and, [at < n for at, n, full in zip(axes, limits, size, strict=True) if n < full]
     )
+    axes[0] += first
     return plt.load(ref.at[(*index, *axes)], mask=mask, other=jnp.zeros(size, ref.dtype))
-
-
-def _load_rows(ref: Any, index: tuple[Any, ...], row: int, rows: int) -> Array:
-    """Rows [row, row + rows) of ref[*index], zero beyond the array."""
-    if rows > ref.shape[-2]:
-        return _load(ref, index, (rows, ref.shape[-1]))
-    return ref[(*index, slice(row, row + rows))]
 
 
 def _unstack(x: Array) -> list[Array]:

@@ -326,3 +326,11 @@ def test_a_prompt_that_fills_a_pool_that_it_shares_is_refused():
         config(), parse_cache(f"{shared}:prompt=h2o:prompt_budget=32:prompt_recent=8"), **options
     )
     assert planned["pool"] == 2 * 2 * 2 * 33 * 8 * 4  # layers, K and V, heads, slots, channels, bytes
+
+
+def test_layers_of_a_prompt_that_is_kept_whole_are_held_alike():
+    """So that one program holds them all, though a selector would keep other numbers in each."""
+    model, strategy = config(num_layers=3), kj.scope(prompt=kj.PyramidKV(budget=48, window=16))
+    assert [strategy.first_held_like(model, layer, width=48) for layer in range(3)] == [0, 0, 0]
+    assert [strategy.first_held_like(model, layer, width=49) for layer in range(3)] == [0, 1, 2]
+    assert [strategy.first_held_like(model, layer) for layer in range(3)] == [0, 1, 2]
