@@ -116,7 +116,7 @@ def compare(cache: str, data: str, heads: str, kv_heads: str = "2") -> dict[str,
 
 
 def engine(cache: str, data: str, heads: str) -> dict[str, Any]:
-    """What an engine answers, beside `generate` on one device, and what its programs hold, say and compile."""
+    """What an engine answers, beside `generate` on one device, and what its programs hold and say."""
     model, numbers = random_llama(MODEL), dict(slots=4, context=48, chunk_tokens=32)
     rng = np.random.default_rng(1)
     prompts = [rng.integers(0, MODEL.vocab_size, length).tolist() for length in (5, 36, 17, 3, 36, 24, 9)]
@@ -153,9 +153,9 @@ def engine(cache: str, data: str, heads: str) -> dict[str, Any]:
     }
 
 
-def engines_that_cannot_be() -> list[str]:
-    """What is said of numbers that do not divide, and how many slots fit into each device's memory."""
-    said: list[str] = []
+def engines_that_cannot_be() -> list[Any]:
+    """What is said of numbers that do not fit, and the part of a row and of weights that each device has."""
+    said: list[Any] = []
     model = on(random_llama(MODEL), 2, 2)
     row = shapes(model, CACHES["full"], context=16, chunk_tokens=16)[1]
     for numbers in (dict(slots=3), dict(memory_bytes=1000)):
@@ -163,11 +163,7 @@ def engines_that_cannot_be() -> list[str]:
             Engine(model, cache="full", context=16, **numbers)
         except ValueError as error:
             said.append(str(error))
-    return [
-        *said,
-        bytes_of_device(row.cache) / tree_bytes(row.cache),
-        bytes_of_device(model) / tree_bytes(model),
-    ]
+    return [*said, *(bytes_of_device(tree) / tree_bytes(tree) for tree in (row.cache, model))]
 
 
 def generated() -> dict[str, Any]:
