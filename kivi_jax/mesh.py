@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from kivi_jax.checks import whole
 
@@ -76,6 +76,11 @@ def _check_sizes(data: int, model: int) -> None:
         raise ValueError(f"{data=} and {model=} of a mesh must be positive")
 
 
+def parts_of(mesh: Mesh | None, axis: str) -> int:
+    """How many parts there are of what lies over an axis."""
+    return 1 if mesh is None else mesh.shape[axis]
+
+
 def on_every_device(tree: T, mesh: Mesh | None) -> T:
     """The same arrays, each of them whole on every device of a mesh, so that every host can read them."""
     return tree if mesh is None else jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
@@ -129,6 +134,23 @@ def first_row_of(parts: int) -> Int[Array, ""]:
     """Where this device's `parts` rows of something that lies over a layer's devices begin."""
     axes = _spread_over(PARTS)
     return jax.lax.axis_index(axes) * parts if axes else jnp.int32(0)
+
+
+def any_row(x: Bool[Array, "B"]) -> Bool[Array, ""]:
+    """Whether it holds for any row, those of other devices included."""
+    axes = _spread_over((ROWS,))
+    return jax.lax.pmax(x.any().astype(jnp.int32), axes) > 0 if axes else x.any()
+
+
+def has_rows_elsewhere() -> bool:
+    """Whether other devices have other rows."""
+    return bool(_spread_over((ROWS,)))
+
+
+def first_row(held: int) -> Int[Array, ""]:
+    """The number of the first of the `held` rows of this device."""
+    axes = _spread_over((ROWS,))
+    return jax.lax.axis_index(axes) * held if axes else jnp.int32(0)
 
 
 def first_kv_head(held: int) -> Int[Array, ""]:

@@ -21,7 +21,7 @@ from kivi_jax.config import ModelConfig
 from kivi_jax.console import format_bytes
 from kivi_jax.mesh import add_parts, make_mesh
 from kivi_jax.model.llama import Llama
-from kivi_jax.model.sharding import fits, over_mesh, part_of, shape_of, spec_of, split
+from kivi_jax.model.sharding import bytes_of_device, fits, over_mesh, part_of, shape_of, spec_of, split
 
 Record = dict[str, Any]
 
@@ -78,7 +78,7 @@ def _timed(workload: Workload, mesh: Mesh, new_tokens: int) -> Record:
     config, batch = workload.config, workload.batch
     model = random_model(config, str(workload.dtype), mesh)
     state = _fill(model, jnp.zeros(batch, jnp.int32), workload)
-    found = {"weights_bytes": _bytes_of_device(nnx.state(model)), "cache_bytes": _bytes_of_device(state[1])}
+    found = {"weights_bytes": bytes_of_device(nnx.state(model)), "cache_bytes": bytes_of_device(state[1])}
     ms = _median_ms(lambda state: greedy_steps(model, *state, new_tokens), state) / new_tokens
     sums = 0.0
     if mesh.shape["model"] > 1:
@@ -133,10 +133,6 @@ def _median_ms(call: Callable[[Any], Any], state: Any) -> float:
         state = jax.block_until_ready(call(state))
         samples.append((time.perf_counter() - begin) * 1e3)
     return statistics.median(samples[1:])
-
-
-def _bytes_of_device(tree: Any) -> int:
-    return sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree))
 
 
 def table(records: Sequence[Record], title: str, caption: str) -> Table:

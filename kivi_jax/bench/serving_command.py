@@ -8,6 +8,7 @@ from rich.console import Console
 from kivi_jax.bench.command import CachesOption, DtypeOption, ShapeOption, machine, shape_named
 from kivi_jax.cache.names import parse_cache
 from kivi_jax.console import format_bytes, parse_bytes, print_table
+from kivi_jax.options import MeshOption
 
 
 def engine(
@@ -53,7 +54,7 @@ def serving(
     shape: ShapeOption = "llama-8b",
     cache: CachesOption = None,
     memory: Annotated[
-        str, typer.Option(help="For weights, prefixes and slots; empty: 90 % of the device.")
+        str, typer.Option(help="For weights, prefixes and slots of a device; empty: 90 % of it.")
     ] = "",
     prompt: Annotated[int, typer.Option(min=2, help="Tokens of the longest prompt.")] = 4096,
     shared: Annotated[int, typer.Option(min=0, help="Tokens that all prompts begin with.")] = 0,
@@ -63,6 +64,7 @@ def serving(
     seconds: Annotated[float, typer.Option(min=0.1, help="To count for, with each cache.")] = 20.0,
     layers: Annotated[int, typer.Option(min=0, help="Of the shape's layers, the first; 0: all.")] = 0,
     dtype: DtypeOption = "bfloat16",
+    mesh: MeshOption = None,
 ) -> None:
     """Answer more requests than can run at a time: how many a second does each cache's memory hold?
 
@@ -74,6 +76,8 @@ def serving(
 
     from kivi_jax.bench import serving as saturated
     from kivi_jax.bench.decode import memory_of_device
+    from kivi_jax.bench.mesh import random_model
+    from kivi_jax.mesh import named_mesh
     from kivi_jax.model.llama import Llama
 
     if shared >= prompt:
@@ -81,8 +85,13 @@ def serving(
     strategies = {name: parse_cache(name) for name in cache or ["full", "kivi2"]}
     limit, config = parse_bytes(memory) if memory else memory_of_device(), shape_named(shape)
     config = dataclasses.replace(config, num_layers=layers or config.num_layers)
+    model = (
+        random_model(config, dtype, named_mesh(mesh))
+        if mesh
+        else Llama(config, dtype=dtype, rngs=nnx.Rngs(0))
+    )
     results = saturated.saturate(
-        Llama(config, dtype=dtype, rngs=nnx.Rngs(0)),
+        model,
         strategies,
         memory_bytes=limit,
         prompt=prompt,
@@ -93,7 +102,8 @@ def serving(
         seconds=seconds,
     )
     title = (
-        f"{shape} {dtype}, {config.num_layers} layers, {format_bytes(limit)}: prompts of {shared + 1:,} to "
+        f"{shape} {dtype}, {config.num_layers} layers, {format_bytes(limit)} on "
+        f"{mesh or 'a device'}: prompts of {shared + 1:,} to "
         f"{prompt:,} tokens ({shared:,} alike), {shortest} to {longest} new ones"
     )
     print_table(Console(), saturated.saturated_table(list(results), title=title, caption=machine()))

@@ -13,9 +13,12 @@ if TYPE_CHECKING:
 
 NEEDED = ("openai", "prometheus_client", "starlette", "uvicorn")
 LOCAL = ("127.0.0.1", "localhost", "::1")
-SlotsOption = Annotated[int | None, typer.Option(min=1, help="Rows decoded together; by default 8.")]
+SlotsOption = Annotated[
+    int | None, typer.Option(min=1, help="Rows decoded together; by default 8 for each of a mesh' data.")
+]
 MemoryOption = Annotated[
-    str | None, typer.Option(help="Instead of --slots: as many as fit, for example 24GiB, weights included.")
+    str | None,
+    typer.Option(help="Instead of --slots: as many as fit, weights included, in 24GiB a device."),
 ]
 ContextOption = Annotated[int, typer.Option(min=2, help="The most tokens of a prompt and its answer.")]
 NameOption = Annotated[
@@ -43,6 +46,7 @@ def serve(
     drain: Annotated[int, typer.Option(min=0, help="Seconds that SIGTERM leaves to answers.")] = 30,
     max_body: Annotated[str, typer.Option(help="The most bytes of a request.")] = "4MiB",
     dtype: options.DtypeOption = None,
+    mesh: options.MeshOption = None,
 ) -> None:
     """Answer OpenAI's clients over HTTP; a chat for the browser is at /.
 
@@ -60,7 +64,7 @@ def serve(
     most_bytes = parse_bytes(max_body)
     listening = listen(host, port)
     name = name or FilePath(model).name
-    with listening, open_engine(model, cache, slots, memory, context, queue, dtype) as engine:
+    with listening, open_engine(model, cache, slots, memory, context, queue, dtype, mesh) as engine:
         service = Service(engine, name=name, fingerprint=fingerprint(model, engine, dtype), timeout=timeout)
         app = create_app(service, key=key, origins=cors or (), most_bytes=most_bytes)
         if key is None and host not in LOCAL:
@@ -83,6 +87,7 @@ def batch(
     context: ContextOption = 4096,
     name: NameOption = None,
     dtype: options.DtypeOption = None,
+    mesh: options.MeshOption = None,
 ) -> None:
     """Answer a file of requests, in OpenAI's batch format, as fast as the slots allow.
 
@@ -98,7 +103,7 @@ def batch(
     questions = read_questions(source, name)
     if destination.exists() and destination.samefile(source):
         raise ValueError(f"{destination} is the file of requests: choose another for the answers")
-    with open_engine(model, cache, slots, memory, context, 2**16, dtype) as engine:
+    with open_engine(model, cache, slots, memory, context, 2**16, dtype, mesh) as engine:
         service = Service(engine, name=name, fingerprint=fingerprint(model, engine, dtype), timeout=None)
         with progress_bar() as progress:
             refused = answer_batch(
@@ -125,6 +130,7 @@ def open_engine(
     context: int,
     queue: int,
     dtype: options.Dtype | None,
+    mesh: str | None,
 ) -> "Engine":
     """The engine that a command line asks for, compiled.
 
@@ -135,17 +141,19 @@ def open_engine(
     from kivi_jax.console import parse_bytes
     from kivi_jax.generation.engine import Engine
     from kivi_jax.generation.loading import open_model
+    from kivi_jax.mesh import ROWS, parts_of
 
     if slots is not None and memory is not None:
         raise ValueError("--slots and --memory both say how many rows there are: pass one")
     strategy = parse_cache(cache)
     memory_bytes = None if memory is None else parse_bytes(memory)
-    llama, tokenizer = open_model(model, dtype)
+    llama, tokenizer = open_model(model, dtype, mesh)
+    usual = 8 * parts_of(llama.mesh, ROWS) if memory is None else None
     return Engine(
         llama,
         tokenizer,
         cache=strategy,
-        slots=8 if slots is None and memory is None else slots,
+        slots=usual if slots is None else slots,
         memory_bytes=memory_bytes,
         context=context,
         queue=queue,

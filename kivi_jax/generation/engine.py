@@ -35,9 +35,11 @@ from kivi_jax.generation.shared_prefixes import SharedPrefixes
 from kivi_jax.generation.slots import BURST, LogProbs, asked_of
 from kivi_jax.generation.stops import Decoder
 from kivi_jax.generation.tokens import Tokenizer, check_tokenizer, ending_ids
+from kivi_jax.mesh import KV_HEADS, ROWS, parts_of
 from kivi_jax.model.chunks import sharable_tokens
 from kivi_jax.model.inputs import check_vocabulary
 from kivi_jax.model.llama import Llama
+from kivi_jax.model.sharding import bytes_of_device
 from pallas_kernels.pytree import tree_bytes
 
 _log = logging.getLogger(__name__)
@@ -73,9 +75,9 @@ class Engine:
             model: the model. While the engine runs, nobody else is to use the device.
             tokenizer: its tokenizer, for the text of tokens; without one there is none.
             cache: how keys and values are held: a strategy, or its name ("kivi2").
-            slots: how many requests run at a time.
+            slots: how many requests run at a time; on a mesh, a multiple of its `data`.
             memory_bytes: instead of `slots`, what weights, slots, shared beginnings of prompts and the buffer
-                that prompts are read into may weigh: as many slots as fit.
+                that prompts are read into may weigh, on a mesh on each device: as many slots as fit.
             context: tokens of a prompt and its continuation, at most.
             queue: how many requests may wait.
             prefix_bytes: what beginnings of prompts may weigh that are kept for others; 0 keeps none.
@@ -84,11 +86,13 @@ class Engine:
 
         Raises:
             ValueError: the strategy does not fit the model, a number is out of range, or no slot fits.
-            NotImplementedError: the model lies on a mesh.
+            NotImplementedError: the model lies on devices of several hosts.
         """
         check_model(model)
-        if model.mesh is not None:
-            raise NotImplementedError("an engine runs on one device: load its model without mesh=")
+        if model.mesh is not None and model.mesh.is_multi_process:
+            raise NotImplementedError(
+                "an engine runs on devices of one host: start one on each, with a mesh of its own devices"
+            )
         self.model, self.tokenizer, self.strategy = model, tokenizer, strategy_of(cache)
         self.strategy.check(model.config)
         for name, number in dict(context=context, queue=queue, chunk_tokens=chunk_tokens).items():
@@ -97,7 +101,7 @@ class Engine:
             raise ValueError(f"{prefix_bytes=} must not be negative; 0 keeps nothing")
         chunk_tokens = min(chunk_tokens, context)
         warn_beyond(model.config.context, context)
-        fixed = prefix_bytes + tree_bytes(model)
+        fixed = bytes_of_device(model) + prefix_bytes // parts_of(model.mesh, KV_HEADS)
         self.slots = _slots(model, self.strategy, slots, memory_bytes, fixed, context, chunk_tokens)
         self.context, self.queue = context, queue
         self._programs = Programs(
@@ -108,6 +112,8 @@ class Engine:
             chunk_tokens=chunk_tokens,
             progress=progress,
         )
+        each = self.slots // parts_of(model.mesh, ROWS)
+        self._order = sorted(range(self.slots), key=lambda slot: (slot % each, slot))  # one of each device's
         self._cache_bytes = tree_bytes(self._programs.slots.cache)
         self._full_bytes = self.slots * tree_bytes(
             shapes(model, full(), context=context, chunk_tokens=chunk_tokens)[1].cache
@@ -341,7 +347,7 @@ class Engine:
             self._finish(row, "length")
 
     def _place(self, row: Row) -> None:
-        slot = next(slot for slot in range(self.slots) if slot not in self._rows)
+        slot = next(slot for slot in self._order if slot not in self._rows)
         assert row.logits is not None
         asked = asked_of(row.request, row.ends, self.model.config.vocab_size)
         left = row.request.max_new_tokens
@@ -393,18 +399,24 @@ def _slots(
     chunk_tokens: int,
 ) -> int:
     """The number of slots: given, or as many as fit beside `fixed` bytes and the buffer for reading."""
+    data = parts_of(model.mesh, ROWS)
     if (slots is None) == (memory_bytes is None):
         raise ValueError("pass either slots=, how many, or memory_bytes=, which says how many fit")
     if slots is not None:
-        return _positive("slots", slots)
+        if _positive("slots", slots) % data:
+            most = -(-slots // data) * data
+            raise ValueError(
+                f"{slots=} do not divide over {data=} devices: pass slots={most}, or a mesh of another data="
+            )
+        return slots
     reading, row = shapes(model, strategy, context=context, chunk_tokens=chunk_tokens)
-    needed, size = fixed + tree_bytes(reading), tree_bytes(row)
+    needed, size = fixed + bytes_of_device(reading), bytes_of_device(row)
     if (count := int(real("memory_bytes", memory_bytes) - needed) // size) < 1:
         raise ValueError(
             f"{memory_bytes=} leaves no room for a slot of {size} bytes beside {needed} of weights and "
             "buffers: pass more, a shorter context= or fewer prefix_bytes="
         )
-    return count
+    return count * data
 
 
 def _positive(name: str, number: int) -> int:

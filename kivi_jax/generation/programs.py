@@ -5,11 +5,13 @@ import functools
 import math
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
+from jax.stages import Lowered
 from jaxtyping import Array, Bool, Float, Int
 from rich.console import Console
 from rich.progress import track
@@ -28,18 +30,35 @@ from kivi_jax.generation.slots import (
     log_probs_of,
     row_of,
 )
+from kivi_jax.mesh import KV_HEADS, PARTS, ROWS
 from kivi_jax.model.chunks import Reading, Shared, blank_reading, copy_in, copy_out, read_chunk
 from kivi_jax.model.llama import Llama
+from kivi_jax.model.sharding import by_device, laid, part_of
 from pallas_kernels.pytree import tree_bytes
 
 _SCORED = 16  # tokens of a chunk whose logits exist together
+
+
+class _Job(NamedTuple):
+    """A program to compile: shapes of its arguments, and of what it gives, or of what those lie like."""
+
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    gives: Any
+    donated: tuple[int, ...] = ()
+
+    def lowered(self, mesh: Mesh | None) -> Lowered:
+        """For the devices of a mesh."""
+        run = by_device(self.function, mesh, self.arguments, self.gives)
+        return jax.jit(run, donate_argnums=self.donated).lower(*self.arguments)
 
 
 class Programs:
     """The compiled programs, and the state that they work on: a buffer for one prompt, and the slots.
 
     Nothing is compiled for other shapes than those at the start. Prompts are read in chunks of some `chunks`
-    widths, and held in `widths`, the least in which they fit.
+    widths, and held in `widths`, the least in which they fit. On a mesh, every program is what each device
+    does with its part: slots lie over `data`, and a prompt is read by all of it.
     """
 
     def __init__(
@@ -57,13 +76,15 @@ class Programs:
         self.vocab, self.context = model.config.vocab_size, context
         self.chunks = [width for width in (chunk_tokens // 16, chunk_tokens // 4) if width >= 16]
         self.chunks.append(chunk_tokens)
-        self.widths = [context]
+        self.widths, self.shared_bytes = [context], dict[int, int]()
         while self.widths[0] > chunk_tokens:
             self.widths.insert(0, -(-self.widths[0] // 2))
         leaves, tree = jax.tree.flatten(model)  # of a module, in every call, it would take a millisecond
         reading, row = shapes(model, strategy, context=context, chunk_tokens=chunk_tokens)
-        held = jax.eval_shape(functools.partial(empty_slots, slots=slots), row)
-        number, flag = jnp.int32(0), jnp.asarray(np.zeros((), bool))
+        mesh, part = model.mesh, part_of(model.config, model.mesh)
+        held = _lying(jax.eval_shape(functools.partial(empty_slots, slots=slots), row), mesh, ROWS)
+        number, flag = laid((jnp.int32(0), jnp.asarray(np.zeros((), bool))), mesh)
+        kept = laid(jnp.asarray(np.zeros(slots, bool)), mesh, ROWS)
 
         def read(
             leaves: Sequence[Array],
@@ -84,30 +105,28 @@ class Programs:
             return reading, logits, _score(model, x[0], next_tokens, scored)
 
         def place(slots: Slots, slot: Int[Array, ""], *read: Any, width: int) -> Slots:
-            return insert(slots, row_of(model.config, strategy, *read, width=width, context=context), slot)
+            return insert(slots, row_of(part, strategy, *read, width=width, context=context), slot)
 
         def run(leaves: Sequence[Array], slots: Slots, *how: Array) -> tuple[Slots, Burst]:
             return burst(jax.tree.unflatten(tree, leaves), slots, *how)
 
-        jobs: dict[tuple[str, int], tuple[Callable[..., Any], tuple[Any, ...], tuple[int, ...]]] = {}
-        kept = jnp.asarray(np.zeros(slots, bool))
-        jobs["burst", 0] = run, (leaves, held, kept, number, flag), (1,)
+        jobs: dict[tuple[str, int], _Job] = {}
+        jobs["burst", 0] = _Job(run, (leaves, held, kept, number, flag), (held, kept), donated=(1,))
         for width in self.chunks:
-            tokens = jnp.asarray(np.zeros((1, width), np.int32))
-            args = (leaves, reading, tokens, number, row.left, flag, tokens[0], flag)
-            jobs["read", width] = read, args, (1,)
+            one, every = laid(tuple(jnp.asarray(np.zeros(s, np.int32)) for s in (width, (1, width))), mesh)
+            args = (leaves, reading, every, number, row.left, flag, one, flag)
+            jobs["read", width] = _Job(read, args, (reading, row.logits, number), donated=(1,))
         for width in self.widths:
             args = (held, number, reading, row.logits, row.asked, row.seen, row.left, row.left)
-            jobs["place", width] = functools.partial(place, width=width), args, (0,)
+            jobs["place", width] = _Job(functools.partial(place, width=width), args, held, donated=(0,))
             copy = functools.partial(copy_out, width=width)
-            jobs["copy_out", width] = copy, (reading,), ()
-            jobs["copy_in", width] = copy_in, (reading, jax.eval_shape(copy, reading)), (0,)
+            shared = laid(jax.eval_shape(copy, reading), mesh, None, KV_HEADS)
+            jobs["copy_out", width] = _Job(copy, (reading,), shared)
+            jobs["copy_in", width] = _Job(copy_in, (reading, shared), reading, donated=(0,))
+            self.shared_bytes[width] = tree_bytes(shared)
         pool = concurrent.futures.ThreadPoolExecutor()  # XLA lets others run while it compiles
         try:
-            compiling = {
-                pool.submit(jax.jit(function, donate_argnums=donated).lower(*args).compile): name
-                for name, (function, args, donated) in jobs.items()
-            }
+            compiling = {pool.submit(job.lowered(mesh).compile): name for name, job in jobs.items()}
             done = concurrent.futures.as_completed(compiling)
             self._compiled = {
                 compiling[future]: future.result()
@@ -125,8 +144,9 @@ class Programs:
         first = Request(tokens=(0,), max_new_tokens=1)
         asked_of(first, (), model.config.vocab_size)  # JAX compiles copies of arrays, too: not at a request
         self._leaves = leaves
-        self.reading, self.slots = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (reading, held))
-        self.shared_bytes = {width: tree_bytes(jobs["copy_in", width][1][1]) for width in self.widths}
+        self.reading, self.slots = jax.tree.map(
+            lambda x: jnp.zeros(x.shape, x.dtype, device=x.sharding), (reading, held)
+        )
         self.compile_s = time.perf_counter() - begin
 
     def width_of(self, tokens: int) -> int:
@@ -185,8 +205,8 @@ class Programs:
 def shapes(
     model: Llama, strategy: CacheStrategy, *, context: int, chunk_tokens: int
 ) -> tuple[Reading, Slots]:
-    """Shapes of the buffer that prompts are read into, and of a row."""
-    config = model.config
+    """Shapes of the buffer that prompts are read into, and of a row, which every part of `data` has whole."""
+    config, mesh = model.config, model.mesh
     request, vocab = Request(tokens=(0,), max_new_tokens=1), config.vocab_size
 
     def build(tokens: Int[Array, "1 1"]) -> tuple[Reading, Slots]:
@@ -206,7 +226,20 @@ def shapes(
         )
         return reading, row
 
-    return jax.eval_shape(build, jax.ShapeDtypeStruct((1, 1), jnp.int32))
+    reading, row = jax.eval_shape(build, jax.ShapeDtypeStruct((1, 1), jnp.int32))
+    lying = (
+        laid(read, mesh, None, KV_HEADS)._replace(sums=laid(read.sums, mesh, None, PARTS)) for read in reading
+    )
+    return tuple(lying), _lying(row, mesh, None)
+
+
+def _lying(slots: Slots, mesh: Mesh | None, rows: str | None) -> Slots:
+    """Shapes of slots on a mesh, whose rows lie over this axis."""
+
+    def lay(path: tuple[Any, ...], leaf: Any) -> Any:
+        return laid(leaf, mesh, rows, *((KV_HEADS,) if path[0].name == "cache" else ()))
+
+    return jax.tree.map_with_path(lay, slots)
 
 
 def _score(model: Llama, x: Float[Array, "T D"], token: Int[Array, "T"], scored: Bool[Array, ""]) -> LogProbs:

@@ -252,7 +252,7 @@ class Stats:
     """An engine at a moment; counters are since its start.
 
     `cache_bytes` are those of all slots, and `full_cache_bytes` what they would weigh with a full cache;
-    `reading_bytes` those of the buffer that prompts are read into.
+    `reading_bytes` those of the buffer that prompts are read into. On a mesh, arrays count once, as a whole.
     """
 
     slots: int

@@ -6,6 +6,7 @@
 A row's tokens are those it has alone: rows have their own lengths, keys and numbers, and nothing of one goes
 into another. So a slot needs no cleaning: a row that ends is inactive, and the next one overwrites it. The
 next burst makes it count no tokens, only because those cost time.
+On a mesh, slots lie over `data`, and what is here is what each device does with its own.
 The names are JetStream's, whose engines this one resembles.
 """
 
@@ -24,8 +25,9 @@ from kivi_jax.config import ModelConfig
 from kivi_jax.generation.generate import Draw, draw, is_finite
 from kivi_jax.generation.requests import MOST_LOG_PROBS, MOST_STOP_IDS, Request
 from kivi_jax.generation.sampling import RowSampler
+from kivi_jax.mesh import any_row, first_row, has_rows_elsewhere
 from kivi_jax.model.chunks import Reading, hold_reading
-from kivi_jax.model.llama import Llama
+from kivi_jax.model.llama import Llama, decode_part
 from pallas_kernels.pytree import pytree
 
 BURST = 32  # steps at most
@@ -148,9 +150,14 @@ def empty_slots(row: Slots, slots: int) -> Slots:
 
 def insert(slots: Slots, row: Slots, slot: Int[Array, ""]) -> Slots:
     """The slots with a row in one of them. A row's cache that is narrower is the first of its slot."""
+    rows = slots.active.shape[0]
+    own = slot - first_row(rows)
+    is_here = (own >= 0) & (own < rows)
 
     def write(held: Array, new: Array) -> Array:
-        first = (slot * new.shape[0], *(jnp.int32(0) for _ in range(new.ndim - 1)))
+        first = (own, *(jnp.int32(0) for _ in range(new.ndim - 1)))
+        if has_rows_elsewhere():  # one of whose devices it is: here some row is written again
+            new = jnp.where(is_here, new, jax.lax.dynamic_slice(held, first, new.shape))
         return jax.lax.dynamic_update_slice(held, new, first)
 
     return jax.tree.map(write, slots, row)
@@ -180,8 +187,8 @@ def burst(
 
     def goes_on(state: tuple[Array, Slots, Burst]) -> Bool[Array, ""]:
         step, slots, _ = state
-        one_ended = (slots.active != begun).any()
-        return (step < most) & slots.active.any() & ~(stops & one_ended)
+        one_ended = any_row(slots.active != begun)
+        return (step < most) & any_row(slots.active) & ~(stops & one_ended)
 
     def advance(state: tuple[Array, Slots, Burst]) -> tuple[Array, Slots, Burst]:
         step, slots, drawn = state
@@ -218,7 +225,7 @@ def _step(model: Llama, slots: Slots) -> tuple[Int[Array, "S"], Bool[Array, "S"]
     finite = is_finite(slots.logits, token)
     left = slots.left - active.astype(jnp.int32)
     active &= (left > 0) & ~(token[:, None] == asked.ends).any(-1)
-    new, cache = model.decode(token, slots.cache, active)
+    new, cache = decode_part(model, slots.cache, token, active)
     slots = Slots(
         cache,
         jnp.where(active[:, None], new, slots.logits),

@@ -15,10 +15,12 @@ from kivi_jax.cache.prompt_selectors import ALL_QUERIES
 from kivi_jax.cache.segments import Segment
 from kivi_jax.cache.strategy import CacheStrategy, KVCache
 from kivi_jax.config import ModelConfig
+from kivi_jax.mesh import add_replicas
 from kivi_jax.model.expected_queries import no_queries
 from kivi_jax.model.llama import Llama
 from kivi_jax.model.read import Read
 from kivi_jax.model.reading import read_block
+from kivi_jax.model.sharding import part_of
 
 Reading = tuple[Read, ...]  # of one prompt: a layer each
 Shared = tuple[tuple[Array, Array], ...]  # keys and values of a reading's first tokens
@@ -54,18 +56,22 @@ def read_chunk(
 
     The prompt has `lengths` tokens in all; what the buffer holds before `first` are its own, or those of
     another one that begins alike. A chunk that `begins` a prompt forgets what another one's queries said.
+    On a mesh, model and buffer are a device's own parts.
     """
-    config, x = model.config, model.embedded(tokens)
+    config, x = part_of(model.config, model.mesh), model.embedded(tokens)
     layers: list[Read] = []
     for index, (layer, read) in enumerate(zip(model.layers, reading, strict=True)):
         observed, expects = strategy.asks_of(config.window_of(index))
         if observed:
-            read = read._replace(weights=jnp.where(begins, 0, read.weights))
+            known = jnp.where(begins, 0, read.weights)  # by all replicas: a chunk's are added to it at once
+            read = read._replace(weights=jnp.zeros_like(known))
         if expects:
             assert read.sums is not None
             read = read._replace(sums=type(read.sums)(*(jnp.where(begins, 0, x) for x in read.sums)))
         kind = config.first_like(index)
         x, read = read_block(layer, kind, x, read, first, lengths, config, observed=observed)
+        if observed:
+            read = read._replace(weights=known + add_replicas(read.weights))
         layers.append(read)
     return x, tuple(layers)
 

@@ -299,12 +299,13 @@ def _decode(
 ) -> tuple[Float[Array, "B V"], KVCache]:
     model = flat.tree()
     _check_shapes(model.config, cache)
-    return over_mesh(_step, model, cache, token, active)
+    return over_mesh(decode_part, model, cache, token, active)
 
 
-def _step(
+def decode_part(
     model: Llama, cache: KVCache, token: Int[Array, "B"], active: Bool[Array, "B"]
 ) -> tuple[Float[Array, "B V"], KVCache]:
+    """What a device computes of `Llama.decode`, of its part of the model, the cache and the rows."""
     config = part_of(model.config, model.mesh)
     x = model.embedded(token)[:, None]
     alike = [cache.strategy.first_growing_like(config, index) for index in range(config.num_layers)]

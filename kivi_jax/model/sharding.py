@@ -237,6 +237,37 @@ def placed_cache(cache: T, mesh: Mesh | None, rows: int) -> T:
     return jax.device_put(cache, jax.tree.map(lambda x: cache_sharding(x.shape, mesh, rows), cache))
 
 
+def laid(tree: T, mesh: Mesh | None, *axes: str | tuple[str, ...] | None) -> T:
+    """Shapes of arrays, each with its first axes over these of a mesh, and whole along the others."""
+    if mesh is None:
+        return tree
+
+    def lay(leaf: Any) -> jax.ShapeDtypeStruct:
+        sharding = NamedSharding(mesh, PartitionSpec(*axes[: len(leaf.shape)]))
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return jax.tree.map(lay, tree)
+
+
+def by_device(
+    run: Callable[..., T], mesh: Mesh | None, inputs: tuple[Any, ...], outputs: Any
+) -> Callable[..., T]:
+    """`run` by each device of a mesh, of its parts: arrays lie as `inputs` do, and results as `outputs`."""
+    if mesh is None:
+        return run
+    specs = jax.tree.map(lambda leaf: leaf.sharding.spec, (inputs, outputs))
+    return jax.shard_map(run, mesh=mesh, in_specs=specs[0], out_specs=specs[1], check_vma=False)
+
+
+def bytes_of_device(tree: Any) -> int:
+    """Bytes that each device has of arrays, or would have of shapes that are `laid`."""
+    leaves = jax.tree.leaves(tree)
+    shapes = [
+        leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape) for leaf in leaves
+    ]
+    return sum(math.prod(shape) * leaf.dtype.itemsize for leaf, shape in zip(leaves, shapes, strict=True))
+
+
 def over_mesh(
     run: Callable[..., tuple[Any, T]], model: OnMesh, cache: T | None, *by_row: Array
 ) -> tuple[Any, T]:

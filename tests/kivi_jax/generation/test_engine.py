@@ -2,8 +2,10 @@
 
 import asyncio
 import contextlib
+import copy
 import functools
 import time
+import types
 from typing import Any, NamedTuple
 
 import jax
@@ -422,6 +424,13 @@ def test_requests_out_of_range_are_refused(fields, message):
 def test_engines_that_cannot_be_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         Engine(MODEL, cache="full", **(dict(context=CONTEXT) | options))
+
+
+def test_devices_of_several_hosts_are_refused():
+    model = copy.copy(MODEL)
+    model.mesh = types.SimpleNamespace(is_multi_process=True)
+    with pytest.raises(NotImplementedError, match="an engine runs on devices of one host"):
+        Engine(model, cache="full", slots=1)
 
 
 def test_an_engine_fills_the_memory_it_is_given_and_ends_when_it_breaks(monkeypatch, caplog):

@@ -26,9 +26,11 @@ from convert.orbax import save
 from kivi_jax.bench import mesh as bench
 from kivi_jax.cache.strategy import KVCache
 from kivi_jax.commands.app import app
+from kivi_jax.generation.engine import Engine
+from kivi_jax.generation.programs import shapes
 from kivi_jax.model.llama import _decode
-from kivi_jax.model.sharding import placed_cache, spread
-from pallas_kernels.pytree import Flat
+from kivi_jax.model.sharding import bytes_of_device, placed_cache, spread
+from pallas_kernels.pytree import Flat, tree_bytes
 from tests.convert.checkpoints import LLAMA, family_tensors, write_checkpoint
 from tests.convert.families import VARIANTS, raw_config
 from tests.convert.gguf_files import write_gguf
@@ -111,6 +113,57 @@ def compare(cache: str, data: str, heads: str, kv_heads: str = "2") -> dict[str,
         # An array lies over rows, and over KV heads as far as there are any.
         "parts": sorted({x.nbytes / x.addressable_shards[0].data.nbytes for x in ours if x.ndim > 1}),
     }
+
+
+def engine(cache: str, data: str, heads: str) -> dict[str, Any]:
+    """What an engine answers, beside `generate` on one device, and what its programs hold and say."""
+    model, numbers = random_llama(MODEL), dict(slots=4, context=48, chunk_tokens=32)
+    rng = np.random.default_rng(1)
+    prompts = [rng.integers(0, MODEL.vocab_size, length).tolist() for length in (5, 36, 17, 3, 36, 24, 9)]
+    prompts[4][:34] = prompts[1][:34]
+    ids, lengths = np.zeros((len(prompts), 36), np.int32), np.array([len(prompt) for prompt in prompts])
+    for row, prompt in zip(ids, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    alone = kj.generate(model, ids, lengths, cache=CACHES[cache], max_new_tokens=STEPS, eos_ids=()).tokens
+    compiled: list[str] = []
+
+    def listen(event: str, seconds: float, **_: object) -> None:
+        compiled.extend([event] * event.endswith("backend_compile_duration"))
+
+    with Engine(on(model, int(data), int(heads)), cache=CACHES[cache], **numbers) as running:
+        jax.monitoring.register_event_duration_secs_listener(listen)
+        requests = [kj.Request(tokens=prompt, max_new_tokens=STEPS, stop_ids=()) for prompt in prompts]
+        handles = [running.submit(request) for request in requests[:3]]
+        next(iter(handles[0]))
+        handles += [running.submit(request) for request in requests[3:]]
+        next(iter(handles[2]))
+        handles[2].cancel()
+        got = [list(handle.result(100.0).tokens) for handle in handles]
+        stats, programs = running.stats(), running._programs
+        jax.monitoring.unregister_event_duration_listener(listen)
+    leaves = [leaf for leaf in jax.tree.leaves(programs.slots.cache) if leaf.ndim > 1]
+    return {
+        "tokens": got,
+        "alone": [row[: len(tokens)] for row, tokens in zip(alone.tolist(), got, strict=True)],
+        "cached tokens": stats.cached_tokens,
+        "compiled": compiled,
+        "collectives": collectives(programs._compiled["burst", 0]),
+        "parts": sorted({leaf.nbytes / leaf.addressable_shards[0].data.nbytes for leaf in leaves}),
+        "order": running._order,
+    }
+
+
+def engines_that_cannot_be() -> list[Any]:
+    """What is said of numbers that do not fit, and the part of a row and of weights that each device has."""
+    said: list[Any] = []
+    model = on(random_llama(MODEL), 2, 2)
+    row = shapes(model, CACHES["full"], context=16, chunk_tokens=16)[1]
+    for numbers in (dict(slots=3), dict(memory_bytes=1000)):
+        try:
+            Engine(model, cache="full", context=16, **numbers)
+        except ValueError as error:
+            said.append(str(error))
+    return [*said, *(bytes_of_device(tree) / tree_bytes(tree) for tree in (row.cache, model))]
 
 
 def generated() -> dict[str, Any]:
@@ -201,6 +254,13 @@ def commands() -> dict[str, Any]:
             options = (*cache, *mesh)
             said = [call("chat", model, "--max-new-tokens", 4, *options, stdin="w3 w5\nw7\n")]
             call("cache", "save", model, text, out / "prefix", *options)
+            asked = {"model": "hf", "prompt": ["w3 w5", "w7"], "max_tokens": 4, "temperature": 0}
+            line = {"custom_id": "1", "method": "POST", "url": "/v1/completions", "body": asked}
+            source = Path(folder) / "in.jsonl"
+            source.write_text(json.dumps(line))
+            call("batch", model, source, "--out", out / "answers", "--context", 32, "--slots", 2, *options)
+            [answer] = (out / "answers").read_text().splitlines()
+            said.append([one["text"] for one in json.loads(answer)["response"]["body"]["choices"]])
             said.append(
                 call("generate", model, "w6", "--prefix", out / "prefix", "--max-new-tokens", 4, *mesh)
             )

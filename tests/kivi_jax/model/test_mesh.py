@@ -16,6 +16,11 @@ from kivi_jax.plan.shapes import SHAPES
 CACHES = ("full", "kivi2", "scope", "kivi2+scope")
 MESHES = ((1, 1), (2, 1), (1, 2), (1, 4), (1, 8), (2, 4))
 FEW = ("compare:full:1:2", "compare:kivi2+scope:2:4")
+ENGINE = "engine:kivi2:2:2"
+ENGINES = (
+    *(f"engine:{cache}" for cache in ("full:1:2", "kivi2:2:1", "scope:2:2", "kivi2+scope:2:2")),
+    *(f"engine:{cache}:2:4" for cache in ("scope", "draws")),
+)
 MANY = (
     *(f"compare:{cache}:{data}:{model}" for cache in CACHES for data, model in MESHES),
     "compare:draws:2:4",
@@ -39,12 +44,12 @@ def on_eight_devices(*parts):
 
 @pytest.fixture(scope="module")
 def found():
-    return on_eight_devices("refusals", "files", *FEW)
+    return on_eight_devices("refusals", "files", "engines_that_cannot_be", ENGINE, *FEW)
 
 
 @pytest.fixture(scope="module")
 def found_slowly():
-    return on_eight_devices("generated", "commands", "families", "benched", *MANY)
+    return on_eight_devices("generated", "commands", "families", "benched", *ENGINES, *MANY)
 
 
 def check(part, facts):
@@ -96,6 +101,45 @@ def test_meshes_that_do_not_fit_are_refused(found):
         "a mesh of data=3 times model=3 needs 9 devices, there are 8: pass numbers whose product is at most 8"
     )
     assert none == "data=0 and model=1 of a mesh must be positive"
+
+
+def check_engine(part, facts):
+    """Requests get what they get alone; slots lie over devices, and in a burst no cache moves."""
+    _, cache, data, model = part.split(":")
+    data, model = int(data), int(model)
+    assert facts["tokens"] == facts["alone"]
+    assert [len(tokens) for tokens in facts["tokens"]].count(12) >= 6  # but for one that was cancelled
+    shared = {"full": 34, "kivi2": 34, "scope": 32}  # nothing where every query of a prompt counts
+    assert facts["cached tokens"] == shared.get(cache, 0)
+    assert facts["compiled"] == []
+    assert facts["parts"] == [data * min(model, 2)]
+    assert facts["order"] == ([0, 2, 1, 3] if data == 2 else [0, 1, 2, 3])
+    said = facts["collectives"]
+    assert said.pop("all-gather", 0) == (model > 1)  # logits
+    weighs = cache == "scope" and model > 2
+    ended = 2 * (data > 1)  # whether any row has, and whether all have
+    assert said.pop("all-reduce") <= (2 + weighs) * (model > 1) + ended
+    assert said == {}
+
+
+def test_an_engine_gives_what_one_device_does(found):
+    check_engine(ENGINE, found[ENGINE])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ENGINES)
+def test_every_engine_gives_what_one_device_does(found_slowly, part):
+    check_engine(part, found_slowly[part])
+
+
+def test_slots_divide_over_devices(found):
+    slots, memory, cache, weights = found["engines_that_cannot_be"]
+    assert slots == "slots=3 do not divide over data=2 devices: pass slots=4, or a mesh of another data="
+    assert "leaves no room for a slot of" in memory
+    assert cache == pytest.approx(
+        0.5, abs=0.01
+    )  # a row is on one device of data, and half of it on each of model
+    assert 0.5 < weights < 0.6
 
 
 @pytest.mark.slow
