@@ -64,7 +64,7 @@ def packing() -> Iterator[Check]:
     axes: tuple[GroupAxis, ...] = ("token", "channel")
     for axis, bits in itertools.product(axes, (1, 2, 4, 8)):
         pack = functools.partial(_pack, axis, bits)
-        yield Check(f"{bits} bits, groups of a {axis}'s", pack, (_numbers(1, _KV_HEADS, 128, _DIM),))
+        yield Check(f"{bits} bits, groups over {axis}s", pack, (_numbers(1, _KV_HEADS, 128, _DIM),))
 
 
 def steps() -> Iterator[Check]:
