@@ -65,7 +65,7 @@ def test_equals_xla_bit_for_bit(case):
 
 
 @pytest.mark.parametrize("group_axis", ["token", "channel"])
-@pytest.mark.parametrize(("scale_dtype", "trim"), zip(SIXTEEN_BITS, (1 / 16, 0.0), strict=True))
+@pytest.mark.parametrize(("scale_dtype", "trim"), [("float16", 1 / 16), ("bfloat16", 0.0)])
 def test_equals_xla_on_a_prompt(group_axis, scale_dtype, trim):
     """KIVI's default groups; every row has runs of its own."""
     x = (3 * normal(0, 2, 2, 256, 128) + 1).astype(jnp.bfloat16)
