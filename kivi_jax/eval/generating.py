@@ -1,5 +1,11 @@
-"""Samples to predictions: greedy, batched, resumed where a file already holds some."""
+"""Samples to predictions: greedy, many at a time, resumed where a file already holds some.
 
+A batch waits for its longest row, and cannot see that a string has ended one; an engine's rows end by
+themselves, but it reads prompts one by one. So samples with stop strings go through an engine.
+"""
+
+import contextlib
+import functools
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,15 +18,19 @@ from rich.progress import Progress
 from kivi_jax.cache.strategy import CacheStrategy
 from kivi_jax.eval.jobs import Record, finish, in_batches
 from kivi_jax.eval.samples import Sample
+from kivi_jax.generation.engine import Engine
 from kivi_jax.generation.generate import generate
+from kivi_jax.generation.requests import Request
 from kivi_jax.generation.stops import find_stop
 from kivi_jax.generation.templates import user_turn, write
 from kivi_jax.generation.text import decode_after, text_before
 from kivi_jax.generation.tokens import encode_as_is, pad_prompts, padded_width
+from kivi_jax.mesh import ROWS, parts_of
 from kivi_jax.model.llama import Llama
 
 Encoded = tuple[Sample, list[int]]
 FIELDS = ("task", "prediction", "answers")  # of every record
+_FILLS = 4  # times an engine's slots are filled before records are written
 
 
 def predict(
@@ -40,7 +50,7 @@ def predict(
 
     Samples of one padded width and as many new tokens share a compiled program and are computed together; a
     batch that is not full is padded with rows that are thrown away, so a prediction does not depend on where
-    an earlier run was cut off.
+    an earlier run was cut off. Those that a string ends share an engine's slots.
 
     Args:
         model: the model.
@@ -58,17 +68,26 @@ def predict(
         ValueError: the tokenizer has no chat template but one is asked for; or see `jobs.finish`.
     """
     encoded = [(sample, encode(tokenizer, sample, max_length=max_length, chat=chat)) for sample in samples]
-    counts = Counter(map(_program, encoded))
+    free, stopped = ([item for item in encoded if bool(item[0].stop) == stops] for stops in (False, True))
+    counts = Counter(map(_program, free))
 
-    def compute(batch: Sequence[Encoded]) -> list[Record]:
-        prompts = [ids for _, ids in batch]
-        rows = continue_prompts(
+    def in_a_batch(batch: Sequence[Encoded]) -> list[list[int]]:
+        return continue_prompts(
             model,
-            prompts,
+            [ids for _, ids in batch],
             cache=cache,
             max_new_tokens=batch[0][0].max_new_tokens,
             rows=min(batch_size, counts[_program(batch[0])]),
         )
+
+    @functools.cache
+    def engine() -> Engine:  # and not before it is needed: it compiles
+        slots = -(-batch_size // (data := parts_of(model.mesh, ROWS))) * data
+        context = max(len(ids) + sample.max_new_tokens for sample, ids in stopped)
+        return stack.enter_context(Engine(model, tokenizer, cache=cache, slots=slots, context=context))
+
+    def compute(batch: Sequence[Encoded]) -> list[Record]:
+        rows = in_slots(engine(), batch) if batch[0][0].stop else in_a_batch(batch)
         texts = [
             decode_after(tokenizer, text_before(ids, None), new)
             for (_, ids), new in zip(batch, rows, strict=True)
@@ -78,16 +97,32 @@ def predict(
             for (sample, ids), new, text in zip(batch, rows, texts, strict=True)
         ]
 
-    batches = in_batches(encoded, batch_size, key=_program)
-    return finish(
-        path,
-        settings,
-        batches,
-        compute,
-        identify=lambda item: item[0].id,
-        progress=progress,
-        fields=FIELDS,
+    batches = in_batches(free, batch_size, key=_program)
+    batches += in_batches(stopped, _FILLS * batch_size, key=lambda _: ())
+    with contextlib.ExitStack() as stack:
+        return finish(
+            path,
+            settings,
+            batches,
+            compute,
+            identify=lambda item: item[0].id,
+            progress=progress,
+            fields=FIELDS,
+        )
+
+
+def in_slots(engine: Engine, batch: Sequence[Encoded]) -> list[list[int]]:
+    """The new tokens of every sample, greedy, up to those that complete a stop string."""
+    answers = engine.complete(
+        Request(
+            tokens=ids,
+            max_new_tokens=sample.max_new_tokens,
+            stop=sample.stop,
+            stop_ids=engine.model.config.eos_ids,  # `generate`'s
+        )
+        for sample, ids in batch
     )
+    return [list(answer.tokens) for answer in answers]
 
 
 def encode(tokenizer: Any, sample: Sample, *, max_length: int | None, chat: bool) -> list[int]:

@@ -62,8 +62,9 @@ def read_chunk(
     layers: list[Read] = []
     for index, (layer, read) in enumerate(zip(model.layers, reading, strict=True)):
         observed, expects = strategy.asks_of(config.window_of(index))
+        known = read.weights  # of all replicas: a chunk's are added to it at once
         if observed:
-            known = jnp.where(begins, 0, read.weights)  # by all replicas: a chunk's are added to it at once
+            known = jnp.where(begins, 0, known)
             read = read._replace(weights=jnp.zeros_like(known))
         if expects:
             assert read.sums is not None

@@ -1,6 +1,7 @@
 """`kivi-jax eval`: predictions that survive a cut, and what the report says of them."""
 
 import functools
+import contextlib
 import json
 import os
 import signal
@@ -227,6 +228,8 @@ def test_prompts_are_messages_where_that_is_asked_for(command, tmp_path, monkeyp
     loaded = random_llama(config(vocab_size=VOCAB)), tokenizer
     monkeypatch.setattr("kivi_jax.generation.loading.open_model", lambda *_: loaded)
     monkeypatch.setattr(generating, "continue_prompts", continued)
+    monkeypatch.setattr(generating, "Engine", lambda *_, **__: contextlib.nullcontext())
+    monkeypatch.setattr(generating, "in_slots", lambda _, batch: continued(None, [ids for _, ids in batch]))
     row = {"question": "1 + 1?", "answer": "#### 2"}
     row |= {"input": "Which?", "outputs": ["2"], "answer_prefix": " It is"}
     for file in ("train.jsonl", "test.jsonl", "niah.jsonl"):
