@@ -1,7 +1,7 @@
 """`kivi-jax eval`: predictions that survive a cut, and what the report says of them."""
 
-import functools
 import contextlib
+import functools
 import json
 import os
 import signal
