@@ -216,6 +216,11 @@ def test_mistakes_end_in_one_line(command, model, arguments, message, tmp_path, 
 ANSWERS = {"gsm8k": "Answer:", "ruler": " It is", "needle": " The pass key is"}
 
 
+class NoEngine(contextlib.nullcontext):
+    def __init__(self, *_, **__):
+        super().__init__(self)
+
+
 @pytest.mark.parametrize("name", ANSWERS)
 def test_prompts_are_messages_where_that_is_asked_for(command, tmp_path, monkeypatch, name):
     """What an evaluation lets an answer begin with begins the reply."""
@@ -228,7 +233,7 @@ def test_prompts_are_messages_where_that_is_asked_for(command, tmp_path, monkeyp
     loaded = random_llama(config(vocab_size=VOCAB)), tokenizer
     monkeypatch.setattr("kivi_jax.generation.loading.open_model", lambda *_: loaded)
     monkeypatch.setattr(generating, "continue_prompts", continued)
-    monkeypatch.setattr(generating, "Engine", lambda *_, **__: contextlib.nullcontext())
+    monkeypatch.setattr(generating, "Engine", NoEngine)
     monkeypatch.setattr(generating, "in_slots", lambda _, batch: continued(None, [ids for _, ids in batch]))
     row = {"question": "1 + 1?", "answer": "#### 2"}
     row |= {"input": "Which?", "outputs": ["2"], "answer_prefix": " It is"}

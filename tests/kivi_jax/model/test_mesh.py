@@ -136,10 +136,8 @@ def test_slots_divide_over_devices(found):
     slots, memory, cache, weights = found["engines_that_cannot_be"]
     assert slots == "slots=3 do not divide over data=2 devices: pass slots=4, or a mesh of another data="
     assert "leaves no room for a slot of" in memory
-    assert cache == pytest.approx(
-        0.5, abs=0.01
-    )  # a row is on one device of data, and half of it on each of model
-    assert 0.5 < weights < 0.6
+    assert cache == pytest.approx(0.5, abs=0.01)  # of a row: a head on each of two devices
+    assert 0.5 < weights < 0.7  # embeddings are on every device
 
 
 @pytest.mark.slow
