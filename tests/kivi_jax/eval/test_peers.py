@@ -10,7 +10,7 @@ from kivi_jax.eval import peers
 from kivi_jax.eval.frontier import Text
 from tests.convert.checkpoints import LLAMA, write_checkpoint
 
-CONFIG = LLAMA | dict(eos_token_id=None, num_hidden_layers=1, max_position_embeddings=160)
+CONFIG: dict[str, Any] = LLAMA | dict(eos_token_id=None, num_hidden_layers=1, max_position_embeddings=160)
 TOKENS = 140  # past the prompt
 ROW = 2 * CONFIG["num_key_value_heads"] * CONFIG["head_dim"] * (TOKENS - 1)  # numbers of a full cache
 
