@@ -53,7 +53,8 @@ def open_peers(model: str, dtype: str, names: Sequence[str]) -> tuple[Any, dict[
     except (ImportError, OSError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"transformers cannot decode with {', '.join(names)}: {reason}") from error
-    return theirs.eval().requires_grad_(False).to("cuda" if torch.cuda.is_available() else "cpu"), found
+    device: Any = "cuda" if torch.cuda.is_available() else "cpu"
+    return theirs.eval().requires_grad_(False).to(device), found
 
 
 def _read(name: str) -> tuple[str, dict[str, int]]:
@@ -130,7 +131,10 @@ def _compare(theirs: Any, tokens: np.ndarray, cache: Any) -> tuple[np.ndarray, n
             divergence = (expected.exp() * (expected - got)).sum(-1)
             scored.append((nll, divergence, expected.argmax(-1) == got.argmax(-1)))
             held = max(held, cache_bytes(cache))
-    return *(np.stack([x.cpu().numpy() for x in column], 1) for column in zip(*scored, strict=True)), held
+    nll, divergence, same = (
+        np.stack([x.cpu().numpy() for x in column], 1) for column in zip(*scored, strict=True)
+    )
+    return nll, divergence, same, held
 
 
 def cache_bytes(cache: Any) -> int:

@@ -1,5 +1,7 @@
 """transformers' caches on the windows of `kivi-jax eval frontier`."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 from rich.progress import Progress
@@ -8,7 +10,7 @@ from kivi_jax.eval import peers
 from kivi_jax.eval.frontier import Text
 from tests.convert.checkpoints import LLAMA, write_checkpoint
 
-CONFIG = LLAMA | dict(eos_token_id=None, num_hidden_layers=1, max_position_embeddings=160)
+CONFIG: dict[str, Any] = LLAMA | dict(eos_token_id=None, num_hidden_layers=1, max_position_embeddings=160)
 TOKENS = 140  # past the prompt
 ROW = 2 * CONFIG["num_key_value_heads"] * CONFIG["head_dim"] * (TOKENS - 1)  # numbers of a full cache
 
@@ -26,7 +28,9 @@ def records(torch, tmp_path):
     text = Text("book", [(str(i), row[:1], row[1:]) for i, row in enumerate(rows)])
 
     def measured(theirs, new_cache):
-        options = dict(path=tmp_path / "peer.jsonl", settings={"eval": "frontier"}, batch_size=2)
+        options: dict[str, Any] = dict(
+            path=tmp_path / "peer.jsonl", settings={"eval": "frontier"}, batch_size=2
+        )
         with Progress(disable=True) as progress:
             return peers.measure(theirs, [text], new_cache=new_cache, **options, progress=progress)
 
