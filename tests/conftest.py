@@ -12,8 +12,10 @@ ROOT = Path(__file__).parents[1]
 SHARED = Path(os.environ.get("KIVI_JAX_SHARED", ROOT.parent / "shared"))
 
 # Most of a test's time is XLA's compiling, of programs that run once and briefly: LLVM's optimizations and
-# the fusion emitters are two thirds of it. The caller's flags come last, and win. Subprocesses inherit these.
-CHEAP = "--xla_backend_optimization_level=0"
+# the fusion emitters are two thirds of it. Parts that compile side by side repeat what they share, a fifth
+# of what is left, and find no free core beside other workers. The caller's flags come last, and win.
+# Subprocesses inherit these.
+CHEAP = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
 if jax.__version_info__ < (0, 11):  # XLA ends the process over a flag it does not know
     CHEAP += " --xla_cpu_use_fusion_emitters=false"
 os.environ["XLA_FLAGS"] = f"{CHEAP} {os.environ.get('XLA_FLAGS', '')}"
@@ -48,10 +50,15 @@ def torch() -> ModuleType:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark those that need PyTorch, so that they can be chosen."""
+    """Mark those that need PyTorch, so that they can be chosen; tests of the longest fixture run first.
+
+    The first tests are one worker's; later ones another may take over, which would make the fixture once
+    more, or start it when all else is done.
+    """
     for item in items:
         if "torch" in getattr(item, "fixturenames", ()):
             item.add_marker("torch")
+    items.sort(key=lambda item: "found_slowly" not in getattr(item, "fixturenames", ()))
 
 
 @pytest.fixture(scope="module", autouse=True)

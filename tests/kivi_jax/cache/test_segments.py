@@ -13,15 +13,20 @@ from kivi_jax.cache.dense import DenseTokens
 from kivi_jax.cache.kivi import KiviQuantization, KiviTokens
 from kivi_jax.cache.segments import Step
 from pallas_kernels.partials import normalize
-from tests.draws import normal
+from tests import draws
 from tests.oracles.kivi import ListKivi, attention
 
 BATCH, KV_HEADS, GROUPS = 3, 2, 2
 
 
+def normal(seed, *shape):
+    """As NumPy's, of which a slice compiles nothing."""
+    return np.asarray(draws.normal(seed, *shape))
+
+
 def step(key, value, active):
     """A step of which only the token matters."""
-    return Step(key, key, value, jnp.asarray(np.zeros(key.shape[:2], np.float32)), active)
+    return Step(*map(jnp.asarray, (key, key, value, np.zeros(key.shape[:2], np.float32), active)))
 
 
 @jax.jit
@@ -34,14 +39,18 @@ def attend(segment, query):
     return normalize(segment.attend(query))
 
 
+@jax.jit
+def materialize(segment):
+    return segment.materialize()
+
+
 def stream(segment, keys, values, steps, active=None):
     """Append `steps` tokens per row, the next ones of `keys` and `values` [B, K, T, H]."""
-    keys, values, rows = np.asarray(keys), np.asarray(values), np.arange(keys.shape[0])
+    rows = np.arange(len(keys))
     for i in range(steps):
         on = np.ones(len(rows), bool) if active is None else active[i]
         at = np.asarray(segment.lengths)
-        token = jnp.asarray(keys[rows, :, at]), jnp.asarray(values[rows, :, at])
-        segment = append(segment, step(*token, jnp.asarray(on)))
+        segment = append(segment, step(keys[rows, :, at], values[rows, :, at], on))
     return segment
 
 
@@ -49,6 +58,7 @@ DEFAULTS = dict(
     key_bits=2, value_bits=4, key_group_size=4, value_group_size=4, residual_length=8, scale_dtype="float32"
 )
 from_prompt = jax.jit(KiviTokens.from_prompt, static_argnames=("quantization", "capacity", "window"))
+dense_tokens = jax.jit(DenseTokens.from_prompt, static_argnames=("capacity", "window"))
 
 
 def kivi_tokens(keys, values, lengths, *, capacity, window=None, **options):
@@ -105,11 +115,11 @@ def test_kivi_denotes_what_the_lists_hold(
         rotate_keys=turned,
     )
     segment = stream(segment, keys, values, steps)
-    held = segment.materialize()
-    out = attend(segment, query)
+    held = jax.tree.map(np.asarray, materialize(segment))
+    out = np.asarray(attend(segment, query))
     for b in range(BATCH):
         n = lengths[b] + steps
-        position = np.asarray(held.position[b, 0])
+        position = held.position[b, 0]
         assert sorted(position[position >= 0]) == list(range(n))
         order = np.argsort(position)[(position < 0).sum() :]
         for k in range(KV_HEADS):
@@ -142,13 +152,13 @@ def test_window_sees_the_last_tokens_and_holds_few(dense, sinks, window, lengths
     query = normal(5, BATCH, KV_HEADS, 8)
     prompt = keys[:, :, :30], values[:, :, :30]
     if dense:
-        segment = DenseTokens.from_prompt(*prompt, jnp.asarray(lengths), capacity=90, window=window)
+        segment = dense_tokens(*prompt, jnp.asarray(lengths), capacity=90, window=window)
         assert segment.keys.shape[2] == window
     else:
         segment = kivi_tokens(*prompt, lengths, capacity=90, window=window, sinks=sinks)
         assert segment.keys.shape[2] == -(-(window + 8) // 32) * 32
     segment = stream(segment, keys, values, steps)
-    out = attend(segment, query)
+    out = np.asarray(attend(segment, query))
     for b in range(BATCH):
         n = lengths[b] + steps
         first = max(0, n - window + 1)
@@ -171,12 +181,12 @@ PROMPT = normal(21, BATCH, KV_HEADS, SLOTS, 4), normal(22, BATCH, KV_HEADS, SLOT
 @settings(max_examples=20, deadline=None)
 @given(st.lists(st.integers(0, SLOTS), min_size=BATCH, max_size=BATCH), st.sampled_from([1.0, 0.25]))
 def test_no_more_than_a_quarter_or_half_of_the_slots_is_read_if_no_row_has_filled_more(lengths, filled):
-    keys, values = (np.asarray(x) for x in PROMPT)
+    keys, values = PROMPT
     query, lengths = normal(23, BATCH, KV_HEADS * GROUPS, 4), [int(n * filled) for n in lengths]
     width = next(width for width in (65, 129, 258) if width >= max(lengths))
     is_unread = np.arange(SLOTS) >= width
     given = (jnp.asarray(np.where(is_unread[:, None], np.nan, x)) for x in (keys, values))
-    out = attend(DenseTokens(*given, jnp.asarray(lengths), None), query)
+    out = np.asarray(attend(DenseTokens(*given, jnp.asarray(lengths), None), query))
     for b, k in np.ndindex(BATCH, KV_HEADS):
         for g in range(GROUPS):
             asked = np.asarray(query[b, k * GROUPS + g], np.float64)
@@ -197,8 +207,8 @@ def test_rows_that_ended_hold_what_they_held():
     alone = kivi_tokens(keys[:, :, :8], values[:, :, :8], lengths[:1], capacity=40)
     alone = stream(alone, keys, values, 2)
     assert list(np.asarray(segment.lengths)) == [8, 15]
-    together, apart = segment.materialize(), alone.materialize()
-    held = np.asarray(apart.position[0, 0]) >= 0
+    together, apart = jax.tree.map(np.asarray, (materialize(segment), materialize(alone)))
+    held = apart.position[0, 0] >= 0
     np.testing.assert_array_equal(together.position[0], apart.position[0])
     np.testing.assert_array_equal(together.key[0][:, held], apart.key[0][:, held])
     np.testing.assert_array_equal(together.value[0][:, held], apart.value[0][:, held])
@@ -209,9 +219,7 @@ def test_capacity_exactly_full():
     keys, values = normal(8, 1, KV_HEADS, 64, 8), normal(9, 1, KV_HEADS, 64, 8)
     query = normal(10, 1, KV_HEADS, 8)
     segment = stream(kivi_tokens(keys[:, :, :5], values[:, :, :5], [5], capacity=64), keys, values, 59)
-    dense = DenseTokens.from_prompt(
-        keys[:, :, :5], values[:, :, :5], jnp.asarray([5]), capacity=64, window=None
-    )
+    dense = dense_tokens(keys[:, :, :5], values[:, :, :5], jnp.asarray([5]), capacity=64, window=None)
     dense = stream(dense, keys, values, 59)
     np.testing.assert_array_equal(dense.keys, keys)
     assert list(np.asarray(segment.lengths)) == [64]
@@ -228,12 +236,13 @@ def test_more_bits_are_closer(scale_dtype):
     keys, values = normal(11, 1, 1, 64, 8), normal(12, 1, 1, 64, 8)
     errors = []
     for bits in (1, 2, 4, 8):
-        held = kivi_tokens(
+        segment = kivi_tokens(
             keys, values, [64], capacity=64, key_bits=bits, value_bits=bits, scale_dtype=scale_dtype
-        ).materialize()
-        packed = np.asarray(held.position[0, 0]) >= 0
+        )
+        held = jax.tree.map(np.asarray, materialize(segment))
+        packed = held.position[0, 0] >= 0
         order = held.position[0, 0][packed]
-        errors.append(float(jnp.abs(held.key[0, 0][packed] - keys[0, 0][order]).mean()))
+        errors.append(float(np.abs(held.key[0, 0][packed] - keys[0, 0][order]).mean()))
     assert all(fewer > 1.8 * more for fewer, more in itertools.pairwise(errors)), errors
 
 
