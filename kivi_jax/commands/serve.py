@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 NEEDED = ("openai", "prometheus_client", "starlette", "uvicorn")
 LOCAL = ("127.0.0.1", "localhost", "::1")
 SlotsOption = Annotated[
-    int | None, typer.Option(min=1, help="Rows decoded together; by default 8, for each part of a mesh's data.")
+    int | None,
+    typer.Option(min=1, help="Rows decoded together; by default 8, for each part of a mesh's data."),
 ]
 MemoryOption = Annotated[
     str | None,
