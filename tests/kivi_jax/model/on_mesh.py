@@ -71,7 +71,8 @@ def steps(model: kj.Llama, cache: str) -> tuple[np.ndarray, list[KVCache], Any]:
     """Logits of ragged rows at every step of a greedy continuation, the cache at each, and the program."""
     ids = np.random.default_rng(0).integers(0, model.config.vocab_size, (ROWS, WIDTH), np.int32)
     logits, held = model.prefill(ids, LENGTHS, cache=CACHES[cache], capacity=WIDTH + STEPS)
-    program = _decode.lower(Flat.of(model), greedy(logits), held, ACTIVE).compile()  # as `model.decode` is
+    flat = Flat.of(model)  # as `model.decode` has it
+    program = _decode.lower(flat, greedy(logits), held, ACTIVE).compile()
     seen, caches = [logits], [jax.tree.map(np.asarray, held)]
     for _ in range(STEPS):
         logits, held = program(flat, greedy(logits), held, ACTIVE)
