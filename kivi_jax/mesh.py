@@ -119,6 +119,12 @@ def add_replicas(x: Float[Array, "*B"]) -> Float[Array, "*B"]:
     return jax.lax.psum(x, axes) if axes else x
 
 
+def is_first_replica() -> Bool[Array, ""]:
+    """Whether this device is the first of those that hold the same KV heads."""
+    axes = _spread_over((REPLICAS,))
+    return jax.lax.axis_index(axes) == 0 if axes else jnp.bool_(True)
+
+
 def has_replicas() -> bool:
     """Whether `add_replicas` adds what several devices say."""
     return bool(_spread_over((REPLICAS,)))

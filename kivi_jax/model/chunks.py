@@ -15,7 +15,7 @@ from kivi_jax.cache.prompt_selectors import ALL_QUERIES
 from kivi_jax.cache.segments import Segment
 from kivi_jax.cache.strategy import CacheStrategy, KVCache
 from kivi_jax.config import ModelConfig
-from kivi_jax.mesh import add_replicas
+from kivi_jax.mesh import add_replicas, is_first_replica
 from kivi_jax.model.expected_queries import no_queries
 from kivi_jax.model.llama import Llama
 from kivi_jax.model.read import Read
@@ -62,17 +62,16 @@ def read_chunk(
     layers: list[Read] = []
     for index, (layer, read) in enumerate(zip(model.layers, reading, strict=True)):
         observed, expects = strategy.asks_of(config.window_of(index))
-        known = read.weights  # of all replicas: a chunk's are added to it at once
-        if observed:
-            known = jnp.where(begins, 0, known)
-            read = read._replace(weights=jnp.zeros_like(known))
+        if observed:  # a buffer's weights are of all replicas: only one of them goes on with what is known
+            is_blank = begins | ~is_first_replica()
+            read = read._replace(weights=jnp.where(is_blank, 0, read.weights))
         if expects:
             assert read.sums is not None
             read = read._replace(sums=type(read.sums)(*(jnp.where(begins, 0, x) for x in read.sums)))
         kind = config.first_like(index)
         x, read = read_block(layer, kind, x, read, first, lengths, config, observed=observed)
         if observed:
-            read = read._replace(weights=known + add_replicas(read.weights))
+            read = read._replace(weights=add_replicas(read.weights))
         layers.append(read)
     return x, tuple(layers)
 

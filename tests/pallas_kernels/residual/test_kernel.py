@@ -103,7 +103,11 @@ def test_steps_equal_those_of_xla(case):
         step = Step(query, key, value, jnp.zeros((BATCH, KV_HEADS)), active)
         ours, xla = step_ours(ours, step), step_xla(xla, step)
         for got, want in zip(jax.tree.leaves(ours), jax.tree.leaves(xla), strict=True):
-            np.testing.assert_array_equal(np.asarray(got), np.asarray(want))
+            got, want = np.asarray(got), np.asarray(want)
+            if want.dtype == np.float32:  # a product and a sum may be one instruction, or round twice
+                np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-6)
+            else:
+                np.testing.assert_array_equal(got, want)
 
 
 @pytest.mark.parametrize("dim", [24, 80, 96])
