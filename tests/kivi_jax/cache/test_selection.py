@@ -1,5 +1,6 @@
 """Prompt selectors: against the recorded original, plain NumPy definitions, and their budgets."""
 
+import functools
 import itertools
 from dataclasses import replace
 
@@ -24,7 +25,13 @@ WIDTH, HEADS, DIM = 96, 4, 16
 def prompt(weights, lengths):
     """A prompt of which only weights matter."""
     tokens = jnp.zeros((*weights.shape, 8))
-    return Prompt(tokens, tokens, weights, jnp.asarray(lengths))
+    return Prompt(tokens, tokens, jnp.asarray(weights), jnp.asarray(lengths))
+
+
+def of_head(query, key, b, k):
+    """A KV head's two queries, and its keys for each."""
+    query, key = np.asarray(query), np.asarray(key)
+    return query[b, 2 * k : 2 * k + 2], np.repeat(key[b, k][None], 2, 0)
 
 
 def causal_weights(query, key, length):
@@ -36,18 +43,24 @@ def causal_weights(query, key, length):
     return weight / weight.sum(-1, keepdims=True)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 2, 3))
+def select(selector, prompt, layer, layers):
+    return selector.select(prompt, layer, layers)
+
+
+@functools.partial(jax.jit, static_argnames=("observed", "block"))
 def observed_weights(query, key, lengths, observed, block=7):
     """What prefill accumulates, block by block: [B, K, P]."""
-    width = query.shape[2]
+    width, lengths = query.shape[2], jnp.asarray(lengths)
     total = jnp.zeros(key.shape[:3])
     for first in range(0, width, block):
         part = query[:, :, first : first + block].swapaxes(1, 2)
         position = first + np.arange(part.shape[1])
         start = jnp.int32(first)
         _, log_sum_exp = causal_attention(part, key, key, first=start, window=None)
-        oldest = 0 if observed == ALL_QUERIES else np.asarray(lengths)[:, None] - observed
-        seen = (position[None] >= oldest) & (position[None] < np.asarray(lengths)[:, None])
-        total = add_weights(total, part, key, log_sum_exp, jnp.asarray(seen), first=start)
+        oldest = 0 if observed == ALL_QUERIES else lengths[:, None] - observed
+        seen = (position[None] >= oldest) & (position[None] < lengths[:, None])
+        total = add_weights(total, part, key, log_sum_exp, seen, first=start)
     return total
 
 
@@ -61,7 +74,7 @@ def test_weights_are_the_causal_softmax_summed_over_queries_and_heads(observed):
     for b, n in enumerate(lengths):
         first = 0 if observed == ALL_QUERIES else n - observed
         for k in range(2):
-            heads = causal_weights(query[b, 2 * k : 2 * k + 2], jnp.repeat(key[b, k][None], 2, 0), n)
+            heads = causal_weights(*of_head(query, key, b, k), n)
             np.testing.assert_allclose(got[b, k, :n], heads[:, first:].sum((0, 1)), atol=1e-5)
 
 
@@ -124,11 +137,12 @@ SELECTORS = [
 @given(lengths=st.lists(st.integers(1, 40), min_size=2, max_size=2), seed=st.integers(0, 99))
 def test_budgets_hold_and_recent_tokens_stay(selector, lengths, seed):
     """Per row and layer: real tokens only, each once, no more than the budget, the newest always."""
-    weights = jnp.asarray(np.random.default_rng(seed).random((2, 3, 40)), jnp.float32)
+    weights = np.random.default_rng(seed).random((2, 3, 40), np.float32)
     layers = 4
     counts = []
     for layer in range(layers):
-        positions, kept = selector.select(prompt(weights, lengths), layer, layers)
+        found = select(selector, prompt(weights, lengths), layer, layers)
+        positions, kept = jax.tree.map(np.asarray, found)
         most = selector.most(layer, layers, 40)
         assert positions.shape == (2, 3, most)
         for b, n in enumerate(lengths):
@@ -140,7 +154,7 @@ def test_budgets_hold_and_recent_tokens_stay(selector, lengths, seed):
                 recent = getattr(selector, "recent", getattr(selector, "window", n))
                 assert set(range(max(0, n - recent), n)) <= set(chosen)
         counts.append(kept.tolist())
-        alone, kept_alone = selector.select(prompt(weights[1:], lengths[1:]), layer, layers)
+        alone, kept_alone = select(selector, prompt(weights[1:], lengths[1:]), layer, layers)
         np.testing.assert_array_equal(alone[0], positions[1])
         assert kept_alone[0] == kept[1]
     budget = getattr(selector, "budget", None)
@@ -212,9 +226,9 @@ def test_prompt_selectors_are_their_papers_definitions(name):
         key, value, weights, jnp.asarray(lengths), ExpectedQueries(mean, wide @ wide.swapaxes(2, 3))
     )
     for layer in range(layers):
-        positions, kept = selector.select(whole, layer, layers)
+        positions, kept = jax.tree.map(np.asarray, select(selector, whole, layer, layers))
         for (b, n), k in itertools.product(enumerate(lengths), range(2)):
-            heads = causal_weights(query[b, 2 * k : 2 * k + 2], jnp.repeat(key[b, k][None], 2, 0), n)
+            heads = causal_weights(*of_head(query, key, b, k), n)
             if isinstance(selector, kj.KeyDiff | kj.ExpectedAttention):
                 row = jax.tree.map(lambda x, b=b: np.asarray(x[b], np.float64), whole)
                 expected = defined_by_keys(selector, row, n, k)
