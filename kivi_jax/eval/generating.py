@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from rich.progress import Progress
 
+from kivi_jax.cache.segments import round_up
 from kivi_jax.cache.strategy import CacheStrategy
 from kivi_jax.eval.jobs import Record, finish, in_batches
 from kivi_jax.eval.samples import Sample
@@ -82,7 +83,7 @@ def predict(
 
     @functools.cache
     def engine() -> Engine:  # and not before it is needed: it compiles
-        slots = -(-batch_size // (data := parts_of(model.mesh, ROWS))) * data
+        slots = round_up(batch_size, parts_of(model.mesh, ROWS))
         context = max(len(ids) + sample.max_new_tokens for sample, ids in stopped)
         return stack.enter_context(Engine(model, tokenizer, cache=cache, slots=slots, context=context))
 

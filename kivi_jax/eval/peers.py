@@ -15,7 +15,7 @@ import numpy as np
 from rich.progress import Progress
 
 from kivi_jax.eval.frontier import FIELDS, Text
-from kivi_jax.eval.jobs import Record, finish
+from kivi_jax.eval.jobs import Record, finish, in_batches
 
 PROMPT = 128  # tokens: ours hold as many in full precision
 _HELD = ("keys", "values", "_quantized_keys", "_quantized_values")  # of a layer
@@ -98,7 +98,7 @@ def measure(
     return finish(
         path,
         settings,
-        [items[begin : begin + batch_size] for begin in range(0, len(items), batch_size)],
+        in_batches(items, batch_size, key=lambda _: ()),
         compute,
         identify=lambda item: f"{item[0]}-{item[1][0]}",
         progress=progress,

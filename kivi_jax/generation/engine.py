@@ -16,6 +16,7 @@ import jax
 import numpy as np
 
 from kivi_jax.cache.names import strategy_of
+from kivi_jax.cache.segments import round_up
 from kivi_jax.cache.strategy import CacheStrategy, full
 from kivi_jax.checks import real, warn_beyond, whole
 from kivi_jax.generation.generate import check_model, end_ids, warn_unless_finite
@@ -404,7 +405,7 @@ def _slots(
         raise ValueError("pass either slots=, how many, or memory_bytes=, which says how many fit")
     if slots is not None:
         if _positive("slots", slots) % data:
-            most = -(-slots // data) * data
+            most = round_up(slots, data)
             raise ValueError(
                 f"{slots=} do not divide over {data=} devices: pass slots={most}, or a mesh of another data="
             )
