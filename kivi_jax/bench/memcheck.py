@@ -2,6 +2,9 @@
 
     compute-sanitizer --error-exitcode 9 python -m kivi_jax.bench.memcheck
 
+Under it a check takes six seconds and all of them ten minutes; names of parts after the command
+(`pallas_triton triton packing steps`) run these alone, so that several processes may share the work.
+
 Under the checker a GPU runs our kernels and what joins them, and nothing else: Python crashed there as XLA
 tuned its first product. So arguments are made on the CPU, and nothing is tuned. The checker follows no CUDA
 graphs, so XLA makes none; and each array is an allocation of its own, so that what is beyond its end belongs
@@ -12,10 +15,11 @@ import functools
 import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import numpy as np
+import typer
 from jaxtyping import Array, Bool, Float
 from rich.console import Console
 
@@ -51,12 +55,13 @@ def environment() -> dict[str, str]:
     return {"XLA_FLAGS": flags, "XLA_PYTHON_CLIENT_ALLOCATOR": "platform"}
 
 
-def attention() -> Iterator[Check]:
+def attention(implementation: str) -> Iterator[Check]:
     """Over packed tokens."""
-    for case, name in itertools.product(CORRECTNESS, IMPLEMENTATIONS):
+    attend = functools.partial(_attend, implementation)
+    for case in CORRECTNESS:
         with _on_cpu():
             arguments = (case.query(), *case.pack(*case.dense()[1:]), *case.token_ranges())
-        yield Check(f"{name}: {case}", functools.partial(_attend, name), jax.device_get(arguments))
+        yield Check(f"{implementation}: {case}", attend, jax.device_get(arguments))
 
 
 def packing() -> Iterator[Check]:
@@ -80,6 +85,13 @@ def steps() -> Iterator[Check]:
             held = jax.device_get(jax.jit(hold)(prompt))
         heads = (_numbers(_STEPS, lengths.size, count, _DIM) for count in (_HEADS, _KV_HEADS, _KV_HEADS))
         yield Check(name, functools.partial(_decode, strategy), (held, *heads))
+
+
+PARTS: dict[str, Callable[[], Iterator[Check]]] = {
+    **{name: functools.partial(attention, name) for name in IMPLEMENTATIONS},
+    "packing": packing,
+    "steps": steps,
+}
 
 
 def run(checks: Iterable[Check]) -> Iterator[dict[str, Any]]:
@@ -142,7 +154,14 @@ def _step(
     return normalize(attended), segments
 
 
-if __name__ == "__main__":
+def main(parts: Annotated[list[str] | None, typer.Argument(help="Of: " + ", ".join(PARTS))] = None) -> None:
+    """Print what each check found."""
+    if unknown := [part for part in parts or () if part not in PARTS]:
+        raise typer.BadParameter(f"no part {unknown[0]!r}: choose of {', '.join(PARTS)}")
     os.environ.update(environment())
-    for record in run(itertools.chain(attention(), packing(), steps())):
+    for record in run(itertools.chain.from_iterable(PARTS[part]() for part in parts or PARTS)):
         Console(width=200).print(record, highlight=False)
+
+
+if __name__ == "__main__":
+    typer.run(main)

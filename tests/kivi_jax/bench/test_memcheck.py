@@ -8,7 +8,7 @@ from kivi_jax.bench import memcheck
 
 
 def test_the_first_of_every_kind_runs():
-    checks = [next(kind()) for kind in (memcheck.attention, memcheck.packing, memcheck.steps)]
+    checks = [next(part()) for part in memcheck.PARTS.values()]
     records = list(memcheck.run(checks))
     assert [record["what"] for record in records] == [check.what for check in checks]
     for record in records:
