@@ -1,4 +1,4 @@
-"""Programs compiled ahead: the very ones that are called then, and errors and interrupts that come through."""
+"""Programs compiled ahead: the very ones that are called then; errors and interrupts come through."""
 
 import threading
 from unittest.mock import create_autospec
