@@ -26,7 +26,8 @@ NO_SCORE = -1e30
 class AttentionPartial:
     """Unnormalized attention of queries [*B] over some tokens, in float32.
 
-    One that nothing is left to merge with may be normalized: `denom` is 1, and `out` in the query's dtype.
+    It may be normalized, and `out` in the query's dtype: then `denom` is 1, and `max` the log-sum-exp, so
+    that it weighs the same in a `merge`.
     """
 
     out: Float[Array, "*B H"]

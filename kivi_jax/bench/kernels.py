@@ -167,15 +167,19 @@ def sweep(
 
 
 def _tunings(case: Case) -> list[Tuning]:
-    """Tiles of all sizes, and numbers of splits from half of to twice a wave of programs."""
+    """Tiles of all sizes, and numbers of splits from half of to twice a wave of programs.
+
+    Of many query heads, a program may also answer fewer, or be of more warps.
+    """
     rows, bits = case.batch * case.kv_heads, max(case.key_bits, case.value_bits)
     default = choose(rows=rows, slots=case.slots, heads=case.query_groups, dim=case.head_dim, bits=bits)
+    wide = [(8, 1), (16, 1), (16, 2)] if case.query_groups > 8 else [(default.heads, default.warps)]
     found = set()
-    for pages, stages in itertools.product((1, 2, 4, 8), (2, 3)):
-        tiles = case.slots // (32 * pages)
-        for splits in (default.splits // 2, default.splits, 2 * default.splits):
+    for pages, stages, (heads, warps) in itertools.product((1, 2, 4, 8), (2, 3), wide):
+        tiles, wave = case.slots // (32 * pages), default.splits * heads // default.heads
+        for splits in (wave // 2, wave, 2 * wave):
             splits = max(1, min(splits, tiles))
-            found.add(dataclasses.replace(default, splits=splits, pages=pages, stages=stages))
+            found.add(Tuning(splits=splits, pages=pages, heads=heads, warps=warps, stages=stages))
     return sorted(found, key=dataclasses.astuple)
 
 

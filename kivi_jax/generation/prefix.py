@@ -61,7 +61,7 @@ def prefill(
     *,
     cache: CacheStrategy | str,
     capacity: int,
-    block_tokens: int = 512,
+    block_tokens: int | None = None,
 ) -> Prefix:
     """Read right-padded prompts; see `Llama.prefill`.
 

@@ -82,7 +82,7 @@ def read_prefix(
     prompts: Conversation | Sequence[Prompt],
     *,
     cache: CacheStrategy | str,
-    block_tokens: int = 512,
+    block_tokens: int | None = None,
 ) -> Prefix:
     """Read texts once, to continue them many times: one for all questions, or one per question.
 

@@ -40,7 +40,7 @@ from kivi_jax.model.inputs import (
     room_left,
 )
 from kivi_jax.model.layer import Layer, RMSNorm, linear
-from kivi_jax.model.reading import read_by_blocks, read_whole
+from kivi_jax.model.reading import default_block, read_by_blocks, read_whole
 from kivi_jax.model.rope import rotation
 from kivi_jax.model.sharding import over_mesh, part_of
 from pallas_kernels.ordering import after
@@ -80,7 +80,7 @@ class Llama(nnx.Module):
         *,
         cache: CacheStrategy | str,
         capacity: int,
-        block_tokens: int = 512,
+        block_tokens: int | None = None,
     ) -> tuple[Float[Array, "B V"], KVCache]:
         """Read right-padded prompts: logits of each row's last token, and the cache.
 
@@ -95,19 +95,20 @@ class Llama(nnx.Module):
             lengths: tokens of each row, from 1 to P.
             cache: how to hold them: a strategy, or its name ("kivi2").
             capacity: the number of tokens a row may reach while decoding, at least P.
-            block_tokens: tokens of a row that are processed together.
+            block_tokens: tokens of a row that are processed together: by default 512; with cuDNN's flash
+                attention more, up to 2048 of all rows.
 
         Raises:
             ValueError: shapes do not fit together, or the strategy does not fit the model; outside of a trace
                 also where lengths or token ids are out of range.
         """
-        capacity, block_tokens = whole("capacity", capacity), whole("block_tokens", block_tokens)
+        capacity = whole("capacity", capacity)
         tokens, lengths = read_prompts(tokens, lengths, vocab_size=self.config.vocab_size)
         if tokens.shape[1] == 0:
             raise ValueError("prompts must have at least one token")
         if capacity < tokens.shape[1]:
             raise ValueError(f"{capacity=} must be at least the prompt's {tokens.shape[1]} tokens")
-        if block_tokens <= 0:
+        if block_tokens is not None and (block_tokens := whole("block_tokens", block_tokens)) <= 0:
             raise ValueError(f"{block_tokens=} must be positive")
         strategy = strategy_of(cache)
         strategy.check(self.config)
@@ -213,11 +214,12 @@ def _read(
     lengths: Int[Array, "B"],
     strategy: CacheStrategy,
     capacity: int,
-    block_tokens: int,
+    block_tokens: int | None,
 ) -> tuple[Float[Array, "B V"], KVCache]:
     """The programs of a prompt, one after the other: XLA would take seconds for all layers as one."""
     config = part_of(model.config, model.mesh)
-    block = min(block_tokens, tokens.shape[1])
+    flash = has_flash(model.embed.embedding.dtype, config.head_dim)
+    block = min(block_tokens or default_block(*tokens.shape, flash=flash), tokens.shape[1])
     ends = model.without_layers()
     x, blocks = _embed_prompt(ends, tokens, lengths, block)
     layers: list[tuple[Segment, ...]] = []
@@ -225,9 +227,9 @@ def _read(
         window, kind = config.window_of(index), config.first_like(index)
         observed, expects = strategy.asks_of(window)
         read = functools.partial(read_by_blocks, observed=observed, expects=expects)
-        if not observed and not expects and has_flash(x.dtype, config.head_dim):
+        if not observed and not expects and flash:
             read = read_whole
-        x, prompt = read(layer, kind, x, lengths, blocks, config, block)
+        x, prompt = read(Flat.of(layer), kind, x, lengths, blocks, config, block)
         alike = strategy.first_held_like(config, index, width=x.shape[1])
         held, blocks = _hold(
             prompt, blocks, np.int32(index), strategy, capacity, window, alike, config.num_layers
@@ -246,7 +248,7 @@ def _read_on_mesh(
     lengths: Int[Array, "B"],
     strategy: CacheStrategy,
     capacity: int,
-    block_tokens: int,
+    block_tokens: int | None,
 ) -> tuple[Float[Array, "B V"], KVCache]:
     read = functools.partial(_read, strategy=strategy, capacity=capacity, block_tokens=block_tokens)
     return over_mesh(read, model, None, tokens, lengths)

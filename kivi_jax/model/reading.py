@@ -23,6 +23,21 @@ from kivi_jax.model.expected_queries import add_queries, no_queries
 from kivi_jax.model.layer import Layer
 from kivi_jax.model.read import Read
 from kivi_jax.model.rope import rotation
+from pallas_kernels.pytree import Flat
+
+BLOCK = 512  # tokens of a row that are processed together, unless somebody says otherwise
+_FLASH_TOKENS = 2048  # of all rows, where a GPU's matrix products are to be busy
+
+
+def default_block(rows: int, tokens: int, *, flash: bool) -> int:
+    """Tokens of a row that are processed together: few, but with flash attention as many as keep a GPU busy.
+
+    There the blocks are of about one size, so that next to nothing is padding.
+    """
+    if not flash:
+        return BLOCK
+    blocks = -(-tokens // max(BLOCK, _FLASH_TOKENS // rows))
+    return -(-tokens // (blocks * 128)) * 128
 
 
 @functools.partial(jax.jit, static_argnames=("index", "config", "observed"))
@@ -67,7 +82,7 @@ def read_block(
     jax.jit, static_argnames=("index", "config", "block", "observed", "expects"), donate_argnames=("x",)
 )
 def read_by_blocks(
-    layer: Layer,
+    flat: Flat[Layer],
     index: int,
     x: Float[Array, "B P D"],
     lengths: Int[Array, "B"],
@@ -84,7 +99,7 @@ def read_by_blocks(
     values, attends and replaces the stream in place. See `read_block` for `observed`; if a selector `expects`
     them, the queries before RoPE are summed, too.
     """
-    batch, padded = x.shape[:2]
+    layer, (batch, padded) = flat.tree(), x.shape[:2]
     # Zeros, but computed from `blocks`: the compiler makes constants of all layers at the start.
     blank = jnp.where(blocks >= 0, 0, 1).astype(x.dtype)
     store = jnp.full((batch, config.num_kv_heads, padded, config.head_dim), blank)
@@ -97,7 +112,7 @@ def read_by_blocks(
         here, read = read_block(layer, index, here, read, i * block, lengths, config, observed=observed)
         return jax.lax.dynamic_update_slice_in_dim(x, here, i * block, axis=1), read
 
-    x, read = jax.lax.fori_loop(0, blocks, advance, (x, Read(store, store, weights, sums)))
+    x, read = jax.lax.fori_loop(0, padded // block, advance, (x, Read(store, store, weights, sums)))
     if observed:
         read = read._replace(weights=add_replicas(read.weights))
     return x, read.prompt(config, index, lengths)
@@ -105,7 +120,7 @@ def read_by_blocks(
 
 @functools.partial(jax.jit, static_argnames=("index", "config", "block"), donate_argnames=("x",))
 def read_whole(
-    layer: Layer,
+    flat: Flat[Layer],
     index: int,
     x: Float[Array, "B P D"],
     lengths: Int[Array, "B"],
@@ -118,7 +133,7 @@ def read_whole(
     Projections and the MLP are still done block by block. The queries of all tokens, and what they attended
     to, are as large as the residual stream each.
     """
-    batch, padded = x.shape[:2]
+    layer, (batch, padded) = flat.tree(), x.shape[:2]
     blank = jnp.where(blocks >= 0, 0, 1).astype(x.dtype)
     held = jnp.full((batch, config.num_kv_heads, padded, config.head_dim), blank)
     asked = jnp.full((batch, padded, config.num_heads, config.head_dim), blank)
@@ -134,13 +149,13 @@ def read_whole(
             for all_blocks, one, axis in zip(state, new, (1, 2, 2), strict=True)
         )
 
-    query, keys, values = jax.lax.fori_loop(0, blocks, project, (asked, held, held))
+    query, keys, values = jax.lax.fori_loop(0, padded // block, project, (asked, held, held))
     attended = flash_attention(query, keys, values, window=config.window_of(index))
 
     def finish(i: Array, x: Array) -> Array:
         here, seen = (jax.lax.dynamic_slice_in_dim(a, i * block, block, axis=1) for a in (x, attended))
         return jax.lax.dynamic_update_slice_in_dim(x, layer.finish(here, seen), i * block, axis=1)
 
-    x = jax.lax.fori_loop(0, blocks, finish, x)
+    x = jax.lax.fori_loop(0, padded // block, finish, x)
     weights = jnp.zeros(keys.shape[:3])
     return x, Prompt(keys, values, weights, lengths)

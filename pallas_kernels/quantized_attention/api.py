@@ -43,14 +43,13 @@ def quantized_attention(
     """Attention of one query per row and head over packed tokens, `start <= t < end - held_back` of its row.
 
     With a `residual` also over its tokens `t >= start`, which should be none of the packed range; with an
-    `own` token, which comes after all others, over that, too. A kernel that has seen a query's own token
-    knows all that there is to attend to, and may answer with the normalized partial: `denom` is 1, and `out`
-    in the query's dtype.
+    `own` token, which comes after all others, over that, too. A kernel may answer with the normalized
+    partial, whose `out` is in the query's dtype.
 
     `key` and `value` denote [B, K, S, H], keys grouped over tokens and values over channels. Token t is
     in slot t % S: the store is a ring, of which the newest S tokens before `end` are present. The
     dequantized cache is never materialized. Head n reads KV head n // (N // K); scores are
-    `scale * query . key`, by default with `scale = H ** -0.5`. An empty range gives the empty partial.
+    `scale * query . key`, by default with `scale = H ** -0.5`. An empty range weighs nothing in a `merge`.
 
     Raises:
         ValueError: shapes or groupings do not fit together.

@@ -2,9 +2,9 @@
 
 A split's normalized result is a value, and its log-sum-exp the score that this value has: merging is
 attention over one token per split and head, of which a query head sees those of its own. So splits and the
-residual's tokens go through the same online softmax, as products on the matrix unit. The query's own token
-comes last and completes the attention: what is then written is normalized, in the type that a layer goes on
-with.
+residual's tokens go through the same online softmax, as products on the matrix unit, and the query's own
+token comes last. What is written is normalized, in the type that a layer goes on with: else a kernel that
+divides and rounds would follow.
 
 A program serves all query heads of a KV head, so that the residual is read once. With few rows that would
 leave most of the GPU idle: there, programs first share the channels, and then the heads.
@@ -81,10 +81,8 @@ def merge(
         return pl.BlockSpec((None, *own), lambda i, *_: (jax.lax.div(i, every), *(0 for _ in own)))
 
     number = jax.ShapeDtypeStruct((programs, case.heads), jnp.float32)
-    dtype = jnp.float32 if own is None else query.dtype
-    outputs = [jax.ShapeDtypeStruct((*number.shape, case.dim), dtype), number, number]
-    outputs = outputs if own is None else outputs[:2]
-    out, top, *denom = triton_call(
+    outputs = [jax.ShapeDtypeStruct((*number.shape, case.dim), query.dtype), number]
+    out, top = triton_call(
         functools.partial(_merge, case, share, 0 if residual is None else residual.sinks),
         name="quantized_attention_merge",
         grid=(programs, -(-case.heads // share.heads), -(-case.dim // share.channels)),
@@ -95,15 +93,15 @@ def merge(
         interpret=case.interpret,
     )(*operands)
     heads = query.shape[:2]
-    denom = denom[0].reshape(heads) if denom else jnp.ones(heads)
-    return AttentionPartial(out.reshape(query.shape), top.reshape(heads), denom)
+    return AttentionPartial(out.reshape(query.shape), top.reshape(heads), jnp.ones(heads))
 
 
 def _share(case: Case, programs: int) -> _Share:
     channels = pl.next_power_of_2(case.dim)
     if programs < _ENOUGH:
         channels = MERGED_CHANNELS
-    heads = case.heads if programs * -(-case.dim // channels) >= _ENOUGH else 1
+    most = case.heads * programs * -(-case.dim // channels) // _ENOUGH
+    heads = max((n for n in range(1, min(most, case.heads) + 1) if case.heads % n == 0), default=1)
     return _Share(heads, channels)
 
 
@@ -113,7 +111,7 @@ def _block(share: _Share, tokens: int) -> int:
 
 
 def _merge(
-    case: Case, share: _Share, sinks: int, splits: Any, others: _Others, out_ref: Any, *number_refs: Any
+    case: Case, share: _Share, sinks: int, splits: Any, others: _Others, out_ref: Any, max_ref: Any
 ) -> None:
     """One program: some channels of some query heads of one (row, KV head)."""
     row = jnp.arange(ROWS, dtype=jnp.int32)
@@ -128,15 +126,14 @@ def _merge(
         running = _fold_residual(case, share, sinks, running, query, channel, others)
     if others.own is not None:
         running = _fold_own(case, running, query, channel, others.own)
-        out = running.out / running.denom[:, None]
-        numbers = ((running.top + online_softmax.log2(running.denom, case.interpret)) / LOG2E,)
-    else:
-        out, top = running.out, online_softmax.highest(running)
-        numbers = (jnp.where(top > NO_SCORE, top / LOG2E, NO_SCORE), running.denom)
+    seen = running.denom > 0
+    denom = jnp.where(seen, running.denom, 1.0)
+    out = running.out / denom[:, None]
+    top = (running.top + online_softmax.log2(denom, case.interpret)) / LOG2E
     mask = real[:, None] & inside[None, :]
     plt.store(out_ref.at[head[:, None], channel[None, :]], out.astype(out_ref.dtype), mask=mask)
-    for ref, x in zip(number_refs, numbers, strict=True):
-        plt.store(ref.at[head], x, mask=real)  # the same from every program that shares the channels
+    # The same from every program that shares the channels.
+    plt.store(max_ref.at[head], jnp.where(seen, top, NO_SCORE), mask=real)
 
 
 def _fold_splits(case: Case, share: _Share, first: Array, head: Array, channel: Array, refs: Any) -> Running:

@@ -14,7 +14,7 @@ from kivi_jax.cache.strategy import CacheStrategy
 from kivi_jax.config import RopeConfig
 from kivi_jax.model.layer import query_key_value_columns
 from kivi_jax.model.llama import _decode, _hold
-from kivi_jax.model.reading import read_by_blocks
+from kivi_jax.model.reading import default_block, read_by_blocks
 from pallas_kernels.pytree import Flat
 from tests.models import config, random_llama, stories
 
@@ -375,3 +375,11 @@ def test_bad_arguments_are_refused():
         model.prefill(ids, jnp.asarray([8, 8]), cache=kj.kivi(group_size=32), capacity=8)
     with pytest.raises(ValueError, match="every length must be from 1 to 8"):
         kj.generate(model, ids, jnp.asarray([8, 0]), cache=kj.full(), max_new_tokens=1)
+
+
+@pytest.mark.parametrize(
+    ("rows", "tokens", "flash", "block"),
+    [(1, 9000, False, 512), (1, 2048, True, 2048), (1, 2100, True, 1152), (8, 2048, True, 512)],
+)
+def test_blocks_of_a_prompt_keep_a_gpu_busy_and_pad_little(rows, tokens, flash, block):
+    assert default_block(rows, tokens, flash=flash) == block

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.partials import merge, normalize
+from pallas_kernels.partials import AttentionPartial, merge, normalize
 from pallas_kernels.quantize.quantization import QuantizedTensor, dequantize
 from pallas_kernels.quantized_attention import pallas_mosaic, pallas_triton, quantized_attention, xla
 from pallas_kernels.quantized_attention.cases import CORRECTNESS, Case
@@ -179,7 +179,7 @@ def test_the_newest_tokens_are_held_back(implementation):
 
 
 @each_implementation
-def test_a_row_that_sees_nothing_is_the_empty_partial(implementation):
+def test_a_row_that_sees_nothing_weighs_nothing(implementation):
     name = "tiles_empty_row" if implementation == "pallas_mosaic" else "empty_row"
     (case,) = [c for c in CORRECTNESS if c.name == name]
     query, key, value, start, end = inputs(case)
@@ -188,9 +188,11 @@ def test_a_row_that_sees_nothing_is_the_empty_partial(implementation):
         (run(implementation, query, key, value, start, jnp.minimum(end, start)), slice(None)),
     ):
         assert not np.asarray(got.out)[rows].any()
-        assert not np.asarray(got.denom)[rows].any()
-        merged = merge(got, got)
-        assert np.isfinite(np.asarray(normalize(merged))).all()
+        assert np.isfinite(np.asarray(normalize(merge(got, got)))).all()
+        other = AttentionPartial(
+            jnp.ones_like(got.out), jnp.full_like(got.max, -50), jnp.ones_like(got.denom)
+        )
+        np.testing.assert_array_equal(np.asarray(normalize(merge(got, other)))[rows], 1)
 
 
 @pytest.mark.slow
