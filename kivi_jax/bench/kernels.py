@@ -153,6 +153,8 @@ def sweep(
         except Exception as reason:
             return f"{type(reason).__name__}: {str(reason)[:200]}"
 
+    with contextlib.suppress(ImportError):  # its modules import each other: not in several threads at a time
+        importlib.import_module("triton.compiler")
     jobs = [(case, tuning) for case in cases for tuning in tunings or _tunings(case)]
     programs = list(zip(jobs, _in_parallel(build, jobs), strict=True))  # before the first is timed
     for case, group in itertools.groupby(programs, key=lambda program: program[0][0]):

@@ -10,13 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jax.sharding import Mesh
-from jax.stages import Lowered
 from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 
 from kivi_jax.cache.names import strategy_of
 from kivi_jax.cache.strategy import CacheStrategy, KVCache
 from kivi_jax.checks import instance, warn_beyond, whole
-from kivi_jax.generation.ahead import compiled_meanwhile, is_new, lying
 from kivi_jax.generation.prefix import Prefix, check_prefix, extend, fork, prefill, weights_mark
 from kivi_jax.generation.sampling import Greedy, Sampler, penalize
 from kivi_jax.mesh import on_every_device
@@ -127,11 +125,17 @@ def generate(
     sampler = check_sampler(sampler)
     keys, eos = row_keys(key, tokens.shape[0]), _as_array(end_ids(model, eos_ids))
     program = _Program(max_new_tokens, sampler, log_probs)
-    start = functools.partial(_start, cache=strategy, block_tokens=block_tokens, program=program)
-    arguments = (prefix, tokens, lengths, keys, eos)
+    held = read(
+        model,
+        tokens,
+        lengths,
+        cache=strategy,
+        prefix=prefix,
+        room=max_new_tokens,
+        block_tokens=block_tokens,
+    )
+    loop = _begin(held.logits, held.seen, keys, eos, program, model.mesh)._replace(cache=held.cache)
     flat = Flat.of(model)
-    with compiled_meanwhile(_lowered(flat, model, start, arguments)):
-        loop = start(model, *arguments)
     burst = max_new_tokens if ends is None else BURST
     for until in range(burst, max_new_tokens + burst, burst) if max_new_tokens > 1 else ():
         loop = _advance(flat, loop, np.int32(min(until, max_new_tokens)), program)
@@ -345,38 +349,6 @@ class _Loop(NamedTuple):
     def on_every_device(self, mesh: Mesh | None) -> "_Loop":
         """The loop with all but the cache where every host can read it."""
         return on_every_device(self._replace(cache=None), mesh)._replace(cache=self.cache)
-
-
-def _lowered(
-    flat: Flat[Llama], model: Llama, start: functools.partial[_Loop], arguments: tuple[Any, ...]
-) -> Lowered | None:
-    """The loop for what `start(model, *arguments)` will give, unless there is none or it is known."""
-    program: _Program = start.keywords["program"]
-    if program.max_new_tokens == 1 or not is_new(model, start.keywords, arguments):
-        return None
-    if model.mesh is not None and start.keywords["cache"] is None:
-        return None  # where a prefix lies after more was appended, only XLA knows
-    loop = jax.eval_shape(start, model, *arguments)
-    others, cache = lying(model, loop._replace(cache=None), loop.cache)
-    return _advance.lower(flat, others._replace(cache=cache), np.int32(0), program)
-
-
-def _start(
-    model: Llama,
-    prefix: Prefix | None,
-    tokens: Int[Array, "B P"],
-    lengths: Int[Array, "B"],
-    keys: Key[Array, "B"] | None,
-    eos: Int[Array | np.ndarray, "E"],
-    *,
-    cache: CacheStrategy | None,
-    block_tokens: int | None,
-    program: _Program,
-) -> _Loop:
-    """Prompts read, and each row's first token drawn."""
-    room = program.max_new_tokens
-    held = read(model, tokens, lengths, cache=cache, prefix=prefix, room=room, block_tokens=block_tokens)
-    return _begin(held.logits, held.seen, keys, eos, program, model.mesh)._replace(cache=held.cache)
 
 
 @functools.partial(jax.jit, static_argnames=("program", "mesh"))

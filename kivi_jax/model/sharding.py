@@ -234,16 +234,7 @@ def placed_cache(cache: T, mesh: Mesh | None, rows: int) -> T:
     """A cache, wherever it lies, on a mesh."""
     if mesh is None:
         return cache
-    return jax.device_put(cache, jax.tree.map(lambda x: x.sharding, laid_cache(cache, mesh, rows)))
-
-
-def laid_cache(cache: T, mesh: Mesh, rows: int) -> T:
-    """Shapes of a cache's arrays, where they lie on a mesh."""
-
-    def lay(leaf: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=cache_sharding(leaf.shape, mesh, rows))
-
-    return jax.tree.map(lay, cache)
+    return jax.device_put(cache, jax.tree.map(lambda x: cache_sharding(x.shape, mesh, rows), cache))
 
 
 def laid(tree: T, mesh: Mesh | None, *axes: str | tuple[str, ...] | None) -> T:
