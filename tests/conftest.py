@@ -26,10 +26,6 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 # Torch's threads spin while they wait, and those of several workers stall one another.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# Tracing makes many small objects, few of them in cycles: Python looks for those a hundred times as rarely,
-# and `free_programs` once a module. Looking was a fifth of what tests took beside compiling.
-gc.set_threshold(100_000, 20, 20)
-
 # JAX may have been imported by a plugin, before this file.
 jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
 jax.config.update(
