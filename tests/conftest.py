@@ -1,5 +1,6 @@
 """Shared test setup: cheap compiling, strict dtypes and ranks, and the original code's recorded outputs."""
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -61,6 +62,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: "found_slowly" not in getattr(item, "fixturenames", ()))
 
 
+def pytest_collection_finish() -> None:
+    """Take modules and tests out of what is looked through for garbage: they stay to the end."""
+    gc.freeze()
+
+
 @pytest.fixture(scope="module", autouse=True)
 def free_programs() -> Iterator[None]:
     """Free the programs that a module's tests have compiled; the next module reads those it shares from disk.
@@ -69,3 +75,4 @@ def free_programs() -> Iterator[None]:
     """
     yield
     jax.clear_caches()
+    gc.collect()

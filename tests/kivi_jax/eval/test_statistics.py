@@ -2,12 +2,13 @@
 
 import numpy as np
 import pytest
-from scipy import stats
 
 from kivi_jax.eval.statistics import bootstrap, difference
 
 
 def test_the_interval_is_scipys():
+    from scipy import stats  # 3 s, of the one worker that needs it
+
     values = np.random.default_rng(1).normal(3, 2, 40)
     expected = stats.bootstrap((values,), np.mean, method="percentile", rng=0).confidence_interval
     mean, low, high = bootstrap(values.tolist())

@@ -176,16 +176,14 @@ def test_a_row_that_samples_draws_what_it_draws_alone(engine):
     assert list(out[2].tokens) == alone("full", prompt)
 
 
-@functools.cache
-def forward():
-    return jax.jit(lambda tokens: jax.nn.log_softmax(MODEL(tokens)[0]))
+forward = jax.jit(lambda tokens: jax.nn.log_softmax(MODEL(tokens)[0]))
 
 
 def log_softmax(tokens):
     """Of every position, by the model without a cache."""
     padded = np.zeros((1, CONTEXT), np.int32)
     padded[0, : len(tokens)] = tokens
-    return np.asarray(forward()(padded))[: len(tokens)]
+    return np.asarray(forward(padded))[: len(tokens)]
 
 
 def test_log_probabilities_of_prompt_and_new_tokens(engine):
@@ -333,8 +331,7 @@ def test_late_and_cancelled_requests_end_wherever_they_are(engine):
     assert (out[0].reason, out[0].tokens) == ("deadline", ())
     assert out[1].reason == "cancelled"
     assert [one.reason for one in out[2:]] == ["length", "length"]
-    tokens = alone("full", prompt)
-    assert list(out[1].tokens)[:NEW] == tokens[: len(out[1].tokens)]
+    assert list(out[1].tokens)[:NEW] == alone("full", prompt)[: len(out[1].tokens)]
     handles[2].cancel()  # too late, and no harm
     assert handles[2].finished is out[2]
 
@@ -350,10 +347,9 @@ def test_nothing_is_in_a_slot_whose_row_has_ended(engine):
 
 def test_tokens_come_to_asyncio(engine):
     running, prompt = engine("full"), prompt_of(7, seed=9)
-    request = Request(tokens=prompt, max_new_tokens=NEW, stop_ids=())
 
     async def read() -> list[int]:
-        handle = running.submit(request)
+        handle = running.submit(Request(tokens=prompt, max_new_tokens=NEW, stop_ids=()))
         ids = [token.id async for token in handle]
         assert list((await handle.wait()).tokens) == ids
         return ids
