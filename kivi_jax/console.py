@@ -53,6 +53,7 @@ def main(app: Callable[[], Any]) -> None:
     for number in ending():
         signal.signal(number, stop)
     accept_all_text()
+    logging.basicConfig(format="%(levelname)s: %(message)s")
     logging.getLogger("transformers").addFilter(_is_no_advice)
     logging.getLogger("absl").addFilter(_is_not_raised)
     keep_compiled()

@@ -181,7 +181,7 @@ def _check_values(options: dict[str, int | float | str], text: str) -> None:
         if key in WORDS and value not in WORDS[key]:
             raise ValueError(f"cache {text!r}: {key}={value} must be one of {', '.join(WORDS[key])}")
         if key not in WORDS and isinstance(value, str):
-            raise ValueError(f"cache {text!r}: {key}={value} must be a whole number")
+            raise ValueError(f"cache {text!r}: {key}={value} must be a number")
 
 
 def _take(options: dict[str, int | float | str], prefix: str) -> dict[str, int | float | str]:

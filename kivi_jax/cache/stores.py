@@ -53,11 +53,11 @@ class PoolQuantization:
         Raises:
             ValueError: a field is out of its range.
         """
-        whole("pool bits", self.bits)
+        whole("pool_bits", self.bits)
         if self.bits not in (1, 2, 4, 8):
-            raise ValueError(f"pool {self.bits=} must be 1, 2, 4 or 8")
-        if self.group_size is not None and whole("pool group_size", self.group_size) < 1:
-            raise ValueError(f"pool {self.group_size=} must be positive")
+            raise ValueError(f"pool_bits={self.bits} must be 1, 2, 4 or 8")
+        if self.group_size is not None and whole("pool_group_size", self.group_size) < 1:
+            raise ValueError(f"pool_group_size={self.group_size} must be positive")
         check_scale_dtype(self.scale_dtype)
 
     def fit(self, head_dim: int) -> "PoolQuantization":

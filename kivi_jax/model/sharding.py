@@ -220,7 +220,7 @@ def rows_over(mesh: Shape, rows: int) -> str | None:
     """The axis that rows lie over. Of a number that does not divide, every part of the mesh computes all."""
     if rows % (parts := mesh.shape[ROWS]) == 0:
         return ROWS
-    warn_once(f"{rows} rows do not divide over data={parts} devices: each of them computes all rows")
+    warn_once(f"{rows=} do not divide over data={parts} devices: each of them computes all rows")
     return None
 
 

@@ -54,6 +54,14 @@ def test_a_signal_that_goes_nowhere_comes_again():
     assert (done.returncode, done.stderr) == (128 + signal.SIGTERM, b"")
 
 
+def test_a_warning_is_one_line_without_a_module_s_name():
+    warning = "import logging; from kivi_jax import console\n" + (
+        "console.main(lambda standalone_mode: logging.getLogger('kivi_jax.checks').warning('so it is'))"
+    )
+    done = subprocess.run([sys.executable, "-c", warning], capture_output=True, text=True, check=True)
+    assert done.stderr == "WARNING: so it is\n"
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_unwinds_and_ends(number):
     """What a `with` block owes is done; then the process is gone, without a traceback."""

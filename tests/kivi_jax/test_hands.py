@@ -14,7 +14,7 @@ MISTAKES = {
     "kj.kivi(bits=2.0)": "key_bits=2.0 must be a whole number",
     "kj.kivi(residual_length=128.0)": "residual_length=128.0 must be a whole number",
     "kj.kivi(bits='2')": "key_bits='2' must be a whole number",
-    "kj.PoolQuantization(bits=4.0)": "pool bits=4.0 must be a whole number",
+    "kj.PoolQuantization(bits=4.0)": "pool_bits=4.0 must be a whole number",
     "kj.Slide(window=8.0, recent=4)": "window=8.0 must be a whole number",
     "kj.SnapKV(budget=64, window=32.0)": "window=32.0 must be a whole number",
     "kj.SnapKV(budget=64, kernel=5.0)": "kernel=5.0 must be a whole number",
