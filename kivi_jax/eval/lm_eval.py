@@ -9,10 +9,14 @@ name as on the command line, fields after colons: `cache=kivi2:group_size=64:res
 Log-likelihoods read the compressed cache, not a full-precision prefill: see `likelihood.py`.
 """
 
+import json
 import os
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 from lm_eval.api.model import TemplateLM  # pyright: ignore[reportMissingImports]
 from lm_eval.api.registry import register_model  # pyright: ignore[reportMissingImports]
 from lm_eval.models.utils import (  # pyright: ignore[reportMissingImports]
@@ -25,16 +29,20 @@ from lm_eval.utils import (  # pyright: ignore[reportMissingImports]
     make_disjoint_window,
 )
 from rich.console import Console
-from rich.progress import Progress, track
+from rich.progress import Progress
 
 from kivi_jax.cache.names import parse_cache
-from kivi_jax.cache.segments import round_up
 from kivi_jax.console import run
 from kivi_jax.eval.likelihood import continuation_log_probs
-from kivi_jax.generation.engine import Engine
+from kivi_jax.generation.generate import generate
 from kivi_jax.generation.loading import load
-from kivi_jax.generation.requests import Request
-from kivi_jax.mesh import ROWS, named_mesh, parts_of
+from kivi_jax.generation.sampling import Greedy, Sample, Sampler
+from kivi_jax.generation.text import decode_after
+from kivi_jax.generation.tokens import CONTEXT, pad_prompts
+from kivi_jax.mesh import named_mesh
+
+Request = TypeVar("Request")
+Answer = TypeVar("Answer")
 
 
 @register_model("kivi-jax")
@@ -44,12 +52,12 @@ class KiviJax(TemplateLM):
     Args:
         pretrained: a checkpoint's directory or hub name.
         cache: the cache's name, see `names.py`.
-        batch_size: rows computed together; of tasks that generate, the engine's slots.
+        batch_size: rows computed together.
         max_length: the most tokens of context and continuation; by default the model's positions.
         max_gen_toks: the most new tokens where a task does not say.
         dtype: by default float32 on a CPU and bfloat16 elsewhere.
         mesh: devices to use, as in "model=4" or "data=2:model=2": commas separate model_args.
-        seed: of tasks that sample; every request has its own, this one and its number.
+        seed: of tasks that sample; every request draws from a key of its own.
         device: JAX chooses; only here because the harness passes it.
         max_batch_size: the same.
         unknown: whatever else stands in model_args, which is refused.
@@ -92,7 +100,7 @@ class KiviJax(TemplateLM):
         self.rows = int(batch_size)
         self.max_length = max_length or self.model.config.max_position_embeddings
         self.max_gen_toks = max_gen_toks
-        self.seed = seed
+        self.key = jax.random.key(seed)
 
     @property
     def eot_token_id(self) -> int:
@@ -139,25 +147,21 @@ class KiviJax(TemplateLM):
         del kwargs
         pairs = [self._fit(context, continuation) for _, context, continuation in requests]
         rows = min(self.rows, len(pairs))
-        order = sorted(
-            range(len(pairs)), key=lambda i: (len(pairs[i][0]), len(pairs[i][1])), reverse=True
-        )  # rows of similar sizes together, the largest first
-        answers: dict[int, tuple[float, bool]] = {}
-        with Progress(console=Console(stderr=True), transient=True, disable=disable_tqdm) as progress:
-            bar = progress.add_task("log-likelihoods", total=len(pairs))
-            for begin in range(0, len(order), self.rows):
-                batch = order[begin : begin + self.rows]
-                contexts, continuations = zip(*(pairs[i] for i in batch), strict=True)
-                scored = continuation_log_probs(
-                    self.model, contexts, continuations, cache=self.strategy, rows=rows
-                )
-                for i, row in zip(batch, scored, strict=True):
-                    answers[i] = float(row.log_probs.sum()), bool(row.greedy.all())
-                progress.advance(bar, len(batch))
-        for i, (texts, _, _) in enumerate(requests):
+
+        def compute(batch: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
+            contexts, continuations = zip(*batch, strict=True)
+            scored = continuation_log_probs(
+                self.model, contexts, continuations, cache=self.strategy, rows=rows
+            )
+            return [(float(row.log_probs.sum()), bool(row.greedy.all())) for row in scored]
+
+        answers = self._in_batches(
+            pairs, lambda pair: (len(pair[0]), len(pair[1])), compute, "log-likelihoods", disable_tqdm
+        )
+        for (texts, _, _), answer in zip(requests, answers, strict=True):
             if texts is not None:
-                self.cache_hook.add_partial("loglikelihood", texts, answers[i])
-        return [answers[i] for i in range(len(pairs))]
+                self.cache_hook.add_partial("loglikelihood", texts, answer)
+        return answers
 
     def _fit(self, context: list[int], continuation: list[int]) -> tuple[list[int], list[int]]:
         """The last `max_length` tokens that a model would read, its last prediction being one more."""
@@ -186,51 +190,92 @@ class KiviJax(TemplateLM):
         return [sum(next(scored)[0] for _ in range(count)) for count in counts]
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """Continuations up to the first stop string; prompts that are too long lose their beginning.
-
-        Through an engine: a row ends at its own string, and what several prompts begin with is read once.
-        """
-        if not requests:
-            return []
-        asked = [self._asked(index, *request.args) for index, request in enumerate(requests)]
-        slots = round_up(min(self.rows, len(asked)), parts_of(self.model.mesh, ROWS))
-        context = max(len(request.tokens) + request.max_new_tokens for request in asked)
-        with Engine(
-            self.model, self.tokenizer, cache=self.strategy, slots=slots, context=context, queue=slots
-        ) as engine:
-            console = Console(stderr=True)
-            found = engine.complete(
-                track(asked, "generation", console=console, transient=True, disable=disable_tqdm)
+        """Continuations up to the first stop string; prompts that are too long lose their beginning."""
+        answers: dict[int, str] = {}
+        groups: dict[str, list[tuple[int, str]]] = {}
+        for index, request in enumerate(requests):
+            text, options = request.args
+            groups.setdefault(json.dumps(options, sort_keys=True), []).append((index, text))
+        for name, group in groups.items():
+            options = dict(normalize_gen_kwargs(json.loads(name), self.max_gen_toks))
+            answers |= dict(
+                zip(
+                    (index for index, _ in group),
+                    self._generate(group, options, disable_tqdm=disable_tqdm),
+                    strict=True,
+                )
             )
-        answers = [
-            postprocess_generated_text(answer.text, list(one.stop), None)
-            for one, answer in zip(asked, found, strict=True)
-        ]
-        for request, answer in zip(requests, answers, strict=True):
-            self.cache_hook.add_partial("generate_until", request.args, answer)
-        return answers
+        for index, request in enumerate(requests):
+            self.cache_hook.add_partial("generate_until", request.args, answers[index])
+        return [answers[index] for index in range(len(requests))]
 
-    def _asked(self, index: int, text: str, options: dict[str, Any]) -> Request:
-        """What is asked of the engine, of the text with this number."""
-        options = dict(normalize_gen_kwargs(options, self.max_gen_toks))
+    def _generate(
+        self, group: Sequence[tuple[int, str]], options: dict[str, Any], *, disable_tqdm: bool
+    ) -> list[str]:
+        """Continuations of numbered texts that share their options."""
         most = options["max_gen_toks"]
         if (room := self.max_length - most) < 1:
             raise ValueError(
                 f"max_gen_toks={most} leaves no room for a prompt in max_length={self.max_length}"
             )
-        is_random = options.get("do_sample") and options.get("temperature")
-        names = ("temperature", "top_k", "top_p", "min_p") if is_random else ()
-        drawn = {
-            name: options[name] for name in (*names, "repetition_penalty") if options.get(name) is not None
-        }
-        return Request(
-            tokens=self.tok_encode(text)[-room:],
-            max_new_tokens=most,
-            seed=self.seed + index,
-            stop_ids=self.model.config.eos_ids,
-            stop=[end for end in handle_stop_sequences(options["until"], eos=None) if end],
-            **drawn,
-        )
+        stop = handle_stop_sequences(options["until"], eos=None)
+        sampler = _sampler(options)
+        prompts = [(index, self.tok_encode(text)[-room:]) for index, text in group]
+        rows = min(self.rows, len(prompts))
+
+        def compute(batch: Sequence[tuple[int, list[int]]]) -> list[str]:
+            padded = [*batch, *[batch[0]] * (rows - len(batch))]
+            tokens, lengths = (jnp.asarray(array) for array in pad_prompts([ids for _, ids in padded]))
+            draws = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
+            numbers = jnp.asarray([index for index, _ in padded])
+            out = generate(
+                self.model,
+                tokens,
+                lengths,
+                cache=self.strategy,
+                max_new_tokens=most,
+                sampler=sampler,
+                key=None if isinstance(sampler, Greedy) else draws(self.key, numbers),
+            )
+            new, count = np.asarray(out.tokens), np.asarray(out.lengths)
+            texts = [
+                decode_after(self.tokenizer, ids[-CONTEXT:], row[:n].tolist())
+                for (_, ids), row, n in zip(padded, new, count, strict=True)
+            ]
+            return [postprocess_generated_text(text, stop, None) for text in texts[: len(batch)]]
+
+        return self._in_batches(prompts, lambda item: len(item[1]), compute, "generation", disable_tqdm)
+
+    def _in_batches(
+        self,
+        items: Sequence[Request],
+        size: Callable[[Request], Any],
+        compute: Callable[[Sequence[Request]], list[Answer]],
+        name: str,
+        quiet: bool,
+    ) -> list[Answer]:
+        """Answers in the items' order, computed in batches of similar size, the largest first."""
+        order = sorted(range(len(items)), key=lambda i: size(items[i]), reverse=True)
+        answers: dict[int, Answer] = {}
+        with Progress(console=Console(stderr=True), transient=True, disable=quiet) as progress:
+            bar = progress.add_task(name, total=len(items))
+            for begin in range(0, len(order), self.rows):
+                batch = order[begin : begin + self.rows]
+                answers |= dict(zip(batch, compute([items[i] for i in batch]), strict=True))
+                progress.advance(bar, len(batch))
+        return [answers[i] for i in range(len(items))]
+
+
+def _sampler(options: dict[str, Any]) -> Sampler:
+    """What `do_sample` and its numbers ask for.
+
+    Raises:
+        ValueError: a number is out of range.
+    """
+    if not options.get("do_sample") or not options.get("temperature"):
+        return Greedy(repetition_penalty=options.get("repetition_penalty", 1.0))
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+    return Sample(**{name: options[name] for name in names if options.get(name) is not None})
 
 
 def main() -> None:
