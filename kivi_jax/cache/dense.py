@@ -9,11 +9,13 @@ from jaxtyping import Array, Bool, Float, Int
 
 from kivi_jax.cache.segments import Step, Tokens, first_visible, round_up, set_slot
 from pallas_kernels.device import default_device
-from pallas_kernels.partials import AttentionPartial
+from pallas_kernels.partials import AttentionPartial, attend, empty, merge
 from pallas_kernels.pytree import pytree, static
-from pallas_kernels.residual.ring import Ring, fill, newest_token, slot_of
+from pallas_kernels.residual.ring import Ring, fill, held_tokens, newest_token, slot_of
 
-_FEW = 256
+_FEW = 256  # slots, of which a part would be read no faster
+_BLOCK = 128  # slots of a row that are read at a time
+_BY_ROW = 2  # times as long a token takes where rows are read one by one, at most
 
 
 @pytree
@@ -42,15 +44,48 @@ class DenseTokens:
 
     def attend(self, query: Float[Array, "B N H"]) -> AttentionPartial:
         """See `Segment`. Of the slots, no more than some row has filled are read where that saves time."""
+        rows, _, slots, _ = self.keys.shape
         start, scale = first_visible(self.lengths, self.window), query.shape[-1] ** -0.5
 
         def over(slots: int) -> AttentionPartial:
             first = Ring(self.keys[:, :, :slots], self.values[:, :, :slots], self.lengths)
             return first.attend(query, start=start, scale=scale)
 
-        widths = _widths(self.keys.shape[2])
-        is_too_narrow = self.lengths.max() > jnp.asarray(widths[:-1], jnp.int32)
-        return jax.lax.switch(is_too_narrow.sum(), [functools.partial(over, width) for width in widths])
+        widths = _widths(slots)
+        ways = [functools.partial(over, width) for width in widths]
+        way = (self.lengths.max() > jnp.asarray(widths[:-1], jnp.int32)).sum()
+        if rows > 1 and len(widths) > 1:
+            held = jnp.minimum(self.lengths, slots).sum()
+            ways.append(functools.partial(self._attend_by_row, query, start, scale))
+            way = jnp.where(_BY_ROW * held < rows * jnp.asarray(widths)[way], len(widths), way)
+        return jax.lax.switch(way, ways)
+
+    def _attend_by_row(
+        self, query: Float[Array, "B N H"], start: Int[Array, "B"], scale: float
+    ) -> AttentionPartial:
+        """Attention of one row after another, over blocks of the slots that it has filled itself."""
+        rows, _, slots, _ = self.keys.shape
+        visible = held_tokens(self.lengths, slots) >= start[:, None]
+        slot = jnp.arange(_BLOCK)[None]
+
+        def of_row(row: Int[Array, ""]) -> AttentionPartial:
+            asked = jax.lax.dynamic_slice_in_dim(query, row, 1)
+
+            def visit(i: Int[Array, ""], partial: AttentionPartial) -> AttentionPartial:
+                first = jnp.minimum(i * _BLOCK, slots - _BLOCK)  # the last block is moved back to fit
+                is_new = first + slot >= i * _BLOCK
+                seen = is_new & jax.lax.dynamic_slice(visible, (row, first), (1, _BLOCK))
+                keys, values = (
+                    jax.lax.dynamic_slice(x, (row, 0, first, 0), (1, x.shape[1], _BLOCK, x.shape[3]))
+                    for x in (self.keys, self.values)
+                )
+                return merge(partial, attend(asked, keys, values, seen[:, None], scale=scale))
+
+            blocks = -(-jnp.minimum(self.lengths[row], slots) // _BLOCK)
+            return jax.lax.fori_loop(0, blocks, visit, empty(asked.shape))
+
+        one_by_one = jax.lax.map(of_row, jnp.arange(rows, dtype=jnp.int32))
+        return jax.tree.map(lambda x: x[:, 0], one_by_one)
 
     def append(self, step: Step) -> "DenseTokens":
         """See `Segment`."""

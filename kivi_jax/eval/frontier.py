@@ -24,7 +24,7 @@ from kivi_jax.cache.names import parse_cache
 from kivi_jax.cache.strategy import CacheStrategy, full
 from kivi_jax.console import format_bytes
 from kivi_jax.eval import needle
-from kivi_jax.eval.jobs import Record, finish, paired, read_records
+from kivi_jax.eval.jobs import Record, finish, in_batches, paired, read_records
 from kivi_jax.eval.perplexity import Window, read_windows, relative_change
 from kivi_jax.eval.statistics import Estimate, bootstrap
 from kivi_jax.figures import new_figure
@@ -91,11 +91,10 @@ def measure(
             for i, (name, _) in enumerate(batch)
         ]
 
-    batches = [items[begin : begin + batch_size] for begin in range(0, len(items), batch_size)]
     return finish(
         path,
         settings,
-        batches,
+        in_batches(items, batch_size),
         compute,
         identify=lambda item: f"{item[0]}-{item[1][0]}",
         progress=progress,

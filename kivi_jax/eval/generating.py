@@ -99,7 +99,7 @@ def predict(
         ]
 
     batches = in_batches(free, batch_size, key=_program)
-    batches += in_batches(stopped, _FILLS * batch_size, key=lambda _: ())
+    batches += in_batches(stopped, _FILLS * batch_size)
     with contextlib.ExitStack() as stack:
         return finish(
             path,

@@ -73,7 +73,7 @@ def paired(records: Sequence[Record], others: Sequence[Record]) -> tuple[list[Re
 
 
 def in_batches(
-    items: Iterable[Item], size: int, *, key: Callable[[Item], tuple[int, ...]]
+    items: Iterable[Item], size: int, *, key: Callable[[Item], tuple[int, ...]] = lambda _: ()
 ) -> list[list[Item]]:
     """Items of one `key` together, up to `size`; the largest key first: what does not fit shows at once."""
     groups: dict[tuple[int, ...], list[Item]] = {}

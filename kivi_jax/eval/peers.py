@@ -98,7 +98,7 @@ def measure(
     return finish(
         path,
         settings,
-        in_batches(items, batch_size, key=lambda _: ()),
+        in_batches(items, batch_size),
         compute,
         identify=lambda item: f"{item[0]}-{item[1][0]}",
         progress=progress,

@@ -13,7 +13,7 @@ import numpy as np
 from rich.progress import Progress
 
 from kivi_jax.cache.strategy import CacheStrategy
-from kivi_jax.eval.jobs import Record, finish
+from kivi_jax.eval.jobs import Record, finish, in_batches
 from kivi_jax.eval.likelihood import continuation_log_probs
 from kivi_jax.eval.statistics import Estimate, bootstrap, difference
 from kivi_jax.model.llama import Llama
@@ -65,11 +65,10 @@ def score_windows(
         scored = continuation_log_probs(model, contexts, continuations, cache=cache, rows=rows)
         return [{"nll": [round(-float(value), 6) for value in row.log_probs]} for row in scored]
 
-    batches = [windows[begin : begin + batch_size] for begin in range(0, len(windows), batch_size)]
     return finish(
         path,
         settings,
-        batches,
+        in_batches(windows, batch_size),
         compute,
         identify=lambda window: window[0],
         progress=progress,

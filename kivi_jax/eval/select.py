@@ -15,7 +15,7 @@ from rich.table import Table
 from kivi_jax.cache.names import parse_cache
 from kivi_jax.demo import tasks
 from kivi_jax.eval.generating import continue_prompts
-from kivi_jax.eval.jobs import Record, finish, paired
+from kivi_jax.eval.jobs import Record, finish, in_batches, paired
 from kivi_jax.eval.statistics import bootstrap, difference
 from kivi_jax.figures import new_figure
 from kivi_jax.generation.text import Tokenizer
@@ -87,12 +87,10 @@ def measure(
         made = {"selector": choice[0], "percent": choice[1]}
         return [{"right": problems[name].score(text)} | made for name, text in zip(batch, texts, strict=True)]
 
-    names = list(problems)
-    batches = [names[begin : begin + batch_size] for begin in range(0, len(names), batch_size)]
     return finish(
         path,
         settings,
-        batches,
+        in_batches(problems, batch_size),
         compute,
         identify=lambda name: name,
         progress=progress,

@@ -6,13 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from kivi_jax.cache.dense import DenseTokens
 from kivi_jax.cache.kivi import KiviQuantization, KiviTokens
-from kivi_jax.cache.segments import Step
+from kivi_jax.cache.segments import Step, first_visible
 from pallas_kernels.partials import normalize
+from pallas_kernels.residual.ring import Ring
 from tests import draws
 from tests.oracles.kivi import ListKivi, attention
 
@@ -175,23 +176,41 @@ def test_window_sees_the_last_tokens_and_holds_few(dense, sinks, window, lengths
 
 
 SLOTS = 258  # a quarter and half of it are read alone; a quarter is no whole number
+BLOCK = 128  # of a row read by itself
 PROMPT = normal(21, BATCH, KV_HEADS, SLOTS, 4), normal(22, BATCH, KV_HEADS, SLOTS, 4)
 
 
 @settings(max_examples=20, deadline=None)
+@example([1, 2, 250], 1.0)  # rows are read one by one
+@example([0, 128, 129], 0.25)
 @given(st.lists(st.integers(0, SLOTS), min_size=BATCH, max_size=BATCH), st.sampled_from([1.0, 0.25]))
-def test_no_more_than_a_quarter_or_half_of_the_slots_is_read_if_no_row_has_filled_more(lengths, filled):
+def test_no_more_is_read_than_a_part_of_the_slots_or_where_rows_differ_than_each_has_filled(lengths, filled):
     keys, values = PROMPT
     query, lengths = normal(23, BATCH, KV_HEADS * GROUPS, 4), [int(n * filled) for n in lengths]
-    width = next(width for width in (65, 129, 258) if width >= max(lengths))
-    is_unread = np.arange(SLOTS) >= width
-    given = (jnp.asarray(np.where(is_unread[:, None], np.nan, x)) for x in (keys, values))
+    read = [next(width for width in (65, 129, 258) if width >= max(lengths))] * BATCH
+    if 2 * sum(lengths) < sum(read):
+        read = [min(-(-n // BLOCK) * BLOCK, SLOTS) for n in lengths]
+    is_unread = np.arange(SLOTS) >= np.array(read)[:, None, None]
+    given = (jnp.asarray(np.where(is_unread[..., None], np.nan, x)) for x in (keys, values))
     out = np.asarray(attend(DenseTokens(*given, jnp.asarray(lengths), None), query))
     for b, k in np.ndindex(BATCH, KV_HEADS):
         for g in range(GROUPS):
             asked = np.asarray(query[b, k * GROUPS + g], np.float64)
             expected = attention(asked, list(keys[b, k, : lengths[b]]), list(values[b, k, : lengths[b]]))
             np.testing.assert_allclose(out[b, k * GROUPS + g], expected, atol=1e-5)
+
+
+@settings(max_examples=10, deadline=None)
+@example([900, 3, 0])
+@example([259, 258, 0])
+@given(st.lists(st.integers(0, 900), min_size=BATCH, max_size=BATCH))
+def test_rows_that_are_read_one_by_one_see_their_windows(lengths):
+    """Of a ring that has wrapped for some rows and not for others."""
+    query = jnp.asarray(normal(24, BATCH, KV_HEADS * GROUPS, 4))
+    ring = Ring(*map(jnp.asarray, PROMPT), jnp.asarray(lengths))
+    expected = ring.attend(query, start=first_visible(ring.lengths, SLOTS), scale=0.5)
+    out = attend(DenseTokens(ring.keys, ring.values, ring.lengths, SLOTS), query)
+    np.testing.assert_allclose(out, normalize(expected), atol=1e-5)
 
 
 def test_rows_that_ended_hold_what_they_held():
