@@ -56,7 +56,7 @@ def test_a_signal_that_goes_nowhere_comes_again():
 
 def test_a_warning_is_one_line_without_a_module_s_name():
     warning = "import logging; from kivi_jax import console\n" + (
-        "console.main(lambda standalone_mode: logging.getLogger('kivi_jax.checks').warning('so it is'))"
+        "console.main(lambda: logging.getLogger('kivi_jax.checks').warning('so it is'))"
     )
     done = subprocess.run([sys.executable, "-c", warning], capture_output=True, text=True, check=True)
     assert done.stderr == "WARNING: so it is\n"
