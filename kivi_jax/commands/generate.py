@@ -117,6 +117,7 @@ def generate(
         return
     from convert.hub import resolve
     from kivi_jax.commands.answers import answer_file
+    from kivi_jax.commands.hosts import agree
     from kivi_jax.eval import contents
     from kivi_jax.generation.loading import dtype_name
     from kivi_jax.generation.prefix_files import MANIFEST
@@ -140,6 +141,7 @@ def generate(
             prefix=None if prefix is None else contents.of_data(prefix / MANIFEST),
         ),
     )
+    agree(settings)
     answer_file(
         llama,
         tokenizer,

@@ -7,6 +7,8 @@ writes.
 
 import contextlib
 import ctypes
+import hashlib
+import json
 import os
 import signal
 import sys
@@ -14,6 +16,7 @@ import tempfile
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -101,3 +104,22 @@ def for_this_host(destination: Path) -> Path:
     if content:
         own.write_bytes(content)
     return own
+
+
+def agree(settings: dict[str, Any]) -> None:
+    """Refuse to begin where one host would compute with something else than the others.
+
+    Raises:
+        ValueError: what answers depend on, with marks of the files' contents, is not the same on all hosts.
+    """
+    import jax
+    from jax.experimental.multihost_utils import process_allgather
+
+    if jax.process_count() == 1:
+        return
+    mark = np.frombuffer(hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).digest(), np.uint8)
+    if (process_allgather(mark) != mark).any():
+        raise ValueError(
+            "the hosts were given different options, or files that differ by content: start the same command "
+            "on all of them, with the same model, input and prefix"
+        )

@@ -21,8 +21,8 @@ def model(tmp_path_factory):
     return write_checkpoint(tmp_path_factory.mktemp("model") / "hf", raw, tokens=61)
 
 
-def start(*arguments):
-    """Both hosts, which have found each other."""
+def start(*arguments, second=None):
+    """Both hosts, which have found each other; the second may be started with other arguments."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -32,16 +32,15 @@ def start(*arguments):
         "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
         "JAX_NUM_PROCESSES": "2",
     }
-    command = [sys.executable, "-m", "kivi_jax", *map(str, arguments), "--distributed"]
     return [
         subprocess.Popen(
-            command,
+            [sys.executable, "-m", "kivi_jax", *map(str, given), "--distributed"],
             env=environment | {"JAX_PROCESS_ID": str(number)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
-        for number in range(2)
+        for number, given in enumerate((arguments, second or arguments))
     ]
 
 
@@ -58,6 +57,22 @@ def test_two_hosts_give_one_process_s_tokens(command, model, tmp_path):
     assert printed[1][0] == ""
     assert "4 answers in" in printed[0][1]
     assert (tmp_path / "two.jsonl").read_text() == (tmp_path / "one.jsonl").read_text()
+
+
+def test_hosts_that_read_different_files_do_not_begin(model, tmp_path):
+    commands = []
+    for number, text in enumerate(("w3 w5", "w3 w6")):
+        questions = tmp_path / str(number) / "in.jsonl"
+        questions.parent.mkdir()
+        questions.write_text(json.dumps({"prompt": text}))
+        files = ("--input", questions, "--output", tmp_path / "out.jsonl")
+        commands.append(("generate", model, *files, "--max-new-tokens", 2, "--mesh", "model=8"))
+    hosts = start(*commands[0], second=commands[1])
+    for host in hosts:
+        _, said = host.communicate(timeout=200)
+        assert host.returncode == 2
+        assert "files that differ by content: start the same command on all of them" in said
+    assert not (tmp_path / "out.jsonl").exists()
 
 
 def test_a_host_that_dies_ends_the_other_with_one_line(model):
