@@ -37,9 +37,8 @@ def together() -> Iterator[None]:
     """
     import jax
 
-    _find_others()
     errors = os.dup(2)
-    _print_of_first_only(first=jax.process_index() == 0)
+    _silence_libraries()
 
     def end(reason: str) -> None:
         sys.stderr = os.fdopen(errors, "w")
@@ -48,10 +47,13 @@ def together() -> Iterator[None]:
         sys.stderr.flush()
         os._exit(2)
 
-    # JAX notices that a host is gone in a thread of its own, and aborts the process.
+    # JAX notices in a thread of its own that a host is gone or was never there, and aborts the process.
     aborted, libc = ctypes.CFUNCTYPE(None, ctypes.c_int)(lambda _: end(LOST)), ctypes.CDLL(None)
     libc.signal(signal.SIGABRT, aborted)
     try:
+        _find_others()
+        if jax.process_index() != 0:
+            sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
         yield
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
         if os.environ.get("KIVI_JAX_TRACEBACK"):
@@ -80,12 +82,12 @@ def _find_others() -> None:
         ) from error
 
 
-def _print_of_first_only(*, first: bool) -> None:
-    """What Python prints is the first host's; what libraries print below it about connections is dropped."""
-    nothing = open(os.devnull, "w")  # noqa: SIM115
-    sys.stdout, sys.stderr = (os.fdopen(os.dup(fd), "w") if first else nothing for fd in (1, 2))
-    for fd in (1, 2):
-        os.dup2(nothing.fileno(), fd)
+def _silence_libraries() -> None:
+    """What Python prints stays; what libraries print below it about connections is dropped."""
+    sys.stdout, sys.stderr = (os.fdopen(os.dup(fd), "w") for fd in (1, 2))
+    with open(os.devnull, "w") as nothing:
+        for fd in (1, 2):
+            os.dup2(nothing.fileno(), fd)
 
 
 def for_this_host(destination: Path) -> Path:

@@ -84,6 +84,20 @@ def test_a_host_that_dies_ends_the_other_with_one_line(model):
     assert (first.returncode, said.splitlines()[-1]) == (2, f"error: {LOST}")
 
 
+def test_an_address_where_nobody_is_ends_with_one_line():
+    """JAX tries for minutes, then aborts the process."""
+    code = "; ".join(
+        (
+            "import jax, os",
+            "from kivi_jax.commands.hosts import together",
+            "jax.distributed.initialize = lambda **_: os.abort()",
+            "together().__enter__()",
+        )
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (2, f"error: {LOST}\n")
+
+
 def test_hosts_that_nobody_named_are_asked_for(command, model):
     code, _, said = command("generate", model, "w3", "--distributed")
     assert (code, said) == (2, "error: --distributed needs --mesh, over the devices of all hosts\n")
