@@ -26,8 +26,8 @@ NO_SCORE = -1e30
 class AttentionPartial:
     """Unnormalized attention of queries [*B] over some tokens, in float32.
 
-    It may be normalized, and `out` in the query's dtype: then `denom` is 1, and `max` the log-sum-exp, so
-    that it weighs the same in a `merge`.
+    It may be normalized, which weighs the same in a `merge`: `denom` is 1, and `max` the log-sum-exp. With
+    nothing left to merge with, `out` may then be in the query's dtype.
     """
 
     out: Float[Array, "*B H"]

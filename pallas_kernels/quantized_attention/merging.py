@@ -2,9 +2,9 @@
 
 A split's normalized result is a value, and its log-sum-exp the score that this value has: merging is
 attention over one token per split and head, of which a query head sees those of its own. So splits and the
-residual's tokens go through the same online softmax, as products on the matrix unit, and the query's own
-token comes last. What is written is normalized, in the type that a layer goes on with: else a kernel that
-divides and rounds would follow.
+residual's tokens go through the same online softmax, as products on the matrix unit. What is written is
+normalized, so that nobody has to launch a kernel for that. The query's own token comes last and completes
+the attention: then it is in the type that a layer goes on with.
 
 A program serves all query heads of a KV head, so that the residual is read once. With few rows that would
 leave most of the GPU idle: there, programs first share the channels, and then the heads.
@@ -81,7 +81,8 @@ def merge(
         return pl.BlockSpec((None, *own), lambda i, *_: (jax.lax.div(i, every), *(0 for _ in own)))
 
     number = jax.ShapeDtypeStruct((programs, case.heads), jnp.float32)
-    outputs = [jax.ShapeDtypeStruct((*number.shape, case.dim), query.dtype), number]
+    dtype = jnp.float32 if own is None else query.dtype
+    outputs = [jax.ShapeDtypeStruct((*number.shape, case.dim), dtype), number]
     out, top = triton_call(
         functools.partial(_merge, case, share, 0 if residual is None else residual.sinks),
         name="quantized_attention_merge",
