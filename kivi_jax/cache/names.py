@@ -62,6 +62,7 @@ WORDS = {  # fields whose values are not numbers
     "scale_dtype": ("float16", "bfloat16", "float32"),
     "pooling": ("average", "max"),
 }
+FRACTIONS = ("decay",)  # fields whose numbers need not be whole
 _KIVI_FIELDS = set(inspect.signature(kivi).parameters) - {"bits", "rotate_keys", "prompt", "decode", "pool"}
 
 
@@ -181,7 +182,8 @@ def _check_values(options: dict[str, int | float | str], text: str) -> None:
         if key in WORDS and value not in WORDS[key]:
             raise ValueError(f"cache {text!r}: {key}={value} must be one of {', '.join(WORDS[key])}")
         if key not in WORDS and isinstance(value, str):
-            raise ValueError(f"cache {text!r}: {key}={value} must be a number")
+            kind = "number" if key in FRACTIONS else "whole number"
+            raise ValueError(f"cache {text!r}: {key}={value} must be a {kind}")
 
 
 def _take(options: dict[str, int | float | str], prefix: str) -> dict[str, int | float | str]:
