@@ -124,6 +124,10 @@ def generate(
 
     assert source is not None
     assert destination is not None
+    read = dict(
+        input=contents.of_data(source),
+        prefix=None if prefix is None else contents.of_data(prefix / MANIFEST),
+    )
     settings = dict(
         model=model,
         cache=cache,
@@ -135,13 +139,9 @@ def generate(
         sampler=repr(sampler),
         seed=seed,
         dtype=dtype_name(dtype),
-        **contents.together(
-            input=contents.of_data(source),
-            model=contents.of_model(resolve(model)),
-            prefix=None if prefix is None else contents.of_data(prefix / MANIFEST),
-        ),
+        **contents.together(model=contents.of_model(resolve(model)), **read),
     )
-    agree(settings)
+    agree(settings | contents.together(**read))  # a model's mark has its files' times: hosts have copies
     answer_file(
         llama,
         tokenizer,

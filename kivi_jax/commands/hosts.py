@@ -7,8 +7,6 @@ writes.
 
 import contextlib
 import ctypes
-import hashlib
-import json
 import os
 import signal
 import sys
@@ -21,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from kivi_jax.console import fail, out_of_memory, status
+from kivi_jax.outputs import seal
 
 HEARTBEAT_SECONDS = 10  # a host that is not heard for so long has died
 LOST = "another host has ended, or cannot be reached: start the command again on all of them"
@@ -119,9 +118,9 @@ def agree(settings: dict[str, Any]) -> None:
 
     if jax.process_count() == 1:
         return
-    mark = np.frombuffer(hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).digest(), np.uint8)
+    mark = np.frombuffer(seal(settings).encode(), np.uint8)
     if (process_allgather(mark) != mark).any():
         raise ValueError(
             "the hosts were given different options, or files that differ by content: start the same command "
-            "on all of them, with the same model, input and prefix"
+            "on all of them, with the same input and prefix"
         )
