@@ -2,7 +2,7 @@
 
     compute-sanitizer --error-exitcode 9 python -m kivi_jax.bench.memcheck
 
-Under it a check takes six seconds and all of them ten minutes; names of parts after the command
+Under it a check takes seconds and all of them six minutes on an H200; names of parts after the command
 (`pallas_triton triton packing steps`) run these alone, so that several processes may share the work.
 
 Under the checker a GPU runs our kernels and what joins them, and nothing else: Python crashed there as XLA

@@ -6,6 +6,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Int
 
+from kivi_jax.cache.segments import round_up
 from kivi_jax.config import ModelConfig
 from kivi_jax.model.llama import Llama
 
@@ -142,4 +143,4 @@ def pad_prompts(
 def padded_width(longest: int) -> int:
     """The width of prompts of up to `longest` tokens: at most an eighth more, or a multiple of 32."""
     step = max(32, 1 << max(longest.bit_length() - 4, 0))
-    return -(-longest // step) * step
+    return round_up(longest, step)

@@ -221,7 +221,7 @@ def _read(
     flash = has_flash(model.embed.embedding.dtype, config.head_dim)
     block = min(block_tokens or default_block(*tokens.shape, flash=flash), tokens.shape[1])
     ends = model.without_layers()
-    x, blocks = _embed_prompt(ends, tokens, lengths, block)
+    x, turn = _embed_prompt(ends, tokens, lengths, block)
     layers: list[tuple[Segment, ...]] = []
     for index, layer in enumerate(model.layers):
         window, kind = config.window_of(index), config.first_like(index)
@@ -229,10 +229,10 @@ def _read(
         read = functools.partial(read_by_blocks, observed=observed, expects=expects)
         if not observed and not expects and flash:
             read = read_whole
-        x, prompt = read(Flat.of(layer), kind, x, lengths, blocks, config, block)
+        x, prompt = read(Flat.of(layer), kind, x, lengths, turn, config, block)
         alike = strategy.first_held_like(config, index, width=x.shape[1])
-        held, blocks = _hold(
-            prompt, blocks, np.int32(index), strategy, capacity, window, alike, config.num_layers
+        held, turn = _hold(
+            prompt, turn, np.int32(index), strategy, capacity, window, alike, config.num_layers
         )
         layers.append(held)
         del prompt  # else it is there until the next layer's is
@@ -258,11 +258,11 @@ def _read_on_mesh(
 def _embed_prompt(
     ends: Llama, tokens: Int[Array, "B P"], lengths: Int[Array, "B"], block: int
 ) -> tuple[Float[Array, "B padded D"], Int[Array, ""]]:
-    """The residual stream before the first layer, padded to whole blocks, and how many these are."""
+    """The residual stream before the first layer, padded to whole blocks; and that layer's `turn`."""
     # Padding may be anything, also what has no embedding: not a number times no weight is not nothing.
     tokens = jnp.where(jnp.arange(tokens.shape[1])[None] < lengths[:, None], tokens, 0)
     tokens = jnp.pad(tokens, ((0, 0), (0, -tokens.shape[1] % block)))
-    return ends.embedded(tokens), jnp.int32(tokens.shape[1] // block)
+    return ends.embedded(tokens), jnp.int32(0)
 
 
 @jax.jit
@@ -277,7 +277,7 @@ def _last_logits(
 @functools.partial(jax.jit, static_argnames=("strategy", "capacity", "window", "alike", "layers"))
 def _hold(
     prompt: Prompt,
-    blocks: Int[Array, ""],
+    turn: Int[Array, ""],
     number: Int[Array, ""],
     strategy: CacheStrategy,
     capacity: int,
@@ -285,14 +285,14 @@ def _hold(
     alike: int,
     layers: int,
 ) -> tuple[tuple[Segment, ...], Int[Array, ""]]:
-    """The segments of layer `number`, which is held as number `alike` is; and `blocks`, known after them.
+    """The segments of layer `number`, held as number `alike` is; and the next one's `turn`, known after them.
 
     A layer starts when the one before is packed: else, in one program, many layers' keys and values are kept.
     """
     held = strategy.hold_prompt(
         prompt, capacity=capacity, window=window, layer=alike, layers=layers, number=number
     )
-    return held, after(held, blocks)
+    return held, after(held, turn)
 
 
 @functools.partial(jax.jit, donate_argnames=("cache",))

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from kivi_jax.cache.prompt_selectors import ALL_QUERIES, Prompt
+from kivi_jax.cache.segments import round_up
 from kivi_jax.config import ModelConfig
 from kivi_jax.mesh import add_replicas
 from kivi_jax.model.attention import (
@@ -37,7 +38,7 @@ def default_block(rows: int, tokens: int, *, flash: bool) -> int:
     if not flash:
         return BLOCK
     blocks = -(-tokens // max(BLOCK, _FLASH_TOKENS // rows))
-    return -(-tokens // (blocks * 128)) * 128
+    return round_up(-(-tokens // blocks), 128)
 
 
 @functools.partial(jax.jit, static_argnames=("index", "config", "observed"))
@@ -86,7 +87,7 @@ def read_by_blocks(
     index: int,
     x: Float[Array, "B P D"],
     lengths: Int[Array, "B"],
-    blocks: Int[Array, ""],
+    turn: Int[Array, ""],
     config: ModelConfig,
     block: int,
     *,
@@ -97,11 +98,11 @@ def read_by_blocks(
 
     A block attends only to itself and what is before it, so one pass over the blocks computes keys and
     values, attends and replaces the stream in place. See `read_block` for `observed`; if a selector `expects`
-    them, the queries before RoPE are summed, too.
+    them, the queries before RoPE are summed, too. `turn` is 0, known when a layer may begin.
     """
     layer, (batch, padded) = flat.tree(), x.shape[:2]
-    # Zeros, but computed from `blocks`: the compiler makes constants of all layers at the start.
-    blank = jnp.where(blocks >= 0, 0, 1).astype(x.dtype)
+    # Zeros, but computed from the `turn`: the compiler makes constants of all layers at the start.
+    blank = turn.astype(x.dtype)
     store = jnp.full((batch, config.num_kv_heads, padded, config.head_dim), blank)
     weights = jnp.full(store.shape[:3], blank.astype(jnp.float32))
     sums = no_queries(batch, config.num_heads, config.head_dim) if expects else None
@@ -124,7 +125,7 @@ def read_whole(
     index: int,
     x: Float[Array, "B P D"],
     lengths: Int[Array, "B"],
-    blocks: Int[Array, ""],
+    turn: Int[Array, ""],
     config: ModelConfig,
     block: int,
 ) -> tuple[Array, Prompt]:
@@ -134,7 +135,7 @@ def read_whole(
     to, are as large as the residual stream each.
     """
     layer, (batch, padded) = flat.tree(), x.shape[:2]
-    blank = jnp.where(blocks >= 0, 0, 1).astype(x.dtype)
+    blank = turn.astype(x.dtype)
     held = jnp.full((batch, config.num_kv_heads, padded, config.head_dim), blank)
     asked = jnp.full((batch, padded, config.num_heads, config.head_dim), blank)
 

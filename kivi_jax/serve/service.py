@@ -12,6 +12,7 @@ from openai.types import CompletionUsage, Model
 from pydantic import BaseModel
 
 from kivi_jax.cache.names import cache_name
+from kivi_jax.cache.segments import round_up
 from kivi_jax.cache.strategy import CacheStrategy, full
 from kivi_jax.config import ModelConfig
 from kivi_jax.generation.engine import Engine
@@ -169,7 +170,7 @@ class Service:
     def _weigh(self, prompt: int, new: int) -> tuple[int, int]:
         """The bytes of a row's cache and of a full one, of a few more tokens than it has."""
         context, config = self.engine.context, self.engine.model.config
-        prompt, tokens = (min(-(-count // _STEP) * _STEP, context) for count in (prompt, prompt + new))
+        prompt, tokens = (min(round_up(count, _STEP), context) for count in (prompt, prompt + new))
         return weigh(config, self.engine.strategy, self._dtype, prompt, tokens)
 
 

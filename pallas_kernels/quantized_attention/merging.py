@@ -3,8 +3,8 @@
 A split's normalized result is a value, and its log-sum-exp the score that this value has: merging is
 attention over one token per split and head, of which a query head sees those of its own. So splits and the
 residual's tokens go through the same online softmax, as products on the matrix unit. What is written is
-normalized, so that nobody has to launch a kernel for that. The query's own token comes last and completes
-the attention: then it is in the type that a layer goes on with.
+normalized. The query's own token comes last and completes the attention: then it is in the type that a
+layer goes on with.
 
 A program serves all query heads of a KV head, so that the residual is read once. With few rows that would
 leave most of the GPU idle: there, programs first share the channels, and then the heads.
