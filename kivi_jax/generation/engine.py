@@ -288,13 +288,15 @@ class Engine:
         self._end_overdue()
         if self._reading is None and self._waiting:
             self._begin()
-        reads = self._reading is not None and self._reading.logits is None
-        if self._reading is not None and reads:
-            self._read_chunk(self._reading)
-        if self._reading is not None and self._reading.logits is not None and len(self._rows) < self.slots:
-            self._place(self._reading)
+        row, alone, places = self._reading, True, False
+        if row is not None and row.logits is None:
+            self._read_chunk(row)
+            alone = False
+        elif row is not None and len(self._rows) < self.slots:  # in a turn of its own: it may take as long
+            self._place(row)
+            alone, places = False, True
         if self._rows:
-            self._burst(alone=not reads)
+            self._burst(alone=alone, places=places)
 
     def _end_overdue(self) -> None:
         for slot, row in list(self._rows.items()):
@@ -355,13 +357,13 @@ class Engine:
         self._programs.place(row.prompt, row.logits, asked, left=left, slot=slot)
         self._rows[slot], self._reading, row.logits = row, None, None
 
-    def _burst(self, *, alone: bool) -> None:
-        """Let all rows draw tokens: one each, if a prompt is to be read for a free slot.
+    def _burst(self, *, alone: bool, places: bool) -> None:
+        """Let all rows draw tokens: one each, if a prompt is to be read for a free slot, or became a row.
 
         Where it is `alone`, and does not wait for a chunk that is being read, it says how long a step takes.
         """
         waits = bool(self._waiting or self._reading)
-        hurries = waits and len(self._rows) < self.slots
+        hurries = places or (waits and len(self._rows) < self.slots)
         most = 1 if hurries else min(BURST, max(1, int(_BURST_S / self._step_s)))
         kept = np.isin(np.arange(self.slots), list(self._rows))
         begin = time.perf_counter()
