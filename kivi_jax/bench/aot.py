@@ -226,6 +226,7 @@ def tuning_for(case: Case, device_kind: str) -> Tuning:
         heads=case.query_groups,
         dim=case.head_dim,
         bits=max(case.key_bits, case.value_bits),
+        group_size=case.key_group,
         device_kind=device_kind,
     )
 

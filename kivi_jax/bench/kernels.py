@@ -32,7 +32,7 @@ from pallas_kernels.device import compute_capability
 from pallas_kernels.quantize.quantization import dequantize
 from pallas_kernels.quantized_attention import quantized_attention
 from pallas_kernels.quantized_attention.cases import CORRECTNESS, GPU, Case
-from pallas_kernels.quantized_attention.tuning import Tuning, choose
+from pallas_kernels.quantized_attention.tuning import Tuning
 from pallas_kernels.residual.ring import newest_token
 
 IMPLEMENTATIONS = ("pallas_triton", "triton")
@@ -173,8 +173,7 @@ def _tunings(case: Case) -> list[Tuning]:
 
     Of many query heads, a program may also answer fewer, or be of more warps.
     """
-    rows, bits = case.batch * case.kv_heads, max(case.key_bits, case.value_bits)
-    default = choose(rows=rows, slots=case.slots, heads=case.query_groups, dim=case.head_dim, bits=bits)
+    default = aot.tuning_for(case, jax.devices()[0].device_kind)
     wide = [(8, 1), (16, 1), (16, 2)] if case.query_groups > 8 else [(default.heads, default.warps)]
     found = set()
     for pages, stages, (heads, warps) in itertools.product((1, 2, 4, 8), (2, 3), wide):

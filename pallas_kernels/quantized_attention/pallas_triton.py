@@ -186,14 +186,13 @@ def _attend_split(case: Case, held_back: int, *refs: Any) -> None:
             zero = _load(vz_ref, (slot, page + i), (TILE_ROWS, PAGE)).astype(jnp.float16)
             zero = jnp.where((row16 == case.value_groups)[:, None], jnp.float16(1), zero)
             sums = sums + plt.dot(zero, weight)
-            # All groups' weight * scale as one block: Triton then moves the weights into the operand's
-            # layout once, before they are repeated, and not once for each group.
+            # All groups' weight * scale as one block, groups first: Triton then moves the weights into the
+            # operand's layout once, before they are repeated, and not once for each group or through memory.
             groups = pl.next_power_of_2(case.value_groups)
             scale = _load(vs_ref, (slot, page + i), (groups, PAGE)).astype(jnp.float16)
-            shape = (PAGE, groups, lanes)
-            scaled = jnp.broadcast_to(weight[:, None, :], shape)
-            scaled = scaled * jnp.broadcast_to(scale.T[:, :, None], shape)
-            scaled = jnp.split(scaled.reshape(PAGE, groups * lanes), groups, axis=1)
+            shape = (groups, PAGE, lanes)
+            scaled = jnp.broadcast_to(weight[None], shape) * jnp.broadcast_to(scale[:, :, None], shape)
+            scaled = _unstack(scaled)
             for row in range(0, case.value.words, case.value_rows):
                 words = _widen(_load(vw_ref, (slot, page + i), (case.value_rows, PAGE), row), case)
                 for at, (j, part_row, group) in enumerate(parts):

@@ -124,7 +124,9 @@ def plan(
     kv_heads, slots = key.shape[1:3]
     rows, group = batch * kv_heads, heads // kv_heads
     bits = max(key.bits, value.bits)
-    tuning = tuning or choose(rows=rows, slots=slots, heads=group, dim=dim, bits=bits)
+    tuning = tuning or choose(
+        rows=rows, slots=slots, heads=group, dim=dim, bits=bits, group_size=key.group_size
+    )
     tuning = dataclasses.replace(tuning, pages=math.gcd(tuning.pages, slots // PAGE))
     case = Case(
         key=Store(key.bits, key.group_size, dim),

@@ -203,9 +203,9 @@ def _visit(
         sums = tl.dot(zero, weight, sums)
         scale = tl.load(VS + first + group[:, None] * PAGE + lane32[None, :]).to(tl.float16)
         # All groups as one block, so that the weights change layout once: see `pallas_triton.py`.
-        scaled = tl.broadcast_to(tl.expand_dims(weight, 1), (PAGE, GROUPS, LANES))
-        scaled = scaled * tl.broadcast_to(tl.expand_dims(tl.trans(scale), 2), (PAGE, GROUPS, LANES))
-        scaled = _unstack_columns(tl.reshape(scaled, (PAGE, GROUPS * LANES)), GROUPS)
+        scaled = tl.broadcast_to(tl.expand_dims(weight, 0), (GROUPS, PAGE, LANES))
+        scaled = scaled * tl.broadcast_to(tl.expand_dims(scale, 2), (GROUPS, PAGE, LANES))
+        scaled = _unstack(tl.reshape(scaled, (GROUPS * PAGE, LANES)), GROUPS)
         new = ()
         for block in tl.static_range(BLOCKS):
             row = tl.arange(0, VALUE_ROWS)
@@ -217,30 +217,6 @@ def _visit(
                 new = new + (tl.dot(codes, weights, accumulators[block * PLANES + j]),)
         accumulators = new
     return accumulators, sums, new_top
-
-
-@triton.jit
-@no_type_check
-def _halve_columns(parts, N: tl.constexpr):
-    new = ()
-    for i in tl.static_range(N):
-        pair = tl.reshape(parts[i], (parts[i].shape[0], 2, parts[i].shape[1] // 2))
-        low, high = tl.split(tl.permute(pair, (0, 2, 1)))
-        new = new + (low, high)
-    return new
-
-
-@triton.jit
-@no_type_check
-def _unstack_columns(x, N: tl.constexpr):
-    parts = (x,)
-    if N >= 2:
-        parts = _halve_columns(parts, 1)
-    if N >= 4:
-        parts = _halve_columns(parts, 2)
-    if N >= 8:
-        parts = _halve_columns(parts, 4)
-    return parts
 
 
 @triton.jit

@@ -1,7 +1,7 @@
 """How the GPU kernels cut up the work, by device and shape. Read `pallas_triton.py` next.
 
-Nothing here changes what is computed. The numbers for 2 and 4 bits at head_dim 128 come from a sweep on an
-H100 (docs/results-gpu.md), the others from compile reports (`kivi-jax bench kernels --aot`);
+Nothing here changes what is computed. The numbers for 2 and 4 bits at head_dim 128 come from sweeps on an
+H100 and an H200 (docs/results-gpu.md), the others from compile reports (`kivi-jax bench kernels --aot`);
 `kivi-jax bench kernels --sweep` measures them on a GPU and prints the fastest.
 """
 
@@ -36,9 +36,8 @@ class Tuning:
 # Programs that run at once: multiprocessors x what registers (8) and shared memory let on one.
 _PROGRAMS = {"A100": 108 * 7, "L4": 58 * 4, "L40": 142 * 4, "H100": 132 * 8, "H200": 132 * 8}
 _UNKNOWN_DEVICE = 108 * 7
-# A split shorter than this costs more in merging than it gains in parallelism; and more of them than this
-# would not fit in the registers of the program that merges them.
-_LEAST_TILES, _MOST_SPLITS = 2, 256
+# More splits would not fit in the registers of the program that merges them.
+_MOST_SPLITS = 256
 # With fewer tokens than this for each program of a wave, latency counts, and tiles are smaller.
 _FEW_TOKENS, _FEW_PAGES = 512, 2
 # (bits, head_dim, more than 8 query heads for a KV head) -> pages, heads. The fewest instructions per
@@ -54,25 +53,38 @@ _TILES = {
     (4, 256, False): (2, 16),
     (4, 256, True): (2, 8),
 }
+# pages, heads of three stages: where a multiprocessor's shared memory holds a third tile of all its programs,
+# and keys' groups are of 32 tokens. With longer ones, whose scales are fewer, `_TILES` is 1 to 3 % faster.
+_DEEP_TILES, _DEEP_DEVICES, _DEEP_GROUP = {(2, 128, False): (2, 16)}, ("H100", "H200"), 32
 _DEFAULT_TILE = (4, 16)
 _DEFAULT_WIDE_TILE = (2, 8)  # 8 bits
 
 
 def choose(
-    *, rows: int, slots: int, heads: int, dim: int, bits: int, device_kind: str | None = None
+    *,
+    rows: int,
+    slots: int,
+    heads: int,
+    dim: int,
+    bits: int,
+    group_size: int,
+    device_kind: str | None = None,
 ) -> Tuning:
     """The tuning for `rows` pairs of a row and a KV head, each of `slots` tokens and `heads` query heads.
 
-    `device_kind` is JAX's name of the GPU; by default that of the first device.
+    `group_size` is that of the keys. `device_kind` is JAX's name of the GPU, by default of the first device.
     """
-    default = _DEFAULT_WIDE_TILE if bits == 8 else _DEFAULT_TILE
-    pages, most_heads = _TILES.get((bits, dim, heads > 8), default)
     words = (device_kind or jax.devices()[0].device_kind).replace("-", " ").split()
     programs = next((n for name, n in _PROGRAMS.items() if name in words), _UNKNOWN_DEVICE)
+    kind, stages = (bits, dim, heads > 8), 2
+    pages, most_heads = _TILES.get(kind, _DEFAULT_WIDE_TILE if bits == 8 else _DEFAULT_TILE)
+    if kind in _DEEP_TILES and group_size <= _DEEP_GROUP and any(name in words for name in _DEEP_DEVICES):
+        (pages, most_heads), stages = _DEEP_TILES[kind], 3
     rows *= -(-heads // most_heads)
     if rows * slots < _FEW_TOKENS * programs:
         pages = min(pages, _FEW_PAGES)
     tiles = -(-slots // (32 * pages))
     # One wave: a second, partly filled one would double the time.
-    splits = min(programs // rows, tiles // _LEAST_TILES, _MOST_SPLITS)
-    return Tuning(splits=max(1, splits), pages=pages, heads=most_heads)
+    share = -(-tiles // max(1, min(programs // rows, _MOST_SPLITS)))
+    # No split without a tile, and no more tiles in flight than a split has.
+    return Tuning(splits=-(-tiles // share), pages=pages, heads=most_heads, stages=min(stages, max(2, share)))

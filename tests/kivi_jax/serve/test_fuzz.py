@@ -55,9 +55,6 @@ LIKELY = {  # of what fields may be; most others mean nothing to them
 }
 FEW = st.integers(-1, 3) | st.sampled_from([10**6, 10**20, 1.5, "1"])  # an answer takes its time
 
-# The server's threads draw random numbers meanwhile, which Hypothesis takes for a strategy's.
-pytestmark = pytest.mark.filterwarnings("ignore:Do not use the .random. module inside strategies")
-
 
 @pytest.fixture(scope="module")
 def http(engine):
