@@ -1,6 +1,8 @@
 """The lm-evaluation-harness on our models: its numbers are transformers', its texts are `complete`'s."""
 
+import importlib
 import json
+import pkgutil
 import subprocess
 import sys
 
@@ -8,20 +10,17 @@ import numpy as np
 import pytest
 
 import kivi_jax as kj
+from kivi_jax.cache.names import parse_cache
 from tests.convert.checkpoints import LLAMA, write_checkpoint
 
-pytest.importorskip("lm_eval", reason="the harness is not installed (extra eval)")
-
-from lm_eval import simple_evaluate
-from lm_eval._cli.utils import key_val_to_dict
-from lm_eval.api.instance import Instance
-from lm_eval.tasks import TaskManager
-from lm_eval.utils import simple_parse_args_string
-
-from kivi_jax.cache.names import parse_cache
-from kivi_jax.eval.lm_eval import KiviJax, main
-
 KIVI = "kivi2:group_size=8:residual_length=8"
+
+
+@pytest.fixture(scope="module")
+def adapter():
+    """`kivi_jax.eval.lm_eval`: the harness takes seven seconds to import, of the one worker that needs it."""
+    pytest.importorskip("lm_eval", reason="the harness is not installed (extra eval)")
+    return importlib.import_module("kivi_jax.eval.lm_eval")
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +30,8 @@ def checkpoint(tmp_path_factory):
 
 
 def requests(kind, *arguments):
+    from lm_eval.api.instance import Instance
+
     return [
         Instance(request_type=kind, doc={}, arguments=pair, idx=i, metadata=("t", i, 1))
         for i, pair in enumerate(arguments)
@@ -51,10 +52,10 @@ TEXTS = [("w3 w1 w4 w1", " w5 w9"), ("w2 w7", " w1"), ("w8 " * 30 + "w3", " w1 w
 
 
 @pytest.mark.usefixtures("torch")
-def test_log_likelihoods_under_a_full_cache_are_transformers(checkpoint):
+def test_log_likelihoods_under_a_full_cache_are_transformers(adapter, checkpoint):
     from transformers import LlamaForCausalLM
 
-    ours = KiviJax(str(checkpoint), batch_size=3)
+    ours = adapter.KiviJax(str(checkpoint), batch_size=3)
     answers = ours.loglikelihood(requests("loglikelihood", *TEXTS), disable_tqdm=True)
     model = LlamaForCausalLM.from_pretrained(checkpoint).eval()
     for (context, continuation), (log_prob, greedy) in zip(TEXTS, answers, strict=True):
@@ -65,12 +66,12 @@ def test_log_likelihoods_under_a_full_cache_are_transformers(checkpoint):
 
 
 @pytest.mark.usefixtures("torch")
-def test_a_trained_models_log_likelihoods_are_transformers(shared):
+def test_a_trained_models_log_likelihoods_are_transformers(adapter, shared):
     """Texts of GSM8K, with a tokenizer that puts a token before each; and rolling over several windows."""
     from transformers import LlamaForCausalLM
 
     directory = shared / "models" / "stories260K"
-    ours = KiviJax(str(directory), batch_size=2, max_length=100)
+    ours = adapter.KiviJax(str(directory), batch_size=2, max_length=100)
     model = LlamaForCausalLM.from_pretrained(directory).eval()
     rows = [
         json.loads(line) for line in (shared / "data/gsm8k/test.jsonl").read_text("utf-8").split("\n")[:2]
@@ -91,9 +92,9 @@ def test_a_trained_models_log_likelihoods_are_transformers(shared):
 
 
 @pytest.mark.slow
-def test_bits_change_log_likelihoods_and_rolling_ones_are_sums_over_windows(checkpoint):
+def test_bits_change_log_likelihoods_and_rolling_ones_are_sums_over_windows(adapter, checkpoint):
     full, packed = (
-        KiviJax(str(checkpoint), cache=cache, batch_size=2, max_length=40) for cache in ("full", KIVI)
+        adapter.KiviJax(str(checkpoint), cache=cache, batch_size=2, max_length=40) for cache in ("full", KIVI)
     )
     text = " ".join(f"w{i * i % 61}" for i in range(70))
     rolling = [
@@ -109,8 +110,8 @@ def test_bits_change_log_likelihoods_and_rolling_ones_are_sums_over_windows(chec
 
 
 @pytest.mark.parametrize("cache", ["full", pytest.param(KIVI, marks=pytest.mark.slow)])
-def test_generation_equals_complete_and_stops_where_told(checkpoint, cache):
-    lm = KiviJax(str(checkpoint), cache=cache, batch_size=2)
+def test_generation_equals_complete_and_stops_where_told(adapter, checkpoint, cache):
+    lm = adapter.KiviJax(str(checkpoint), cache=cache, batch_size=2)
     model, tokenizer = kj.load(checkpoint)
     texts = ["w3 w1 w4", "w2 " * 40, "w9"]
     options = {"until": [], "max_gen_toks": 12, "do_sample": False}
@@ -137,10 +138,18 @@ CACHES = [
 ]
 
 
-@pytest.mark.parametrize("read", [simple_parse_args_string, key_val_to_dict], ids=["python", "command"])
+READERS = {  # of the harness
+    "python": "lm_eval.utils.simple_parse_args_string",
+    "command": "lm_eval._cli.utils.key_val_to_dict",
+}
+
+
+@pytest.mark.usefixtures("adapter")
+@pytest.mark.parametrize("reader", READERS)
 @pytest.mark.parametrize("cache", CACHES)
-def test_model_args_carry_the_name_of_every_cache(read, cache):
+def test_model_args_carry_the_name_of_every_cache(reader, cache):
     """Through both of the harness's readers, to the strategy that the name means."""
+    read = pkgutil.resolve_name(READERS[reader])
     assert read(f"pretrained=x,cache={cache},max_length=64") == {
         "pretrained": "x",
         "cache": cache,
@@ -151,8 +160,8 @@ def test_model_args_carry_the_name_of_every_cache(read, cache):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("cache", [CACHES[3], CACHES[5], CACHES[7]])
-def test_selecting_caches_generate_as_complete_does_and_score_what_they_hold(checkpoint, cache):
-    lm = KiviJax(str(checkpoint), cache=cache, batch_size=2)
+def test_selecting_caches_generate_as_complete_does_and_score_what_they_hold(adapter, checkpoint, cache):
+    lm = adapter.KiviJax(str(checkpoint), cache=cache, batch_size=2)
     text = "w3 w1 w4 " * 8
     (answer,) = lm.generate_until(
         requests("generate_until", (text, {"until": [], "max_gen_toks": 20, "do_sample": False})), True
@@ -161,7 +170,9 @@ def test_selecting_caches_generate_as_complete_does_and_score_what_they_hold(che
     assert [answer] == kj.complete(model, tokenizer, [text], cache=parse_cache(cache), max_new_tokens=20)
     pair = (text, " ".join(f" w{i * i % 61}" for i in range(20)))
     ((log_prob, _),) = lm.loglikelihood(requests("loglikelihood", pair), True)
-    ((full, _),) = KiviJax(str(checkpoint), batch_size=2).loglikelihood(requests("loglikelihood", pair), True)
+    ((full, _),) = adapter.KiviJax(str(checkpoint), batch_size=2).loglikelihood(
+        requests("loglikelihood", pair), True
+    )
     assert log_prob != full
     assert log_prob == pytest.approx(full, rel=0.05)
 
@@ -181,7 +192,10 @@ metric_list: [{metric: exact_match}]
 
 @pytest.mark.slow
 @pytest.mark.parametrize("cache", ["full", KIVI])
-def test_the_harness_runs_a_local_task_over_gsm8k_offline(shared, tmp_path, cache, monkeypatch):
+def test_the_harness_runs_a_local_task_over_gsm8k_offline(adapter, shared, tmp_path, cache, monkeypatch):
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
     monkeypatch.setenv("DISABLE_MULTIPROC", "1")
     task = TASK.replace("DATA", str(shared / "data/gsm8k/test.jsonl")).replace(
         "CACHE", str(tmp_path / "cache")
@@ -205,21 +219,21 @@ def test_the_harness_runs_a_local_task_over_gsm8k_offline(shared, tmp_path, cach
         assert row["resps"] == [[expected.split("Question:")[0]]]
 
 
-def test_what_cannot_be_used_is_refused(checkpoint):
+def test_what_cannot_be_used_is_refused(adapter, checkpoint):
     with pytest.raises(ValueError, match="batch_size='auto'"):
-        KiviJax(str(checkpoint), batch_size="auto")
+        adapter.KiviJax(str(checkpoint), batch_size="auto")
     with pytest.raises(ValueError, match="model_args of kivi-jax has no cahce: take pretrained, cache"):
-        KiviJax(str(checkpoint), cahce="kivi2")
+        adapter.KiviJax(str(checkpoint), cahce="kivi2")
     with pytest.raises(ValueError, match="value_group_size=32 must divide"):
-        KiviJax(str(checkpoint), cache="kivi2:group_size=32")
-    lm = KiviJax(str(checkpoint), max_length=8)
+        adapter.KiviJax(str(checkpoint), cache="kivi2:group_size=32")
+    lm = adapter.KiviJax(str(checkpoint), max_length=8)
     options = {"until": [], "max_gen_toks": 8}
     with pytest.raises(ValueError, match="leaves no room"):
         lm.generate_until(requests("generate_until", ("w1", options)), True)
 
 
-def test_a_greedy_task_may_ask_for_a_repetition_penalty(checkpoint):
-    lm = KiviJax(str(checkpoint))
+def test_a_greedy_task_may_ask_for_a_repetition_penalty(adapter, checkpoint):
+    lm = adapter.KiviJax(str(checkpoint))
     options = {"until": [], "max_gen_toks": 8, "do_sample": False, "repetition_penalty": 1.5}
     (answer,) = lm.generate_until(requests("generate_until", ("w3 w1", options)), True)
     model, tokenizer = kj.load(checkpoint)
@@ -230,14 +244,14 @@ def test_a_greedy_task_may_ask_for_a_repetition_penalty(checkpoint):
 
 
 @pytest.mark.slow
-def test_a_mistake_on_the_command_line_ends_in_one_line(checkpoint, tmp_path, monkeypatch, capfd):
+def test_a_mistake_on_the_command_line_ends_in_one_line(adapter, checkpoint, tmp_path, monkeypatch, capfd):
     (tmp_path / "task.yaml").write_text(TASK.replace("DATA", "none.jsonl").replace("CACHE", str(tmp_path)))
     model_args = f"pretrained={checkpoint},cache=kivi3"
     arguments = ["run", "--model", "kivi-jax", "--tasks", "questions", "--include_path", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["lm_eval", *arguments, "--model_args", model_args])
     monkeypatch.setenv("COLUMNS", "200")
     with pytest.raises(SystemExit) as caught:
-        main()
+        adapter.main()
     error = capfd.readouterr().err
     assert caught.value.code == 2
     assert "Traceback" not in error

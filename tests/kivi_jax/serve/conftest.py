@@ -3,7 +3,6 @@
 import contextlib
 import threading
 
-import openai
 import pytest
 import uvicorn
 from starlette.testclient import TestClient
@@ -40,8 +39,16 @@ def http(service):
         yield client
 
 
+@pytest.fixture(scope="session")
+def openai():
+    """OpenAI's package: it takes three seconds to import, of the one worker that needs it."""
+    import openai
+
+    return openai
+
+
 @pytest.fixture
-def client(http):
+def client(openai, http):
     return openai.OpenAI(api_key="none", base_url="http://testserver/v1", http_client=http, max_retries=0)
 
 

@@ -3,7 +3,6 @@
 import json
 import re
 
-import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.testclient import TestClient
@@ -171,7 +170,7 @@ def test_streams_are_server_sent_events(http, path, asked):
     assert (counts, counts[-1]) == (sorted(counts), 5)
 
 
-def test_models_health_metrics_and_the_page(client, http):
+def test_models_health_metrics_and_the_page(openai, client, http):
     (model,) = client.models.list()
     assert (model.id, model.max_model_len, model.chat) == ("tiny", CONTEXT, True)
     assert parse_cache(model.cache) == parse_cache(CACHE)

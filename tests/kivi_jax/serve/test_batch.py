@@ -4,7 +4,6 @@ import contextlib
 import json
 
 import pytest
-from openai.types.chat import ChatCompletion
 
 import kivi_jax as kj
 from kivi_jax.commands import serve as commands
@@ -45,7 +44,7 @@ def answers(path):
     return {found["custom_id"]: found for found in map(json.loads, path.read_text("utf-8").splitlines())}
 
 
-def test_every_line_is_answered_and_a_cut_run_goes_on(batch, engine, tmp_path):
+def test_every_line_is_answered_and_a_cut_run_goes_on(openai, batch, engine, tmp_path):
     out = tmp_path / "out.jsonl"
     code, printed, error = batch(LINES)
     assert (code, printed) == (0, "")
@@ -57,7 +56,7 @@ def test_every_line_is_answered_and_a_cut_run_goes_on(batch, engine, tmp_path):
     assert statuses == {"text": 200, "chat": 200, "wrong": 422, "long": 400, "many": 200}
     assert all(answer["error"] is None for answer in found.values())
     assert len(found["many"]["response"]["body"]["choices"]) == 6
-    reply = ChatCompletion.model_validate(found["chat"]["response"]["body"])
+    reply = openai.types.chat.ChatCompletion.model_validate(found["chat"]["response"]["body"])
     (alone,) = kj.complete(engine.model, engine.tokenizer, HELLO, cache=CACHE, max_new_tokens=4)
     assert (reply.choices[0].message.content, reply.system_fingerprint) == (alone, "fp_1")
     whole = out.read_bytes()

@@ -8,7 +8,6 @@ import threading
 import time
 
 import httpx2
-import openai
 import pytest
 
 from kivi_jax.serve.app import create_app
@@ -42,7 +41,7 @@ def test_a_client_that_leaves_frees_its_slots(engine, service, serving, stream):
         assert http.get("/health").status_code == 200
 
 
-def test_the_end_waits_for_answers(service, serving):
+def test_the_end_waits_for_answers(openai, service, serving):
     server, address = serving(create_app(service))
     client = openai.OpenAI(api_key="none", base_url=f"{address}/v1", max_retries=0)
     stream = client.completions.create(**LONG, stream=True)
@@ -54,7 +53,7 @@ def test_the_end_waits_for_answers(service, serving):
     until(lambda: not server.started or not server.servers[0].is_serving())
 
 
-def test_many_clients_at_once_get_their_own_answers(service, serving):
+def test_many_clients_at_once_get_their_own_answers(openai, service, serving):
     _, address = serving(create_app(service))
     client = openai.OpenAI(api_key="none", base_url=f"{address}/v1", max_retries=0)
     texts = [f"what is {number}" for number in range(6)]
@@ -86,7 +85,7 @@ def test_a_port_that_is_taken_or_a_host_that_is_none_is_one_line():
 
 
 @pytest.mark.slow
-def test_sigterm_drains_the_command():
+def test_sigterm_drains_the_command(openai):
     arguments = ["serve", "demo", "--slots", "2", "--context", "128", "--port", "0", "--cache", "full"]
     process = subprocess.Popen(
         [sys.executable, "-m", "kivi_jax", *arguments],
