@@ -137,22 +137,7 @@ class Llama(nnx.Module):
 
         That takes milliseconds, as long as a step may take. Parameters replaced later are not seen.
         """
-        flat, vocab_size = Flat.of(self), self.config.vocab_size
-
-        def decode(
-            token: PerRow, cache: KVCache, active: Bool[Array, "B"] | None = None
-        ) -> tuple[Float[Array, "B V"], KVCache]:
-            instance("cache", cache, KVCache, "pass what prefill or decode gave")
-            rows = cache.lengths.shape[0]
-            token = read_token(token, rows=rows, vocab_size=vocab_size)
-            active = read_active(active, rows=rows)
-            room = room_left(cache, active)
-            if active is None:
-                active = jnp.asarray(np.ones(rows, bool))  # a copy to the device, and no program
-            logits, grown = _decode(flat, token, cache, active)
-            return logits, note_room(grown, None if room is None else room - 1)
-
-        return decode
+        return functools.partial(_append, Flat.of(self), self.config.vocab_size)
 
     def without_layers(self) -> "Llama":
         """The same embeddings and head alone, for programs that need no more: each argument costs time."""
@@ -293,6 +278,25 @@ def _hold(
         prompt, capacity=capacity, window=window, layer=alike, layers=layers, number=number
     )
     return held, after(held, turn)
+
+
+def _append(
+    flat: Flat[Llama],
+    vocab_size: int,
+    token: PerRow,
+    cache: KVCache,
+    active: Bool[Array, "B"] | None = None,
+) -> tuple[Float[Array, "B V"], KVCache]:
+    """See `Llama.decode`."""
+    instance("cache", cache, KVCache, "pass what prefill or decode gave")
+    rows = cache.lengths.shape[0]
+    token = read_token(token, rows=rows, vocab_size=vocab_size)
+    active = read_active(active, rows=rows)
+    room = room_left(cache, active)
+    if active is None:
+        active = jnp.asarray(np.ones(rows, bool))  # a copy to the device, and no program
+    logits, grown = _decode(flat, token, cache, active)
+    return logits, note_room(grown, None if room is None else room - 1)
 
 
 @functools.partial(jax.jit, donate_argnames=("cache",))
