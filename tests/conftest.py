@@ -2,11 +2,12 @@
 
 import gc
 import os
+import re
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 
-import jax
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -17,7 +18,7 @@ SHARED = Path(os.environ.get("KIVI_JAX_SHARED", ROOT.parent / "shared"))
 # of what is left, and find no free core beside other workers. The caller's flags come last, and win.
 # Subprocesses inherit these.
 CHEAP = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
-if jax.__version_info__ < (0, 11):  # XLA ends the process over a flag it does not know
+if version("jax").startswith("0.10."):  # XLA ends the process over a flag it does not know
     CHEAP += " --xla_cpu_use_fusion_emitters=false"
 os.environ["XLA_FLAGS"] = f"{CHEAP} {os.environ.get('XLA_FLAGS', '')}"
 # Programs are kept on disk for the other workers, modules, Pythons and runs. Delete the folder to free it.
@@ -26,14 +27,23 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 # Torch's threads spin while they wait, and those of several workers stall one another.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# JAX may have been imported by a plugin, before this file.
-jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
-jax.config.update(
-    "jax_persistent_cache_min_compile_time_secs",
-    float(os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"]),
-)
-jax.config.update("jax_numpy_dtype_promotion", "strict")
-jax.config.update("jax_numpy_rank_promotion", "raise")
+
+@pytest.fixture(scope="session", autouse=True)
+def strict() -> ModuleType:
+    """JAX, strict about dtypes and ranks.
+
+    Imported here, for xdist's own process runs no tests. A plugin may have imported it before this file.
+    """
+    import jax
+
+    jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
+    jax.config.update(
+        "jax_persistent_cache_min_compile_time_secs",
+        float(os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"]),
+    )
+    jax.config.update("jax_numpy_dtype_promotion", "strict")
+    jax.config.update("jax_numpy_rank_promotion", "raise")
+    return jax
 
 
 @pytest.fixture(scope="session")
@@ -48,6 +58,14 @@ def shared() -> Path:
 def torch() -> ModuleType:
     """PyTorch, for transformers to compute what ours is compared with."""
     return pytest.importorskip("torch", reason="PyTorch is not installed")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Import only files that name a marker that is asked for, as by `-m slow`."""
+    names = set(re.findall(r"\w+", config.option.markexpr))
+    if not names or "not" in names or not collection_path.match("test_*.py"):
+        return None
+    return not any(name in collection_path.read_text("utf-8") for name in names) or None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -68,11 +86,11 @@ def pytest_collection_finish() -> None:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def free_programs() -> Iterator[None]:
+def free_programs(strict: ModuleType) -> Iterator[None]:
     """Free the programs that a module's tests have compiled; the next module reads those it shares from disk.
 
     Each holds a few memory mappings; Linux allows a process 65,530, beyond which XLA's compiler crashes.
     """
     yield
-    jax.clear_caches()
+    strict.clear_caches()
     gc.collect()

@@ -18,6 +18,7 @@ from pallas_kernels.residual import kernel as residual_kernel
 from pallas_kernels.residual.ring import Ring, Token
 
 pytest.importorskip("triton", reason="Triton's compiler is not installed: pip install 'kivi-jax[aot]'")
+pytestmark = pytest.mark.aot
 
 BUDGET = {  # instructions per code; `kivi-jax bench kernels --aot` has more cases than CI has time for
     "2 bits": 1.8,

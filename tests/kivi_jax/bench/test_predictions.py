@@ -37,6 +37,7 @@ def test_dense_attention_reads_keys_and_values_once():
     assert record == {"case": "small", "contender": "bfloat16", "bytes": nbytes, "us": nbytes}
 
 
+@pytest.mark.aot
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton's compiler is not installed")
 def test_packed_attention_may_be_bound_by_its_instructions():
     starved = predictions.Ceilings(bytes=1e12, instructions=1e6, memory=0)

@@ -65,6 +65,7 @@ def decode_all(model, logits, cache, ids):
     return np.stack(out), cache
 
 
+@pytest.mark.original
 @pytest.mark.slow
 @pytest.mark.parametrize("prompt", [17, 32, 64, 77])
 @pytest.mark.parametrize(("key_bits", "value_bits"), [(2, 2), (2, 4), (4, 2), (4, 4)])
@@ -93,6 +94,7 @@ def test_logits_follow_the_original_kivi(shared, prompt, key_bits, value_bits):
     assert (max(0, n - residual), min(n, residual)) == (packed_values, full_values)
 
 
+@pytest.mark.original
 @pytest.mark.slow
 def test_original_kivi_at_full_length_prompts_of_r(shared):
     """A prompt of exactly R, and of a multiple of R, equal the paper's lists run through our forward."""
@@ -284,6 +286,7 @@ def test_what_stands_in_the_padding_does_not_matter():
         np.testing.assert_array_equal(first.tokens, second.tokens)
 
 
+@pytest.mark.original
 @pytest.mark.slow
 def test_scope_equals_the_original_end_to_end(shared):
     """64 tokens of ALLKV + slide, on the trained model with one KV head per query head, as SCOPE caches."""

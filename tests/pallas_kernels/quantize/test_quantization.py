@@ -36,6 +36,7 @@ def parts(tensor):
 # What the original code computed (tests' `shared` folder; written by its quant_and_pack_{k,v}cache).
 
 
+@pytest.mark.original
 @pytest.mark.slow
 @pytest.mark.parametrize("which", ["k", "v"])
 @pytest.mark.parametrize("group_size", [32, 64])
@@ -70,6 +71,7 @@ def test_codes_of_half_inputs_differ_rarely_and_by_one(shared, group_size, which
     assert (difference != 0).sum() < 200  # of 65536
 
 
+@pytest.mark.original
 @pytest.mark.slow
 def test_edge_groups_of_the_original_give_no_nan(shared):
     """Constant, tiny and huge groups; where the original's answer is finite, so near it is ours."""

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install 'kivi-jax[aot]'")
+pytestmark = pytest.mark.aot
 
 PARTS = 3  # of the cases, so that workers share them
 
