@@ -50,21 +50,16 @@ import tempfile
 from pathlib import Path
 
 import kivi_jax as kj
+from kivi_jax.commands.app import app
 from kivi_jax.demo import MODEL, tasks
 
+os.environ |= {"COLUMNS": "110", "FORCE_COLOR": "", "LMEVAL_LOG_LEVEL": "ERROR"}
 work = Path(tempfile.mkdtemp(prefix="kivi-jax-"))
 
 
-def command(*words):
-    """Run `python -m ...` and show what it prints, without the colors and moving bars of a terminal."""
-    done = subprocess.run(
-        [sys.executable, "-m", *map(str, words)],
-        env=os.environ | {"COLUMNS": "110", "FORCE_COLOR": "", "LMEVAL_LOG_LEVEL": "ERROR"},
-        capture_output=True,
-        text=True,
-    )
-    print((done.stdout + done.stderr).strip())
-    done.check_returncode()
+def kivi_jax(*words):
+    """`!kivi-jax WORDS`, but in this process, which has imported and compiled much of it already."""
+    app([str(word) for word in words], standalone_mode=False)
 
 
 # %% [markdown]
@@ -83,14 +78,14 @@ print((checkpoint / "config.json").read_text())
 # %% [markdown]
 # ## Convert
 #
-# `python -m convert` (or `kivi-jax convert`) writes an [orbax](https://orbax.readthedocs.io) checkpoint with the config and
+# `kivi-jax convert` (or `python -m convert`) writes an [orbax](https://orbax.readthedocs.io) checkpoint with the config and
 # the tokenizer beside it. Every tensor must be used exactly once, and every field of the config must be understood: what
 # would change the model is refused, not ignored. `--verify` compares logits with the source, run by transformers where
 # torch is installed. The directory is complete or absent, whenever the command is cut.
 
 # %%
 converted = work / "converted"
-command("convert", checkpoint, converted, "--dtype", "float32", "--verify")
+kivi_jax("convert", checkpoint, converted, "--dtype", "float32", "--verify")
 for file in sorted(converted.iterdir()):
     print(file.name)
 
@@ -134,20 +129,14 @@ filter_list:
 metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}]
 metadata: {{version: 1}}
 """)
-command(
-    "kivi_jax.eval.lm_eval",
-    "run",
-    "--model",
-    "kivi-jax",
-    "--model_args",
-    f"pretrained={converted},cache=kivi4:residual_length=32",
-    "--include_path",
-    folder,
-    "--tasks",
-    "passkeys",
-    "--batch_size",
-    8,
-)
+command = [
+    *(sys.executable, "-m", "kivi_jax.eval.lm_eval", "run", "--model", "kivi-jax"),
+    *("--model_args", f"pretrained={converted},cache=kivi4:residual_length=32"),
+    *("--include_path", str(folder), "--tasks", "passkeys", "--batch_size", "8"),
+]
+done = subprocess.run(command, capture_output=True, text=True)
+print((done.stdout + done.stderr).strip())
+done.check_returncode()
 
 # %% [markdown]
 # The same from Python, for several caches.
@@ -182,8 +171,8 @@ for line in asked:
     rows.append({"question": f"{question}?", "answer": f"{question}={result}\n#### {result}"})
 for name, part in {"examples": rows[:2], "questions": rows[2:]}.items():
     (work / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
-command(
-    *("kivi_jax.commands.main", "eval", "longgenbench", "--model", converted),
+kivi_jax(
+    *("eval", "longgenbench", "--model", converted),
     *("--data", work / "questions.jsonl", "--build", work / "examples.jsonl"),
     *("--questions", 6, "--examples", 2, "--max-new-tokens", 96),
     *("--cache", "full", "--cache", "kivi2", "--out", work / "results"),
@@ -193,8 +182,8 @@ command(
 # The same kind of task in the words that the small model knows, through the caches of both papers.
 
 # %%
-command(
-    *("kivi_jax.commands.main", "eval", "longgen", "--model", converted, "--problems", 4),
+kivi_jax(
+    *("eval", "longgen", "--model", converted, "--problems", 4),
     *("--cache", "kivi2:residual_length=32", "--cache", "scope:window=32:recent=16"),
 )
 
