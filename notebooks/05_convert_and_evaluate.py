@@ -57,7 +57,7 @@ os.environ |= {"COLUMNS": "110", "FORCE_COLOR": "", "LMEVAL_LOG_LEVEL": "ERROR"}
 work = Path(tempfile.mkdtemp(prefix="kivi-jax-"))
 
 
-def kivi_jax(*words):
+def run(*words):
     """`!kivi-jax WORDS`, but in this process, which has imported and compiled much of it already."""
     app([str(word) for word in words], standalone_mode=False)
 
@@ -85,7 +85,7 @@ print((checkpoint / "config.json").read_text())
 
 # %%
 converted = work / "converted"
-kivi_jax("convert", checkpoint, converted, "--dtype", "float32", "--verify")
+run("convert", checkpoint, converted, "--dtype", "float32", "--verify")
 for file in sorted(converted.iterdir()):
     print(file.name)
 
@@ -171,7 +171,7 @@ for line in asked:
     rows.append({"question": f"{question}?", "answer": f"{question}={result}\n#### {result}"})
 for name, part in {"examples": rows[:2], "questions": rows[2:]}.items():
     (work / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
-kivi_jax(
+run(
     *("eval", "longgenbench", "--model", converted),
     *("--data", work / "questions.jsonl", "--build", work / "examples.jsonl"),
     *("--questions", 6, "--examples", 2, "--max-new-tokens", 96),
@@ -182,7 +182,7 @@ kivi_jax(
 # The same kind of task in the words that the small model knows, through the caches of both papers.
 
 # %%
-kivi_jax(
+run(
     *("eval", "longgen", "--model", converted, "--problems", 4),
     *("--cache", "kivi2:residual_length=32", "--cache", "scope:window=32:recent=16"),
 )

@@ -28,13 +28,11 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
-@pytest.fixture(scope="session", autouse=True)
-def strict() -> ModuleType:
-    """JAX, strict about dtypes and ranks.
-
-    Imported here, for xdist's own process runs no tests. A plugin may have imported it before this file.
-    """
-    import jax
+def pytest_configure(config: pytest.Config) -> None:
+    """Make JAX strict about dtypes and ranks, where tests run: xdist's own process need not import it."""
+    if config.getoption("dist", "no") != "no" and not hasattr(config, "workerinput"):
+        return
+    import jax  # a plugin may have imported it before this file
 
     jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
     jax.config.update(
@@ -43,7 +41,6 @@ def strict() -> ModuleType:
     )
     jax.config.update("jax_numpy_dtype_promotion", "strict")
     jax.config.update("jax_numpy_rank_promotion", "raise")
-    return jax
 
 
 @pytest.fixture(scope="session")
@@ -62,10 +59,10 @@ def torch() -> ModuleType:
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """Import only files that name a marker that is asked for, as by `-m slow`."""
-    names = set(re.findall(r"\w+", config.option.markexpr))
+    names = set(re.findall(r"\w+", config.option.markexpr)) - {"or", "and"}
     if not names or "not" in names or not collection_path.match("test_*.py"):
         return None
-    return not any(name in collection_path.read_text("utf-8") for name in names) or None
+    return not names & set(re.findall(r"\w+", collection_path.read_text("utf-8"))) or None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -86,11 +83,13 @@ def pytest_collection_finish() -> None:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def free_programs(strict: ModuleType) -> Iterator[None]:
+def free_programs() -> Iterator[None]:
     """Free the programs that a module's tests have compiled; the next module reads those it shares from disk.
 
     Each holds a few memory mappings; Linux allows a process 65,530, beyond which XLA's compiler crashes.
     """
+    import jax
+
     yield
-    strict.clear_caches()
+    jax.clear_caches()
     gc.collect()

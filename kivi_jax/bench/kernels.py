@@ -169,7 +169,7 @@ def sweep(
 
 
 def _tunings(case: Case) -> list[Tuning]:
-    """Tiles of all sizes, and numbers of splits from half of to twice a wave of programs.
+    """Tiles of all sizes, and numbers of splits from half of to twice what is chosen.
 
     Of many query heads, a program may also answer fewer, or be of more warps.
     """
@@ -177,8 +177,8 @@ def _tunings(case: Case) -> list[Tuning]:
     wide = [(8, 1), (16, 1), (16, 2)] if case.query_groups > 8 else [(default.heads, default.warps)]
     found = set()
     for pages, stages, (heads, warps) in itertools.product((1, 2, 4, 8), (2, 3), wide):
-        tiles, wave = case.slots // (32 * pages), default.splits * heads // default.heads
-        for splits in (wave // 2, wave, 2 * wave):
+        tiles, usual = case.slots // (32 * pages), default.splits * heads // default.heads
+        for splits in (usual // 2, usual, 2 * usual):
             splits = max(1, min(splits, tiles))
             found.add(Tuning(splits=splits, pages=pages, heads=heads, warps=warps, stages=stages))
     return sorted(found, key=dataclasses.astuple)

@@ -1,8 +1,9 @@
 """`Engine`: many requests share the slots of one cache, each as if it were alone.
 
 One thread owns the device, and takes turns: end what was cancelled or is late, read a chunk of the next
-prompt, give it a slot if one is free, let all rows draw some tokens. A running row so waits for a chunk at
-most. Slots, chunks and bursts are `slots.py`'s and `model/chunks.py`'s; here is who gets them, and when.
+prompt or, when all is read, give it a slot if one is free, let all rows draw some tokens. A running row so
+waits for a chunk at most, and a copy of what prompts share, or for what makes a row of a prompt. Slots,
+chunks and bursts are `slots.py`'s and `model/chunks.py`'s; here is who gets them, and when.
 """
 
 import atexit
@@ -360,7 +361,7 @@ class Engine:
     def _burst(self, *, alone: bool, places: bool) -> None:
         """Let all rows draw tokens: one each, if a prompt is to be read for a free slot, or became a row.
 
-        Where it is `alone`, and does not wait for a chunk that is being read, it says how long a step takes.
+        Where it is `alone`, and waits for no other program of this turn, it says how long a step takes.
         """
         waits = bool(self._waiting or self._reading)
         hurries = places or (waits and len(self._rows) < self.slots)

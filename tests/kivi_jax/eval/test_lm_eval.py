@@ -18,7 +18,7 @@ KIVI = "kivi2:group_size=8:residual_length=8"
 
 @pytest.fixture(scope="module")
 def adapter():
-    """`kivi_jax.eval.lm_eval`: the harness takes seven seconds to import, of the one worker that needs it."""
+    """`kivi_jax.eval.lm_eval`: the harness takes seven seconds to import, of workers that need it."""
     pytest.importorskip("lm_eval", reason="the harness is not installed (extra eval)")
     return importlib.import_module("kivi_jax.eval.lm_eval")
 

@@ -4,6 +4,8 @@ import asyncio
 import contextlib
 import copy
 import functools
+import itertools
+import threading
 import time
 import types
 from typing import Any, NamedTuple
@@ -16,13 +18,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kivi_jax as kj
-from kivi_jax.generation import engine as serving
 from kivi_jax.generation.engine import Engine
 from kivi_jax.generation.requests import EngineClosed, QueueFull, Request, TooLong
 from kivi_jax.generation.shared_prefixes import SharedPrefixes
 from kivi_jax.generation.stops import find_stop
 from tests import models
 
+# An engine's thread draws random numbers meanwhile, which Hypothesis takes for a strategy's.
+pytestmark = pytest.mark.filterwarnings("ignore:Do not use the .random. module inside strategies")
 CONTEXT, PROMPT, NEW = 64, 40, 24  # one width of prompts and one number of tokens for `generate` alone
 MODEL = models.random_llama(models.config())
 TEXT = models.AsciiTokenizer()
@@ -301,24 +304,30 @@ def test_nothing_is_compiled_after_the_start(engine):
         jax.monitoring.unregister_event_duration_listener(listen)
 
 
-def test_a_running_row_waits_for_one_chunk_at_a_time(engine, monkeypatch):
-    running, calls = engine("full"), []
-    monkeypatch.setattr(serving, "_BURST_S", 0.0)  # a step a burst
-    for name in ("read", "burst"):
+def test_a_running_row_waits_for_one_program_of_a_prompt_at_a_time(engine, monkeypatch):
+    """For a chunk, or for what makes a row of a prompt, after which nobody waits long for the first token."""
+    running, calls, submitted = engine("full"), [], threading.Event()
+    for name in ("read", "place", "burst"):
         inner = getattr(running._programs, name)
 
         def call(*args: Any, name: str = name, inner: Any = inner, **options: Any) -> Any:
-            calls.append(name)
+            if name == "burst":
+                assert submitted.wait(60.0)
+            calls.append((name, options.get("most")))
             return inner(*args, **options)
 
         monkeypatch.setattr(running._programs, name, call)
     long = running.submit(Request(tokens=prompt_of(1, seed=6), max_new_tokens=60, stop_ids=()))
-    next(iter(long))
     others = [Request(tokens=prompt_of(40, seed), max_new_tokens=1, stop_ids=()) for seed in (70, 71, 72)]
-    running.complete(others)
-    long.result(60.0)
-    assert calls.count("read") == 1 + 3 * 2
-    assert "read read" not in " ".join(calls[1:])
+    handles = [running.submit(request) for request in others]
+    submitted.set()
+    for handle in (*handles, long):
+        handle.result(60.0)
+    names = [name for name, _ in calls]
+    assert (names.count("read"), names.count("place")) == (1 + 3 * 2, 1 + 3)
+    assert names[:2] == ["read", "place"]  # no row runs yet
+    assert all("burst" in pair for pair in itertools.pairwise(names[1:]))
+    assert [most for (name, _), (_, most) in itertools.pairwise(calls) if name == "place"] == [1] * 4
 
 
 def test_late_and_cancelled_requests_end_wherever_they_are(engine):

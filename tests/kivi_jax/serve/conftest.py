@@ -41,7 +41,7 @@ def http(service):
 
 @pytest.fixture(scope="session")
 def openai():
-    """OpenAI's package: it takes three seconds to import, of the one worker that needs it."""
+    """OpenAI's package: it takes three seconds to import, of workers that need it."""
     import openai
 
     return openai

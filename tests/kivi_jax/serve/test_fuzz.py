@@ -48,6 +48,8 @@ LIKELY = {  # of what fields may be; most others mean nothing to them
     "presence_penalty": NUMBER,
     "frequency_penalty": NUMBER,
 }
+# The server's threads draw random numbers meanwhile, which Hypothesis takes for a strategy's.
+pytestmark = pytest.mark.filterwarnings("ignore:Do not use the .random. module inside strategies")
 FEW = st.integers(-1, 3) | st.sampled_from([10**6, 10**20, 1.5, "1"])  # an answer takes its time
 
 
