@@ -12,6 +12,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Iterable
+from typing import Literal
 
 import jax
 import numpy as np
@@ -289,15 +290,20 @@ class Engine:
         self._end_overdue()
         if self._reading is None and self._waiting:
             self._begin()
-        row, alone, places = self._reading, True, False
+        ran = self._advance()
+        if self._rows:
+            self._burst(after=ran)
+
+    def _advance(self) -> Literal["read", "placed"] | None:
+        """Run one program of a prompt: read a chunk or, which may take as long, make a row of it."""
+        row = self._reading
         if row is not None and row.logits is None:
             self._read_chunk(row)
-            alone = False
-        elif row is not None and len(self._rows) < self.slots:  # in a turn of its own: it may take as long
+            return "read"
+        if row is not None and len(self._rows) < self.slots:
             self._place(row)
-            alone, places = False, True
-        if self._rows:
-            self._burst(alone=alone, places=places)
+            return "placed"
+        return None
 
     def _end_overdue(self) -> None:
         for slot, row in list(self._rows.items()):
@@ -358,18 +364,18 @@ class Engine:
         self._programs.place(row.prompt, row.logits, asked, left=left, slot=slot)
         self._rows[slot], self._reading, row.logits = row, None, None
 
-    def _burst(self, *, alone: bool, places: bool) -> None:
+    def _burst(self, *, after: Literal["read", "placed"] | None) -> None:
         """Let all rows draw tokens: one each, if a prompt is to be read for a free slot, or became a row.
 
-        Where it is `alone`, and waits for no other program of this turn, it says how long a step takes.
+        `after` is what ran in this turn. After nothing, it waits for nothing and says how long a step takes.
         """
         waits = bool(self._waiting or self._reading)
-        hurries = places or (waits and len(self._rows) < self.slots)
+        hurries = after == "placed" or (waits and len(self._rows) < self.slots)
         most = 1 if hurries else min(BURST, max(1, int(_BURST_S / self._step_s)))
         kept = np.isin(np.arange(self.slots), list(self._rows))
         begin = time.perf_counter()
         drawn = self._programs.burst(kept, most=most, stops=waits)
-        if alone:
+        if after is None:
             took = (time.perf_counter() - begin) / max(int(drawn.counts.max()), 1)
             self._step_s = (self._step_s + took) / 2
         if not self._counts["not_finite"]:  # said once
