@@ -2,6 +2,7 @@
 
 import contextlib
 import threading
+import time
 
 import pytest
 import uvicorn
@@ -68,6 +69,8 @@ def serving():
                 thread.join()
 
             stack.callback(stop)
+            while thread.is_alive() and not server.started:  # before that, connections are refused
+                time.sleep(0.01)
             return server, f"http://127.0.0.1:{listening.getsockname()[1]}"
 
         yield start
