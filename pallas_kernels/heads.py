@@ -33,12 +33,14 @@ def split_heads(
     """The three again, each an array of its own; queries and keys times the `matrix`, if there is one.
 
     Its entries are 0 or of one magnitude, so that a product with 16-bit numbers is of 16-bit numbers.
+    Of those, queries are written as float16, which is what the kernel of packed attention multiplies.
     """
     parts, dim = (query, key, value), query.shape[2]
     heads = jnp.concatenate(parts, axis=1)
     turned = query.shape[1] + key.shape[1]
     signs = [] if matrix is None else [jnp.asarray(np.sign(matrix), heads.dtype)]
     magnitude = 1.0 if matrix is None else float(np.abs(matrix).max())
+    dtypes = jnp.float16 if heads.dtype.itemsize == 2 else heads.dtype, key.dtype, value.dtype
     wide = dim * heads.dtype.itemsize > 256  # bytes of a head, of which four warps would spill
 
     def of_row(shape: tuple[int, ...]) -> pl.BlockSpec:
@@ -50,7 +52,9 @@ def split_heads(
         grid=(heads.shape[0], -(-heads.shape[1] // ROWS)),
         in_specs=[of_row(heads.shape), [pl.BlockSpec((dim, dim), lambda *_: (0, 0)) for _ in signs]],
         out_specs=[of_row(part.shape) for part in parts],
-        out_shape=[jax.ShapeDtypeStruct(part.shape, part.dtype) for part in parts],
+        out_shape=[
+            jax.ShapeDtypeStruct(part.shape, dtype) for part, dtype in zip(parts, dtypes, strict=True)
+        ],
         compiler_params=plt.CompilerParams(num_warps=8 if wide else 4, num_stages=1),
         interpret=interpret,
     )(heads, signs)
@@ -75,5 +79,5 @@ def _split_heads(turned: int, magnitude: float, heads_ref: Any, signs_refs: list
     for ref in refs:
         at = head - first
         mask = ((at >= 0) & (at < ref.shape[0]))[:, None] & (channel < dim)[None, :]
-        plt.store(ref.at[at[:, None], channel[None, :]], x, mask=mask)
+        plt.store(ref.at[at[:, None], channel[None, :]], x.astype(ref.dtype), mask=mask)
         first += ref.shape[0]

@@ -138,7 +138,7 @@ def record(
         from pallas_kernels.quantized_attention import triton_kernels
 
         triton.check(plan)
-        constants = triton.constants(plan, *(operands[i].shape[0] for i in (0, 2, 4)))
+        constants = triton.constants(plan, *(operands[i].shape[0] for i in (0, 2, 3)))
         warps, stages = tuning.warps, tuning.stages
         report = triton_report(
             triton_kernels.attend_split, triton.pointers(), constants, sm=sm, warps=warps, stages=stages
@@ -154,7 +154,7 @@ def record(
     each = report.per_code(codes)[0] * programs
     packed_bytes = tree_bytes(arguments[1:3])
     all_codes = 2 * case.batch * case.kv_heads * case.slots * case.head_dim
-    partials_bytes, other_bytes, other_instructions = _others(plan, operands, arguments[0])
+    partials_bytes, other_bytes, other_instructions = _others(plan, operands[2].shape[0])
     return {
         "case": case.name,
         "kernel": kernel,
@@ -243,18 +243,15 @@ def _plan(arguments: Any, scale: float, tuning: Tuning) -> tuple[split_kv.Case, 
     return plans[0], shapes
 
 
-def _others(plan: split_kv.Case, operands: Any, query: Any) -> tuple[int, int, int]:
-    """Bytes of the splits' results, which the main kernel writes; bytes and instructions of other kernels.
+def _others(plan: split_kv.Case, programs: int) -> tuple[int, int, int]:
+    """Bytes of the splits' results, which the main kernel writes; bytes and instructions of merging them.
 
-    Those are: laying out the query as operands (reads it, writes them: three instructions a number), and
-    merging the splits (reads their results, writes one: a load and a multiply-add a number).
+    That reads them and writes one: a load and a multiply-add a number.
     """
-    heads = operands[2].shape[0] * plan.heads
+    heads = programs * plan.heads
     numbers = heads * (plan.dim + 2)
     partials_bytes = heads * (2 * plan.dim + 2 * 4) * plan.tuning.splits
-    laid_out = operands[2].size + operands[3].size
-    other_bytes = tree_bytes((query, operands[2:4])) + partials_bytes + 4 * numbers
-    return partials_bytes, other_bytes, 3 * laid_out + 2 * numbers * plan.tuning.splits
+    return partials_bytes, partials_bytes + 4 * numbers, 2 * numbers * plan.tuning.splits
 
 
 def table(records: list[dict[str, Any]]) -> Table:

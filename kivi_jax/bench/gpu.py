@@ -181,7 +181,7 @@ STAGES: dict[str, Callable[[Sizes], Iterator[Record]]] = {
     "packing": lambda sizes: packing.run(sizes.packed, interpret=sizes.interpret),
     **{name: functools.partial(_steps, case) for name, case in STEPS.items()},
     "product": _product,
-    "prompts": lambda sizes: prompts.ours(sizes.model, sizes.prompts, ("full", "kivi2"), sizes.dtype),
+    "prompts": lambda sizes: prompts.ours(sizes.model, sizes.prompts, ("kivi2", "full"), sizes.dtype),
     # Not the longest: what transformers keeps of it does not fit beside its weights.
     "prompts-transformers": lambda sizes: prompts.transformers(sizes.model, sizes.prompts[:4], sizes.dtype),
     "peers": lambda sizes: peers.decoding(sizes.model, sizes.contexts[0], sizes.dtype),

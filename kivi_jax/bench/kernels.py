@@ -33,7 +33,7 @@ from pallas_kernels.quantize.quantization import dequantize
 from pallas_kernels.quantized_attention import quantized_attention
 from pallas_kernels.quantized_attention.cases import CORRECTNESS, GPU, Case
 from pallas_kernels.quantized_attention.tuning import Tuning
-from pallas_kernels.residual.ring import newest_token
+from pallas_kernels.residual.ring import Token, newest_token
 
 IMPLEMENTATIONS = ("pallas_triton", "triton")
 COMPILERS = 16  # programs compiled at a time
@@ -149,7 +149,7 @@ def sweep(
         call = functools.partial(attend, scale=case.head_dim**-0.5, tuning=tuning)
         try:
             shapes = jax.eval_shape(lambda: _packed_buffers(case, count=1)[0])
-            return jax.jit(functools.partial(_normalized, call)).lower(*shapes[0]).compile()
+            return jax.jit(functools.partial(_as_a_layer_does, call)).lower(*shapes[0]).compile()
         except Exception as reason:
             return f"{type(reason).__name__}: {str(reason)[:200]}"
 
@@ -289,9 +289,10 @@ def _reference(query: Array, key: Array, value: Array, start: Array, end: Array)
     return partials.normalize(partials.attend(query.astype(jnp.float32), key, value, visible, scale=scale))
 
 
-def _normalized(attend: Callable[..., Any], *arguments: Any) -> Array:
-    query, key, value, start, end = arguments
-    return partials.normalize(attend(query, key, value, start=start, end=end)).astype(query.dtype)
+def _as_a_layer_does(attend: Callable[..., Any], *arguments: Any) -> Array:
+    query, key, value, own, start, end = arguments
+    attended = attend(query, key, value, start=start, end=end, own=own)
+    return partials.normalize(attended).astype(own.value.dtype)
 
 
 def copies(nbytes: int) -> range:
@@ -300,9 +301,18 @@ def copies(nbytes: int) -> range:
 
 
 def _packed_buffers(case: Case, count: int | None = None) -> tuple[list[tuple[Any, ...]], int]:
-    """Arguments of several calls, and the bytes of one call's packed tokens."""
-    make = jax.jit(lambda seed: (case.query(seed), *case.pack(*case.dense(seed)[1:])))
-    _, key, value = jax.eval_shape(make, 0)
+    """Arguments of several calls, as a layer has them, and the bytes of one call's packed tokens.
+
+    A layer's kernel gives queries as float16, where the model has 16 bits, and each token sees itself.
+    """
+
+    @jax.jit
+    def make(seed: Any) -> tuple[Any, ...]:
+        (query, *dense), dtype = case.dense(seed), jnp.dtype(case.query_dtype)
+        own = Token(*(x[:, :, 0].astype(dtype) for x in dense))
+        return query.astype(jnp.float16 if dtype.itemsize == 2 else dtype), *case.pack(*dense), own
+
+    _, key, value, _ = jax.eval_shape(make, 0)
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((key, value)))
     seeds = copies(size) if count is None else range(count)
     return [(*make(seed), *case.token_ranges()) for seed in seeds], size
@@ -326,7 +336,7 @@ def _contenders(
 
     def packed(implementation: str) -> Callable[..., Array]:
         attend = functools.partial(quantized_attention, implementation=implementation)  # pyright: ignore[reportArgumentType]
-        return functools.partial(_normalized, attend)
+        return functools.partial(_as_a_layer_does, attend)
 
     return {
         "bfloat16, XLA": (xla, False),

@@ -81,7 +81,7 @@ def merge(
         return pl.BlockSpec((None, *own), lambda i, *_: (jax.lax.div(i, every), *(0 for _ in own)))
 
     number = jax.ShapeDtypeStruct((programs, case.heads), jnp.float32)
-    dtype = jnp.float32 if own is None else query.dtype
+    dtype = jnp.float32 if own is None else own.value.dtype
     outputs = [jax.ShapeDtypeStruct((*number.shape, case.dim), dtype), number]
     out, top = triton_call(
         functools.partial(_merge, case, share, 0 if residual is None else residual.sinks),

@@ -112,8 +112,8 @@ def _of_program(array: Array, programs: int) -> pl.BlockSpec:
 
 def _attend_split(case: Case, held_back: int, *refs: Any) -> None:
     """One program: the tiles of one split of one (row, KV head)."""
-    (start_ref, end_ref, q_ref, q_plain_ref, kw_ref, ks_ref, kz_ref, vw_ref, vs_ref, vz_ref) = refs[:10]
-    out_ref, max_ref, denom_ref = refs[10:]
+    (start_ref, end_ref, q_ref, kw_ref, ks_ref, kz_ref, vw_ref, vs_ref, vz_ref) = refs[:9]
+    out_ref, max_ref, denom_ref = refs[9:]
     lanes, pages, tile = case.lanes, case.tuning.pages, case.tile
     up = case.scale * LOG2E / _UNIT  # from units to powers of two: what exp2 wants
     parts = case.value_parts
@@ -133,7 +133,11 @@ def _attend_split(case: Case, held_back: int, *refs: Any) -> None:
         # An index that is always 0, but not provably: a load that is the same in every iteration would
         # be hoisted, and its layout there makes Triton shuffle query * scale into place in every tile.
         again = jnp.minimum(slot, 0)
-        query = [q_ref[again, j].T for j in range(case.key.planes)]
+        # Codes of plane j are worth 2**(bits * j) units, which is divided out here.
+        query = [
+            _load_beside(case, q_ref, again, j).T * jnp.float16(2.0 ** -(case.key.bits * j))
+            for j in range(case.key.planes)
+        ]
         slot_group = slot if tile >= case.key.group else _div(slot, case.key.group // tile)
         groups, first_group = pl.cdiv(count * case.key_groups, pages), _div(page * case.key_groups, pages)
         # Each group's zeros are repeated over 8 rows (16 if it is alone), so that its query . zero comes
@@ -145,7 +149,7 @@ def _attend_split(case: Case, held_back: int, *refs: Any) -> None:
             zero.reshape(groups, 1, case.key.planes * case.key.columns),
             (groups, repeat, case.key.planes * case.key.columns),
         ).reshape(groups * repeat, case.key.planes * case.key.columns)
-        biases = jnp.split(plt.dot(zero, q_plain_ref[again].T) * _UNIT, groups)
+        biases = jnp.split(plt.dot(zero, _load_planes(case, q_ref, again).T) * _UNIT, groups)
         biases = [
             jnp.broadcast_to(bias[None], (PAGE // repeat, repeat, lanes)).reshape(PAGE, lanes)
             for bias in biases
@@ -248,6 +252,11 @@ def _div(x: Any, by: int) -> Any:
     return x // by if isinstance(x, int) else jax.lax.div(x, jnp.asarray(by, x.dtype))
 
 
+def _rem(x: Array, by: int) -> Array:
+    """Remainder of a number that is not negative."""
+    return jax.lax.rem(x, jnp.asarray(by, x.dtype))
+
+
 def _load(ref: Any, index: tuple[Any, ...], size: tuple[int, ...], first: Any = 0) -> Array:
     """ref[*index] from row `first` on as a block of `size`, zero where that goes beyond the array."""
     limits = ref.shape[len(index) :]
@@ -259,6 +268,44 @@ def _load(ref: Any, index: tuple[Any, ...], size: tuple[int, ...], first: Any = 
     )
     axes[0] += first
     return plt.load(ref.at[(*index, *axes)], mask=mask, other=jnp.zeros(size, ref.dtype))
+
+
+def _load_planes(case: Case, ref: Any, at: Array) -> Array:
+    """The query [lanes, planes * columns], as the right operand of zeros wants it transposed."""
+    column = jnp.arange(case.key.planes * case.key.columns, dtype=jnp.int32)
+    word = _rem(column, case.key.columns)
+    channel = _div(column, case.key.columns) * case.key.words + word
+    return _load_heads(case, ref, at, jnp.arange(case.lanes, dtype=jnp.int32), channel, word, None)
+
+
+def _load_beside(case: Case, ref: Any, at: Array, j: int) -> Array:
+    """Plane j of the query [fold * lanes, fold * columns], as the right operand of codes wants it transposed.
+
+    Where several tokens lie side by side in a row of codes it is block diagonal: each has lanes of its own.
+    """
+    lane = jnp.arange(case.fold * case.lanes, dtype=jnp.int32)
+    column = jnp.arange(case.fold * case.key.columns, dtype=jnp.int32)
+    word = _rem(column, case.key.columns)
+    own = None
+    if case.fold > 1:
+        own = _div(lane, case.lanes)[:, None] == _div(column, case.key.columns)[None, :]
+    return _load_heads(case, ref, at, _rem(lane, case.lanes), j * case.key.words + word, word, own)
+
+
+def _load_heads(
+    case: Case, ref: Any, at: Array, lane: Array, channel: Array, word: Array, mask: Array | None
+) -> Array:
+    """Channels of the query's heads, zero where not in the `mask` or beyond a plane's words.
+
+    Lanes beyond the last head repeat it, at no instruction in the loop; nobody reads what they give.
+    """
+    where = ref.at[at, jnp.minimum(lane, case.heads - 1)[:, None], channel[None, :]]
+    if case.key.words < case.key.columns:
+        inside = jnp.broadcast_to((word < case.key.words)[None, :], (lane.size, channel.size))
+        mask = inside if mask is None else mask & inside
+    if mask is None:
+        return plt.load(where)
+    return plt.load(where, mask=mask, other=jnp.zeros(mask.shape, ref.dtype))
 
 
 def _unstack(x: Array) -> list[Array]:

@@ -160,7 +160,7 @@ def operands(
     return (
         start.astype(jnp.int32)[:, None],
         end.astype(jnp.int32)[:, None],
-        *_query_operands(query.reshape(-1, case.heads, case.dim).astype(jnp.float16), case),
+        query.reshape(-1, 1, case.heads, case.dim).astype(jnp.float16),
         key.words.reshape(*pages, PAGE // case.fold, case.fold * case.key.words),
         key.scale.reshape(*key_groups, case.key.planes, case.key.words),
         key.zero.reshape(*key_groups, case.key.planes, case.key.words),
@@ -179,23 +179,3 @@ def _check(case: Case) -> None:
         raise NotImplementedError(f"keys in groups of {group}, no power of two from {PAGE} on")
     if case.value_groups >= TILE_ROWS:
         raise NotImplementedError(f"{case.value_groups} value groups for each token: {TILE_ROWS} or more")
-
-
-def _query_operands(query: Float[Array, "programs G H"], case: Case) -> tuple[Array, Array]:
-    """The query as the right operand of codes, and as the right operand of zeros.
-
-    They are [programs, 1, planes, fold * lanes, fold * columns] and [programs, 1, lanes, planes * columns].
-    Codes of plane j are worth 2**(bits * j) units, which is divided out here. Where several tokens lie
-    side by side in a row, the operand is block diagonal: each token has its own columns for the heads.
-    """
-    programs = query.shape[0]
-    heads, columns = case.lanes - case.heads, case.key.columns - case.key.words
-    planes = query.reshape(programs, case.heads, case.key.planes, case.key.words)
-    planes = jnp.pad(planes, ((0, 0), (0, heads), (0, 0), (0, columns)))
-    worth = 2.0 ** -(case.key.bits * jnp.arange(case.key.planes, dtype=jnp.float32))
-    codes = planes.swapaxes(1, 2) * worth.astype(query.dtype)[None, :, None, None]
-    same = jnp.eye(case.fold, dtype=query.dtype)[None, None, :, None, :, None]
-    codes = (codes[:, :, None, :, None, :] * same).reshape(
-        programs, 1, case.key.planes, case.fold * case.lanes, case.fold * case.key.columns
-    )
-    return codes, planes.reshape(programs, 1, case.lanes, case.key.planes * case.key.columns)

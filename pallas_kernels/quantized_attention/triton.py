@@ -62,7 +62,7 @@ def attend(
         num_warps=case.tuning.warps,
         num_stages=case.tuning.stages,
         compute_capability=architecture,
-        **constants(case, *(arrays[i].shape[0] for i in (0, 2, 4))),
+        **constants(case, *(arrays[i].shape[0] for i in (0, 2, 3))),
     )
     out, top, denom = jax_triton.triton_call(
         *partials,
@@ -96,8 +96,8 @@ def shapes(*lead: int, dim: int, dtype: DTypeLike = jnp.float32) -> tuple[jax.Sh
 def pointers() -> dict[str, str]:
     """Triton's types of the array arguments of `attend_split`, for 16-bit scales."""
     half, word, number, index = "*fp16", "*u8", "*fp32", "*i32"
-    types = (index, index, half, half, word, half, half, word, half, half, half, number, number)
-    names = ("START", "END", "Q", "Q_PLAIN", "KW", "KS", "KZ", "VW", "VS", "VZ", "OUT", "TOP", "DENOM")
+    types = (index, index, half, word, half, half, word, half, half, half, number, number)
+    names = ("START", "END", "Q", "KW", "KS", "KZ", "VW", "VS", "VZ", "OUT", "TOP", "DENOM")
     return dict(zip(names, types, strict=True))
 
 

@@ -100,9 +100,10 @@ def _unstack(x, N: tl.constexpr):
 @triton.jit
 @no_type_check
 def _scores(
-    t, slot, start, end, Q, Q_PLAIN, KW, KS, KZ,
+    t, slot, start, end, Q, KW, KS, KZ,
     BITS: tl.constexpr, COLUMNS: tl.constexpr, FOLD: tl.constexpr, GROUP: tl.constexpr,
-    LANES: tl.constexpr, PAGES: tl.constexpr, MASKED: tl.constexpr, INTERPRET: tl.constexpr,
+    HEADS: tl.constexpr, LANES: tl.constexpr, PAGES: tl.constexpr, MASKED: tl.constexpr,
+    INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """Scores [32, LANES] of every page of tile t, in units."""
     PLANES: tl.constexpr = 8 // BITS
@@ -113,7 +114,8 @@ def _scores(
     ROWS: tl.constexpr = PAGE // FOLD
     DEPTH: tl.constexpr = FOLD * COLUMNS
     again = tl.minimum(t, 0)  # always 0, but not provably: see `pallas_triton.py`
-    lane = tl.arange(0, LANES)
+    # Lanes beyond the last head repeat it; nobody reads what they give.
+    head = tl.minimum(tl.arange(0, LANES), HEADS - 1)
     dim = tl.arange(0, DIM)
     depth = tl.arange(0, DEPTH)
     fold_lane = tl.arange(0, FOLD * LANES)
@@ -121,10 +123,15 @@ def _scores(
     column = tl.arange(0, COLUMNS)
     query = ()
     for j in tl.static_range(PLANES):
-        at = (again * PLANES + j) * (FOLD * LANES * DEPTH)
-        rows = tl.load(Q + at + fold_lane[:, None] * DEPTH + depth[None, :])
-        query = query + (tl.trans(rows),)
-    plain = tl.trans(tl.load(Q_PLAIN + again * (LANES * DIM) + lane[:, None] * DIM + dim[None, :]))
+        at = Q + again * DIM + tl.minimum(fold_lane % LANES, HEADS - 1)[:, None] * DIM
+        at += (j * COLUMNS + depth % COLUMNS)[None, :]
+        if FOLD == 1:
+            rows = tl.load(at)
+        else:  # block diagonal: each of the tokens side by side has lanes of its own
+            own = (fold_lane // LANES)[:, None] == (depth // COLUMNS)[None, :]
+            rows = tl.load(at, mask=own, other=0.0)
+        query = query + (tl.trans(rows) * (2.0 ** (-BITS * j)),)
+    plain = tl.trans(tl.load(Q + again * DIM + head[:, None] * DIM + dim[None, :]))
     first_group = slot * TILE // GROUP
     group = tl.arange(0, GROUPS)
     zero = tl.load(KZ + first_group * DIM + group[:, None] * DIM + dim[None, :]).to(tl.float16)
@@ -162,10 +169,11 @@ def _scores(
 @triton.jit
 @no_type_check
 def _visit(
-    t, lap, start, end, accumulators, sums, top, up, Q, Q_PLAIN, KW, KS, KZ, VW, VS, VZ,
+    t, lap, start, end, accumulators, sums, top, up, Q, KW, KS, KZ, VW, VS, VZ,
     KEY_BITS: tl.constexpr, KEY_COLUMNS: tl.constexpr, KEY_GROUP: tl.constexpr, FOLD: tl.constexpr,
     VALUE_BITS: tl.constexpr, VALUE_COLUMNS: tl.constexpr, VALUE_GROUP: tl.constexpr,
-    VALUE_ROWS: tl.constexpr, LANES: tl.constexpr, PAGES: tl.constexpr, TILES: tl.constexpr,
+    VALUE_ROWS: tl.constexpr, HEADS: tl.constexpr, LANES: tl.constexpr, PAGES: tl.constexpr,
+    TILES: tl.constexpr,
     MASKED: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """Fold tile t into the running accumulators, sums over zeros and ones, and maximum."""
@@ -175,8 +183,8 @@ def _visit(
     slot = t - lap
     slot = tl.where(slot >= TILES, slot - TILES, slot)
     found = _scores(
-        t, slot, start, end, Q, Q_PLAIN, KW, KS, KZ,
-        KEY_BITS, KEY_COLUMNS, FOLD, KEY_GROUP, LANES, PAGES, MASKED, INTERPRET,
+        t, slot, start, end, Q, KW, KS, KZ,
+        KEY_BITS, KEY_COLUMNS, FOLD, KEY_GROUP, HEADS, LANES, PAGES, MASKED, INTERPRET,
     )  # fmt: skip
     highest = found[0]
     for page in tl.static_range(1, PAGES):
@@ -222,7 +230,7 @@ def _visit(
 @triton.jit
 @no_type_check
 def attend_split(
-    START, END, Q, Q_PLAIN, KW, KS, KZ, VW, VS, VZ, OUT, TOP, DENOM,
+    START, END, Q, KW, KS, KZ, VW, VS, VZ, OUT, TOP, DENOM,
     UP: tl.constexpr, PER_ROW: tl.constexpr, PER_STORE: tl.constexpr, SPLITS: tl.constexpr,
     HEADS: tl.constexpr, LANES: tl.constexpr, DIM: tl.constexpr,
     PAGES: tl.constexpr, TILES: tl.constexpr,
@@ -249,8 +257,7 @@ def attend_split(
 
     store = (program // PER_STORE).to(tl.int64)
     query = program.to(tl.int64)
-    Q += query * (8 // KEY_BITS) * FOLD * LANES * FOLD * KEY_COLUMNS
-    Q_PLAIN += query * LANES * DIM
+    Q += query * HEADS * DIM
     KW += store * SLOTS * KEY_COLUMNS
     KS += store * (SLOTS // KEY_GROUP) * DIM
     KZ += store * (SLOTS // KEY_GROUP) * DIM
@@ -268,16 +275,16 @@ def attend_split(
     whole = tl.maximum(low + skip, tl.minimum(high, end // TILE))
     for t in tl.range(low + skip, whole):
         accumulators, sums, top = _visit(
-            t, lap, start, end, accumulators, sums, top, UP, Q, Q_PLAIN, KW, KS, KZ, VW, VS, VZ,
+            t, lap, start, end, accumulators, sums, top, UP, Q, KW, KS, KZ, VW, VS, VZ,
             KEY_BITS, KEY_COLUMNS, KEY_GROUP, FOLD, VALUE_BITS, VALUE_COLUMNS, VALUE_GROUP, VALUE_ROWS,
-            LANES, PAGES, TILES, False, INTERPRET,
+            HEADS, LANES, PAGES, TILES, False, INTERPRET,
         )  # fmt: skip
     for i in tl.range(whole, tl.maximum(high, low) + skip):
         t = tl.where(i < high, i, low)
         accumulators, sums, top = _visit(
-            t, lap, start, end, accumulators, sums, top, UP, Q, Q_PLAIN, KW, KS, KZ, VW, VS, VZ,
+            t, lap, start, end, accumulators, sums, top, UP, Q, KW, KS, KZ, VW, VS, VZ,
             KEY_BITS, KEY_COLUMNS, KEY_GROUP, FOLD, VALUE_BITS, VALUE_COLUMNS, VALUE_GROUP, VALUE_ROWS,
-            LANES, PAGES, TILES, True, INTERPRET,
+            HEADS, LANES, PAGES, TILES, True, INTERPRET,
         )  # fmt: skip
 
     lane = tl.arange(0, LANES)

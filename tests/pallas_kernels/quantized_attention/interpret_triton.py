@@ -70,7 +70,7 @@ def attend(case: Case) -> tuple[AttentionPartial, AttentionPartial]:
     planned = plan(query, key, value, scale, tuning, interpret=True)
     backend.check(planned)
     arrays = jax.jit(functools.partial(operands, planned))(query, key, value, start, end)
-    rows, programs, stores = (arrays[i].shape[0] for i in (0, 2, 4))
+    rows, programs, stores = (arrays[i].shape[0] for i in (0, 2, 3))
 
     def empty(*lead: int) -> list[HostArray]:
         return [HostArray(np.full(s.shape, np.nan, s.dtype)) for s in backend.shapes(*lead, dim=planned.dim)]
