@@ -120,13 +120,15 @@ def _merge(
     head = first + row
     channel = pl.program_id(2) * share.channels + jnp.arange(share.channels, dtype=jnp.int32)
     real, inside = (row < share.heads) & (head < case.heads), channel < case.dim
-    running = _fold_splits(case, share, first, head, channel, splits)
     every = jnp.arange(max(ROWS, pl.next_power_of_2(case.dim)), dtype=jnp.int32)
+    # What is needed last is asked for first: nothing after a barrier starts before it, not even a load.
     query = online_softmax.load_rows(others.query, head, real, every)
+    own = None if others.own is None else _load_own(case, others.own, every, channel)
+    running = _fold_splits(case, share, first, head, channel, splits)
     if others.residual is not None:
         running = _fold_residual(case, share, sinks, running, query, channel, others)
-    if others.own is not None:
-        running = _fold_own(case, running, query, channel, others.own)
+    if own is not None:
+        running = _fold_own(case, running, query, *own)
     seen = running.denom > 0
     denom = jnp.where(seen, running.denom, 1.0)
     out = running.out / denom[:, None]
@@ -206,10 +208,14 @@ def _fold_residual(
     return fold(running, ring, sinks, lambda slot: slot - (ring + sinks)) if sinks else running
 
 
-def _fold_own(case: Case, running: Running, query: Array, channel: Array, refs: tuple[Any, Any]) -> Running:
-    key, value = (
+def _load_own(case: Case, refs: tuple[Any, Any], every: Array, channel: Array) -> list[Array]:
+    """The own token's key, and these channels of its value."""
+    return [
         plt.load(ref.at[at], mask=at < case.dim, other=jnp.zeros(at.shape, ref.dtype)).astype(jnp.float32)
-        for ref, at in zip(refs, (jnp.arange(query.shape[1], dtype=jnp.int32), channel), strict=True)
-    )
+        for ref, at in zip(refs, (every, channel), strict=True)
+    ]
+
+
+def _fold_own(case: Case, running: Running, query: Array, key: Array, value: Array) -> Running:
     score = jnp.sum(query.astype(jnp.float32) * key[None, :], axis=1) * (case.scale * LOG2E)
     return online_softmax.fold_one(running, score, value, interpret=case.interpret)

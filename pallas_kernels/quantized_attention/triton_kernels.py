@@ -114,8 +114,7 @@ def _scores(
     ROWS: tl.constexpr = PAGE // FOLD
     DEPTH: tl.constexpr = FOLD * COLUMNS
     again = tl.minimum(t, 0)  # always 0, but not provably: see `pallas_triton.py`
-    # Lanes beyond the last head repeat it; nobody reads what they give.
-    head = tl.minimum(tl.arange(0, LANES), HEADS - 1)
+    lane = tl.arange(0, LANES)
     dim = tl.arange(0, DIM)
     depth = tl.arange(0, DEPTH)
     fold_lane = tl.arange(0, FOLD * LANES)
@@ -123,15 +122,14 @@ def _scores(
     column = tl.arange(0, COLUMNS)
     query = ()
     for j in tl.static_range(PLANES):
-        at = Q + again * DIM + tl.minimum(fold_lane % LANES, HEADS - 1)[:, None] * DIM
-        at += (j * COLUMNS + depth % COLUMNS)[None, :]
-        if FOLD == 1:
-            rows = tl.load(at)
-        else:  # block diagonal: each of the tokens side by side has lanes of its own
-            own = (fold_lane // LANES)[:, None] == (depth // COLUMNS)[None, :]
-            rows = tl.load(at, mask=own, other=0.0)
+        # Where several tokens lie side by side: block diagonal, each has lanes of its own.
+        own = (fold_lane // LANES)[:, None] == (depth // COLUMNS)[None, :]
+        own = own & (fold_lane % LANES < HEADS)[:, None]
+        at = again * DIM + (fold_lane % LANES)[:, None] * DIM + (j * COLUMNS + depth % COLUMNS)[None, :]
+        rows = tl.load(Q + at, mask=own, other=0.0)
         query = query + (tl.trans(rows) * (2.0 ** (-BITS * j)),)
-    plain = tl.trans(tl.load(Q + again * DIM + head[:, None] * DIM + dim[None, :]))
+    real = tl.broadcast_to((lane < HEADS)[:, None], (LANES, DIM))
+    plain = tl.trans(tl.load(Q + again * DIM + lane[:, None] * DIM + dim[None, :], mask=real, other=0.0))
     first_group = slot * TILE // GROUP
     group = tl.arange(0, GROUPS)
     zero = tl.load(KZ + first_group * DIM + group[:, None] * DIM + dim[None, :]).to(tl.float16)
