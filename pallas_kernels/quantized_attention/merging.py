@@ -211,11 +211,12 @@ def _fold_residual(
 def _load_own(case: Case, refs: tuple[Any, Any], every: Array, channel: Array) -> list[Array]:
     """The own token's key, and these channels of its value."""
     return [
-        plt.load(ref.at[at], mask=at < case.dim, other=jnp.zeros(at.shape, ref.dtype)).astype(jnp.float32)
+        plt.load(ref.at[at], mask=at < case.dim, other=jnp.zeros(at.shape, ref.dtype))
         for ref, at in zip(refs, (every, channel), strict=True)
     ]
 
 
 def _fold_own(case: Case, running: Running, query: Array, key: Array, value: Array) -> Running:
+    key, value = key.astype(jnp.float32), value.astype(jnp.float32)
     score = jnp.sum(query.astype(jnp.float32) * key[None, :], axis=1) * (case.scale * LOG2E)
     return online_softmax.fold_one(running, score, value, interpret=case.interpret)
