@@ -102,7 +102,7 @@ def test_says_what_to_install(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The Pallas Triton backend:DeprecationWarning")  # said at lowering
 def test_turned_keys_and_first_tokens_launch_nothing_more():
-    """Nor does a layer launch more than the 17 kernels that docs/results-gpu.md names."""
+    """Nor does a layer launch more than the 16 kernels that docs/results-gpu.md names."""
     try:
         device = compiled.described_gpu()
     except NotImplementedError as reason:
@@ -114,4 +114,4 @@ def test_turned_keys_and_first_tokens_launch_nothing_more():
         for record in compiled.steps(device, config, strategies, context=1024):
             counts[record["cache"], layers] = record["kernels"]
     assert counts["kivi2r", 2] == counts["kivi2", 2]
-    assert counts["kivi2", 2] - counts["kivi2", 1] <= 17
+    assert counts["kivi2", 2] - counts["kivi2", 1] <= 16
