@@ -33,14 +33,15 @@ def split_heads(
     """The three again, each an array of its own; queries and keys times the `matrix`, if there is one.
 
     Its entries are 0 or of one magnitude, so that a product with 16-bit numbers is of 16-bit numbers.
-    Of those, queries are written as float16, which is what the kernel of packed attention multiplies.
+    Of those, queries are written as float16, which is what the kernel of packed attention multiplies: beyond
+    65,504 they are infinite to every reader.
     """
     parts, dim = (query, key, value), query.shape[2]
     heads = jnp.concatenate(parts, axis=1)
     turned = query.shape[1] + key.shape[1]
     signs = [] if matrix is None else [jnp.asarray(np.sign(matrix), heads.dtype)]
     magnitude = 1.0 if matrix is None else float(np.abs(matrix).max())
-    dtypes = jnp.float16 if heads.dtype.itemsize == 2 else heads.dtype, key.dtype, value.dtype
+    dtypes = jnp.float16 if query.dtype.itemsize == 2 else query.dtype, key.dtype, value.dtype
     wide = dim * heads.dtype.itemsize > 256  # bytes of a head, of which four warps would spill
 
     def of_row(shape: tuple[int, ...]) -> pl.BlockSpec:

@@ -27,7 +27,7 @@ class AttentionPartial:
     """Unnormalized attention of queries [*B] over some tokens, in float32.
 
     It may be normalized, which weighs the same in a `merge`: `denom` is 1, and `max` the log-sum-exp. With
-    nothing left to merge with, `out` may then be in the query's dtype.
+    nothing left to merge with, `out` may then be in the dtype of the query's own value.
     """
 
     out: Float[Array, "*B H"]

@@ -181,6 +181,7 @@ STAGES: dict[str, Callable[[Sizes], Iterator[Record]]] = {
     "packing": lambda sizes: packing.run(sizes.packed, interpret=sizes.interpret),
     **{name: functools.partial(_steps, case) for name, case in STEPS.items()},
     "product": _product,
+    # kivi2 first: the peak so far is then not yet the full cache's.
     "prompts": lambda sizes: prompts.ours(sizes.model, sizes.prompts, ("kivi2", "full"), sizes.dtype),
     # Not the longest: what transformers keeps of it does not fit beside its weights.
     "prompts-transformers": lambda sizes: prompts.transformers(sizes.model, sizes.prompts[:4], sizes.dtype),

@@ -27,7 +27,7 @@ S = TypeVar("S", bound="Segment")
 class Step(NamedTuple):
     """What one decode step offers a segment: the new token of each row, and how its query attended."""
 
-    query: Float[Array, "B N H"]
+    query: Float[Array, "B N H"]  # perhaps float16 beside bfloat16 keys
     key: Float[Array, "B K H"]
     value: Float[Array, "B K H"]
     log_sum_exp: Float[Array, "B N"]  # of the query's scores over all segments and its own token

@@ -98,7 +98,7 @@ class CacheStrategy:
         key: Float[Array, "B K H"],
         value: Float[Array, "B K H"],
     ) -> tuple[Float[Array, "B N H"], Float[Array, "B K H"], Float[Array, "B K H"]]:
-        """A step's heads as segments take them: the first two turned."""
+        """A step's heads as segments take them: the first two turned; a 16-bit query perhaps as float16."""
         if self.quantization is None:
             return query, key, value
 

@@ -45,7 +45,7 @@ def quantized_attention(
     With a `residual` also over its tokens `t >= start`, which should be none of the packed range; with an
     `own` token, which comes after all others, over that, too. A kernel may answer with the normalized
     partial. One that has seen a query's own token knows all that there is to attend to: then `out` may be in
-    the query's dtype.
+    the dtype of its value.
 
     `key` and `value` denote [B, K, S, H], keys grouped over tokens and values over channels. Token t is
     in slot t % S: the store is a ring, of which the newest S tokens before `end` are present. The

@@ -217,6 +217,7 @@ def _load_own(case: Case, refs: tuple[Any, Any], every: Array, channel: Array) -
 
 
 def _fold_own(case: Case, running: Running, query: Array, key: Array, value: Array) -> Running:
+    # Only now: as float32 they would be held across the loops, and spill.
     key, value = key.astype(jnp.float32), value.astype(jnp.float32)
     score = jnp.sum(query.astype(jnp.float32) * key[None, :], axis=1) * (case.scale * LOG2E)
     return online_softmax.fold_one(running, score, value, interpret=case.interpret)

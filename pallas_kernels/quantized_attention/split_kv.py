@@ -12,8 +12,8 @@ from pallas_kernels.quantize.quantization import QuantizedTensor
 from pallas_kernels.quantized_attention.tuning import Tuning, choose
 
 TILE_ROWS = 16  # rows of the matrix unit's left operand
-MERGED_CHANNELS = 32  # channels that a program combines
 MIN_DEPTH = 32  # and its smallest inner size for operands loaded as bytes
+MERGED_CHANNELS = 32  # channels that a program combines
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,6 +160,7 @@ def operands(
     return (
         start.astype(jnp.int32)[:, None],
         end.astype(jnp.int32)[:, None],
+        # The axis of one is for an index that compilers do not know to be 0: `again` in `pallas_triton.py`.
         query.reshape(-1, 1, case.heads, case.dim).astype(jnp.float16),
         key.words.reshape(*pages, PAGE // case.fold, case.fold * case.key.words),
         key.scale.reshape(*key_groups, case.key.planes, case.key.words),

@@ -120,12 +120,13 @@ def _scores(
     fold_lane = tl.arange(0, FOLD * LANES)
     plane_row = tl.arange(0, PLANES)
     column = tl.arange(0, COLUMNS)
+    # Where several tokens lie side by side: block diagonal, each has lanes of its own.
+    head = fold_lane % LANES
+    own = (fold_lane // LANES)[:, None] == (depth // COLUMNS)[None, :]
+    own = own & (head < HEADS)[:, None]
     query = ()
     for j in tl.static_range(PLANES):
-        # Where several tokens lie side by side: block diagonal, each has lanes of its own.
-        own = (fold_lane // LANES)[:, None] == (depth // COLUMNS)[None, :]
-        own = own & (fold_lane % LANES < HEADS)[:, None]
-        at = again * DIM + (fold_lane % LANES)[:, None] * DIM + (j * COLUMNS + depth % COLUMNS)[None, :]
+        at = again * DIM + head[:, None] * DIM + (j * COLUMNS + depth % COLUMNS)[None, :]
         rows = tl.load(Q + at, mask=own, other=0.0)
         query = query + (tl.trans(rows) * (2.0 ** (-BITS * j)),)
     real = tl.broadcast_to((lane < HEADS)[:, None], (LANES, DIM))

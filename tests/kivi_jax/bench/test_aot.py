@@ -142,9 +142,9 @@ def test_packing_keeps_up_with_the_memory(group_axis, sm):
     assert record["instructions_per_number"] <= 19
 
 
-@pytest.mark.parametrize("name", ["1 x 32k", "MQA 8 x 32k"])
+@pytest.mark.parametrize("name", ["1 x 4k", "MQA 8 x 32k"])
 def test_most_of_the_work_is_the_main_kernels(name):
-    """Laying out the query and merging the splits, by bytes and instructions; these are the worst cases."""
+    """Merging the splits is the rest, by bytes and instructions; these are the worst cases."""
     (case,) = [case for case in GPU if case.name == name]
     record = aot.record(case, 90)
     assert 0 < record["other_bytes_share"] <= 0.15
