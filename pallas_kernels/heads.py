@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from pallas_kernels import online_softmax
@@ -20,6 +21,16 @@ from pallas_kernels.online_softmax import ROWS
 from pallas_kernels.triton_call import triton_call
 
 _BYTES = 32768  # of the matrix that a product takes at a time: the smallest shared memory is 99 KiB
+
+
+def query_dtype(dtype: DTypeLike) -> np.dtype[Any]:
+    """The type in which `split_heads` writes queries of this type.
+
+    16 bits become float16, which is what the kernel of packed attention multiplies: beyond 65,504 they are
+    infinite to every reader.
+    """
+    dtype = jnp.dtype(dtype)
+    return jnp.dtype(jnp.float16) if dtype.itemsize == 2 else dtype
 
 
 def split_heads(
@@ -33,15 +44,14 @@ def split_heads(
     """The three again, each an array of its own; queries and keys times the `matrix`, if there is one.
 
     Its entries are 0 or of one magnitude, so that a product with 16-bit numbers is of 16-bit numbers.
-    Of those, queries are written as float16, which is what the kernel of packed attention multiplies: beyond
-    65,504 they are infinite to every reader.
+    Queries are of `query_dtype`.
     """
     parts, dim = (query, key, value), query.shape[2]
     heads = jnp.concatenate(parts, axis=1)
     turned = query.shape[1] + key.shape[1]
     signs = [] if matrix is None else [jnp.asarray(np.sign(matrix), heads.dtype)]
     magnitude = 1.0 if matrix is None else float(np.abs(matrix).max())
-    dtypes = jnp.float16 if query.dtype.itemsize == 2 else query.dtype, key.dtype, value.dtype
+    dtypes = query_dtype(query.dtype), key.dtype, value.dtype
     wide = dim * heads.dtype.itemsize > 256  # bytes of a head, of which four warps would spill
 
     def of_row(shape: tuple[int, ...]) -> pl.BlockSpec:

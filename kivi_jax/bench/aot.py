@@ -138,7 +138,7 @@ def record(
         from pallas_kernels.quantized_attention import triton_kernels
 
         triton.check(plan)
-        constants = triton.constants(plan, *(operands[i].shape[0] for i in (0, 2, 3)))
+        constants = triton.constants(plan, operands)
         warps, stages = tuning.warps, tuning.stages
         report = triton_report(
             triton_kernels.attend_split, triton.pointers(), constants, sm=sm, warps=warps, stages=stages

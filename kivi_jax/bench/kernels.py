@@ -29,6 +29,7 @@ from rich.table import Table
 from kivi_jax.bench import aot
 from pallas_kernels import partials
 from pallas_kernels.device import compute_capability
+from pallas_kernels.heads import query_dtype
 from pallas_kernels.quantize.quantization import dequantize
 from pallas_kernels.quantized_attention import quantized_attention
 from pallas_kernels.quantized_attention.cases import CORRECTNESS, GPU, Case
@@ -301,16 +302,13 @@ def copies(nbytes: int) -> range:
 
 
 def _packed_buffers(case: Case, count: int | None = None) -> tuple[list[tuple[Any, ...]], int]:
-    """Arguments of several calls, as a layer has them, and the bytes of one call's packed tokens.
-
-    A layer's kernel gives queries as float16, where the model has 16 bits, and each token sees itself.
-    """
+    """Arguments of several calls, as a layer has them, and the bytes of one call's packed tokens."""
 
     @jax.jit
     def make(seed: Any) -> tuple[Any, ...]:
         (query, *dense), dtype = case.dense(seed), jnp.dtype(case.query_dtype)
         own = Token(*(x[:, :, 0].astype(dtype) for x in dense))
-        return query.astype(jnp.float16 if dtype.itemsize == 2 else dtype), *case.pack(*dense), own
+        return query.astype(query_dtype(dtype)), *case.pack(*dense), own
 
     _, key, value, _ = jax.eval_shape(make, 0)
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((key, value)))

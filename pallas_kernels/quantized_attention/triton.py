@@ -4,6 +4,7 @@ The same plan, operands and algorithm as `pallas_triton.py`; the kernels are in 
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -62,7 +63,7 @@ def attend(
         num_warps=case.tuning.warps,
         num_stages=case.tuning.stages,
         compute_capability=architecture,
-        **constants(case, *(arrays[i].shape[0] for i in (0, 2, 3))),
+        **constants(case, arrays),
     )
     out, top, denom = jax_triton.triton_call(
         *partials,
@@ -101,8 +102,9 @@ def pointers() -> dict[str, str]:
     return dict(zip(names, types, strict=True))
 
 
-def constants(case: Case, rows: int, programs: int, stores: int) -> dict[str, Any]:
-    """Compile-time arguments of `attend_split` for a batch of `rows` and `stores` (row, KV head) pairs."""
+def constants(case: Case, arrays: Sequence[Any]) -> dict[str, Any]:
+    """Compile-time arguments of `attend_split` for these `operands`, or their shapes."""
+    rows, programs, stores = (arrays[i].shape[0] for i in (0, 2, 3))  # of ranges, queries and keys
     return {
         "UP": case.scale * math.log2(math.e) * 2.0**24,
         "PER_ROW": programs // rows,

@@ -172,8 +172,7 @@ def _visit(
     KEY_BITS: tl.constexpr, KEY_COLUMNS: tl.constexpr, KEY_GROUP: tl.constexpr, FOLD: tl.constexpr,
     VALUE_BITS: tl.constexpr, VALUE_COLUMNS: tl.constexpr, VALUE_GROUP: tl.constexpr,
     VALUE_ROWS: tl.constexpr, HEADS: tl.constexpr, LANES: tl.constexpr, PAGES: tl.constexpr,
-    TILES: tl.constexpr,
-    MASKED: tl.constexpr, INTERPRET: tl.constexpr,
+    TILES: tl.constexpr, MASKED: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """Fold tile t into the running accumulators, sums over zeros and ones, and maximum."""
     PLANES: tl.constexpr = 8 // VALUE_BITS

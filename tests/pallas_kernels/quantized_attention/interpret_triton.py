@@ -70,13 +70,13 @@ def attend(case: Case) -> tuple[AttentionPartial, AttentionPartial]:
     planned = plan(query, key, value, scale, tuning, interpret=True)
     backend.check(planned)
     arrays = jax.jit(functools.partial(operands, planned))(query, key, value, start, end)
-    rows, programs, stores = (arrays[i].shape[0] for i in (0, 2, 3))
+    programs = arrays[2].shape[0]
 
     def empty(*lead: int) -> list[HostArray]:
         return [HostArray(np.full(s.shape, np.nan, s.dtype)) for s in backend.shapes(*lead, dim=planned.dim)]
 
     partials, merged = empty(programs, tuning.splits, planned.heads), empty(programs, planned.heads)
-    constants = backend.constants(planned, rows, programs, stores)
+    constants = backend.constants(planned, arrays)
     grid = (programs, tuning.splits)
     triton_kernels.attend_split[grid](*map(HostArray, arrays), *partials, **constants)
     grid = backend.merge_grid(planned, programs)

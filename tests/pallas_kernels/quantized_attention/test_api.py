@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels.heads import query_dtype
 from pallas_kernels.partials import AttentionPartial, merge, normalize
 from pallas_kernels.quantize.quantization import QuantizedTensor, dequantize
 from pallas_kernels.quantized_attention import pallas_mosaic, pallas_triton, quantized_attention, xla
@@ -116,14 +117,15 @@ def test_equals_the_oracle(implementation, case):
 
 @each_implementation
 @pytest.mark.parametrize(
-    "name",
+    ("name", "dtype"),
     [
-        "tiles_wrapped",
-        "head_8",
+        ("tiles_wrapped", jnp.float32),
+        ("head_8", jnp.float32),
         *(
-            pytest.param(name, marks=pytest.mark.slow)
+            pytest.param(name, jnp.float32, marks=pytest.mark.slow)
             for name in ("tiles_empty_row", "tiles_mqa", "head_96", "window")
         ),
+        pytest.param("tiles_wrapped", jnp.bfloat16, marks=pytest.mark.slow),
     ],
 )
 @pytest.mark.parametrize(
@@ -136,15 +138,17 @@ def test_equals_the_oracle(implementation, case):
         pytest.param(128, 300, 31, False, marks=pytest.mark.slow),
     ],
 )
-def test_also_attends_to_a_residual_and_the_own_token(implementation, name, slots, newer, sinks, has_own):
+def test_also_attends_to_a_residual_and_the_own_token(
+    implementation, name, dtype, slots, newer, sinks, has_own
+):
     """A ring that is not full, one that ends with the packed tokens, one that has wrapped, one with sinks.
 
-    In 16 bits as a layer has them: the query in float16, what is in full precision in the model's type.
+    What is not packed is of the model's `dtype`; in 16 bits, queries are as a layer has them.
     """
     (case,) = [c for c in CORRECTNESS if c.name == name]
     query, key, value, start, end = inputs(case)
-    dtype = jnp.dtype(case.query_dtype)
-    query = query.astype(jnp.float16) if dtype.itemsize == 2 else query
+    if dtype == jnp.bfloat16:
+        query = query.astype(dtype).astype(query_dtype(dtype))
     shape = (case.batch, case.kv_heads, slots + sinks, case.head_dim)
     ring = Ring(*normal(slots, 2, *shape, dtype=dtype), end + newer + sinks, sinks)
     start = start - sinks // 2  # some of the sinks, where nothing else is hidden
