@@ -19,7 +19,7 @@ from convert.stored import Stored, read_json, stored_tensors
 from convert.tensors import named_as_llama
 from kivi_jax.checks import warn_once
 from kivi_jax.config import ModelConfig
-from kivi_jax.model.llama import Llama
+from kivi_jax.model.llama import Llama, abstract_llama
 from kivi_jax.model.sharding import place, split
 from pallas_kernels.pytree import tree_bytes
 
@@ -147,8 +147,8 @@ def _largest(tensor: np.ndarray) -> float:
 
 def abstract_parameters(config: ModelConfig, dtype: DTypeLike) -> dict[Path, jax.ShapeDtypeStruct]:
     """Shape and dtype of every parameter by its path, without making any."""
-    state = nnx.state(nnx.eval_shape(lambda: Llama(config, dtype=dtype, rngs=nnx.Rngs(0))))
-    leaves = jax.tree_util.tree_leaves_with_path(nnx.to_pure_dict(state))
+    state = nnx.to_pure_dict(nnx.state(abstract_llama(config, dtype)))
+    leaves = jax.tree_util.tree_leaves_with_path(state)
     return {tuple(str(key.key) for key in path): leaf for path, leaf in leaves}
 
 
@@ -187,7 +187,7 @@ def build(
     config: ModelConfig, parameters: Mapping[Path, jax.Array], dtype: DTypeLike, mesh: Mesh | None = None
 ) -> Llama:
     """The model whose parameters are those given, all of them, as they lie on the mesh, if there is one."""
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: Llama(config, dtype=dtype, rngs=nnx.Rngs(0))))
+    graphdef, state = nnx.split(abstract_llama(config, dtype))
 
     def pick(path: tuple[Any, ...], _: Any) -> jax.Array:
         return parameters[tuple(str(key.key) for key in path)]

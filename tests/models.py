@@ -5,8 +5,9 @@ from functools import cache
 from pathlib import Path
 
 import jax.numpy as jnp
-from flax import nnx
+import numpy as np
 
+from convert.hf import abstract_parameters, build, load_hf
 from kivi_jax import Llama, ModelConfig
 
 
@@ -27,15 +28,31 @@ def config(**changes) -> ModelConfig:
 
 @cache
 def random_llama(model_config: ModelConfig, seed: int = 0) -> Llama:
-    """A float32 model of the given shape with random weights."""
-    return Llama(model_config, rngs=nnx.Rngs(seed))
+    """A float32 model of the given shape, its weights drawn by NumPy, for which nothing is compiled."""
+    draw = np.random.default_rng(seed)
+
+    def weights(name: str, shape: tuple[int, ...]) -> np.ndarray:
+        match name:
+            case "kernel":  # [in, out]
+                return draw.normal(0, shape[0] ** -0.5, shape)
+            case "embedding":
+                return draw.normal(0, shape[1] ** -0.5, shape)
+            case "scale":
+                return np.full(shape, 1 - model_config.norm_offset)
+            case "bias":
+                return np.zeros(shape)
+        raise AssertionError(name)
+
+    parameters = {
+        path: jnp.asarray(weights(path[-1], leaf.shape).astype(np.float32))
+        for path, leaf in abstract_parameters(model_config, jnp.float32).items()
+    }
+    return build(model_config, parameters, jnp.float32)
 
 
 @cache
 def stories(shared: Path) -> Llama:
     """The trained stories260K in float32."""
-    from convert.hf import load_hf
-
     return load_hf(shared / "models" / "stories260K", dtype=jnp.float32)
 
 

@@ -17,13 +17,12 @@ from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from rich.table import Table
 
 from kivi_jax.bench.decode import Workload, greedy_steps, room
 from kivi_jax.cache.strategy import CacheStrategy
 from kivi_jax.config import ModelConfig
-from kivi_jax.model.llama import Llama
+from kivi_jax.model.llama import abstract_llama
 from pallas_kernels.pytree import tree_bytes
 from pallas_kernels.quantize.quantization import GroupAxis, Implementation, quantize
 
@@ -140,7 +139,7 @@ def steps(
 ) -> Iterator[dict[str, Any]]:
     """A decode step of one bfloat16 row, per cache. Keys: cache, kernels, and how many are of each kind."""
     dtype, capacity = jnp.bfloat16, room(context, 1)
-    model = nnx.eval_shape(lambda: Llama(config, dtype=dtype, rngs=nnx.Rngs(0)))
+    model = abstract_llama(config, dtype)
     token = jax.ShapeDtypeStruct((1,), jnp.int32)
     for name, strategy in strategies.items():
         workload = Workload(config, strategy, context, capacity, 1, dtype)

@@ -169,6 +169,24 @@ class Llama(nnx.Module):
         return logits if cap is None else cap * jnp.tanh(logits / cap)
 
 
+class _OneKey(nnx.Rngs):
+    """The same key each time: counting keys under a trace takes the square of their number."""
+
+    def params(self) -> Array:
+        """For a parameter that is not drawn."""
+        return jax.random.key(0)
+
+
+def abstract_llama(config: ModelConfig, dtype: DTypeLike = jnp.float32) -> Llama:
+    """A model whose parameters are shapes and types; none is made."""
+    return nnx.clone(_abstract_llama(config, jnp.dtype(dtype)))
+
+
+@functools.lru_cache(maxsize=8)
+def _abstract_llama(config: ModelConfig, dtype: np.dtype) -> Llama:
+    return nnx.eval_shape(lambda: Llama(config, dtype=dtype, rngs=_OneKey()))
+
+
 def _forward(model: Llama, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:
     config = part_of(model.config, model.mesh)
     length, position = jnp.full(tokens.shape[:1], tokens.shape[1]), jnp.arange(tokens.shape[1])[None]

@@ -17,7 +17,7 @@ from kivi_jax.cache.strategy import CacheStrategy, KVCache, cache_bytes
 from kivi_jax.checks import floating, instance, real, whole
 from kivi_jax.config import ModelConfig
 from kivi_jax.mesh import ROWS
-from kivi_jax.model.llama import Llama
+from kivi_jax.model.llama import abstract_llama
 from kivi_jax.model.sharding import laid_out, part_of, rows_over, spec_of
 
 
@@ -125,8 +125,7 @@ def parameter_count(config: ModelConfig) -> int:
 
     def count(layers: int) -> int:
         shallow = dataclasses.replace(config, num_layers=layers)
-        model = nnx.eval_shape(lambda: Llama(shallow, rngs=nnx.Rngs(0)))
-        return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model)))
+        return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(abstract_llama(shallow))))
 
     first = count(1)
     return first + (config.num_layers - 1) * (count(2) - first)

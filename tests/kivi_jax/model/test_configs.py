@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 import kivi_jax as kj
 from kivi_jax.config import ModelConfig, RopeConfig
 from kivi_jax.model.llama import Llama
+from tests.models import random_llama
 
 PROMPT, STEPS, HEAD = 9, 8, 8
 LENGTH = PROMPT + STEPS
@@ -82,13 +83,12 @@ def configs(draw: st.DrawFn) -> dict:
 
 def random_model(config: ModelConfig) -> Llama:
     """A model none of whose parameters stands where it does nothing, as biases do at 0 and scales at 1."""
-    model, random = Llama(config, rngs=nnx.Rngs(0)), np.random.default_rng(0)
-    nnx.update(
-        model,
-        jax.tree.map(
-            lambda leaf: leaf + 0.2 * random.standard_normal(leaf.shape, np.float32), nnx.state(model)
-        ),
-    )
+    model, random = nnx.clone(random_llama(config)), np.random.default_rng(0)
+
+    def moved(leaf: jax.Array) -> jax.Array:
+        return jnp.asarray(np.asarray(leaf) + 0.2 * random.standard_normal(leaf.shape, np.float32))
+
+    nnx.update(model, jax.tree.map(moved, nnx.state(model)))
     return model
 
 

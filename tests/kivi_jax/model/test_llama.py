@@ -13,7 +13,7 @@ import kivi_jax as kj
 from kivi_jax.cache.strategy import CacheStrategy
 from kivi_jax.config import RopeConfig
 from kivi_jax.model.layer import query_key_value_columns
-from kivi_jax.model.llama import _decode, _hold
+from kivi_jax.model.llama import _decode, _hold, abstract_llama
 from kivi_jax.model.reading import default_block, read_by_blocks
 from pallas_kernels.pytree import Flat
 from tests.models import config, random_llama, stories
@@ -367,6 +367,18 @@ def test_prefill_keeps_one_layer_in_full_precision():
         temporary.append(lowered.compile().memory_analysis().temp_size_in_bytes)
     one_layer = 2 * 2 * 4096 * 8 * 4  # keys and values, 2 KV heads, float32
     assert temporary[1] - temporary[0] < one_layer
+
+
+def test_an_abstract_model_is_the_one_that_would_be_made():
+    shape = config(tie_word_embeddings=False, attention_bias=True)
+    graph, state = nnx.split(abstract_llama(shape, jnp.bfloat16))
+    made_graph, made = nnx.split(kj.Llama(shape, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
+    assert graph == made_graph
+    assert jax.tree.map(jnp.shape, state) == jax.tree.map(jnp.shape, made)
+    assert {leaf.dtype for leaf in jax.tree.leaves(state)} == {jnp.dtype("bfloat16")}
+    nnx.update(abstract_llama(shape, jnp.bfloat16), made)  # filling one leaves the next as it was
+    again = jax.tree.leaves(nnx.state(abstract_llama(shape, jnp.bfloat16)))
+    assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in again)
 
 
 def test_bad_arguments_are_refused():
