@@ -13,8 +13,8 @@ from nbformat import NotebookNode
 
 # Nearly all of a notebook's time is XLA's compiling, of programs that run once and briefly.
 CHEAP = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
-if jax.__version_info__ < (0, 11):  # later, XLA ends the process over the first, and compiles no faster
-    CHEAP += " --xla_cpu_use_fusion_emitters=false --xla_cpu_opt_preset=CPU_OPT_PRESET_FAST_COMPILE"
+if jax.__version_info__ < (0, 11):  # XLA ends the process over a flag it does not know
+    CHEAP += " --xla_cpu_use_fusion_emitters=false"
 os.environ.setdefault("XLA_FLAGS", CHEAP)
 
 ROOT = Path(__file__).parents[1]

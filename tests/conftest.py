@@ -13,14 +13,15 @@ import pytest
 ROOT = Path(__file__).parents[1]
 SHARED = Path(os.environ.get("KIVI_JAX_SHARED", ROOT.parent / "shared"))
 MAPPINGS = Path("/proc/self/maps")  # Linux's; one a line
+MANY = 25_000
 
 # Most of a test's time is XLA's compiling, of programs that run once and briefly: LLVM's optimizations and
 # the fusion emitters are two thirds of it. Parts that compile side by side repeat what they share, a fifth
 # of what is left, and find no free core beside other workers. The caller's flags come last, and win.
 # Subprocesses inherit these.
 CHEAP = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
-if version("jax").startswith("0.10."):  # later, XLA ends the process over the first, and compiles no faster
-    CHEAP += " --xla_cpu_use_fusion_emitters=false --xla_cpu_opt_preset=CPU_OPT_PRESET_FAST_COMPILE"
+if version("jax").startswith("0.10."):  # XLA ends the process over a flag it does not know
+    CHEAP += " --xla_cpu_use_fusion_emitters=false"
 os.environ["XLA_FLAGS"] = f"{CHEAP} {os.environ.get('XLA_FLAGS', '')}"
 # Programs are kept on disk for the other workers, modules, Pythons and runs. Delete the folder to free it.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".jax_cache"))
@@ -81,18 +82,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_collection_finish() -> None:
     """Take modules and tests out of what is looked through for garbage: they stay to the end."""
     gc.freeze()
-    gc.set_threshold(50_000, 20, 20)  # what tracing makes lasts: 2 % of the time for 4
+    gc.set_threshold(50_000, 20, 20)  # what tracing makes lasts: 4 % of the time went into looking through it
 
 
 @pytest.fixture(scope="module", autouse=True)
 def free_programs() -> Iterator[None]:
-    """Free the programs that tests have compiled before there are too many; finding them all takes a second.
+    """Free the programs that tests have compiled once they are many: that takes a second each time.
 
     Each holds a few memory mappings; Linux allows a process 65,530, beyond which XLA's compiler crashes.
     """
     import jax
 
     yield
-    if not MAPPINGS.exists() or MAPPINGS.read_bytes().count(b"\n") > 25_000:
+    if not MAPPINGS.exists() or MAPPINGS.read_bytes().count(b"\n") > MANY:
         jax.clear_caches()
         gc.collect()

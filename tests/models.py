@@ -41,7 +41,8 @@ def random_llama(model_config: ModelConfig, seed: int = 0) -> Llama:
                 return np.full(shape, 1 - model_config.norm_offset)
             case "bias":
                 return np.zeros(shape)
-        raise AssertionError(name)
+            case _:
+                raise AssertionError(name)
 
     parameters = {
         path: jnp.asarray(weights(path[-1], leaf.shape).astype(np.float32))

@@ -170,7 +170,7 @@ class Llama(nnx.Module):
 
 
 class _OneKey(nnx.Rngs):
-    """The same key each time: counting keys under a trace takes the square of their number."""
+    """The same key each time. To count keys, flax looks for each through all that was traced before."""
 
     def params(self) -> Array:
         """For a parameter that is not drawn."""
@@ -182,7 +182,7 @@ def abstract_llama(config: ModelConfig, dtype: DTypeLike = jnp.float32) -> Llama
     return nnx.clone(_abstract_llama(config, jnp.dtype(dtype)))
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=2)  # loading asks twice
 def _abstract_llama(config: ModelConfig, dtype: np.dtype) -> Llama:
     return nnx.eval_shape(lambda: Llama(config, dtype=dtype, rngs=_OneKey()))
 
